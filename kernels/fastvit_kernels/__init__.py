@@ -1,0 +1,1 @@
+"""Triton kernels of a Vision Transformer, forward and backward; one file per op."""

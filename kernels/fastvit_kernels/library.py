@@ -1,0 +1,37 @@
+"""Launchers as torch.library ops, so that torch.compile and torch.export see through them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("fastvit", "FRAGMENT")
+
+
+def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Make a launcher the op `torch.ops.fastvit.<name>`; `fake` gives shapes and dtypes alone."""
+
+    def wrap(launch: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(launch, mutates_args=())
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, launch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastvit::{name}", fake, lib=_library)
+        return getattr(torch.ops.fastvit, name).default
+
+    return wrap
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse create_graph=True in a Function's backward: it would give wrong second derivatives."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: torch.Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fastvit: the Triton kernels have no second derivative (create_graph=True); "
+                "run the forward under fastvit.use_backend('reference')"
+            )
+        return backward(ctx, *grads)
+
+    return wrapper

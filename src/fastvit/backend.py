@@ -1,0 +1,133 @@
+"""Which backend runs: the setting, the choice from static facts, and the record of choices."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from fastvit_kernels import limits
+from torch import Tensor, nn
+
+BACKENDS = ("auto", "triton", "reference")
+HAS_TRITON = find_spec("triton") is not None
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: backend {name!r} is unknown; expected one of {BACKENDS}")
+    return name
+
+
+_backend = _checked(os.environ.get("FASTVIT_BACKEND", "auto"), "FASTVIT_BACKEND")
+_record: "list[Choice] | None" = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One op call and the backend that served it; `reason` says why it was not Triton."""
+
+    op: str
+    backend: str
+    reason: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the body on 'auto', 'triton' or 'reference', over FASTVIT_BACKEND.
+
+    'auto' takes Triton where it can run and the reference elsewhere; 'triton' raises where it
+    cannot run, naming the reason. The backward of an op always runs on the backend of its forward.
+    """
+    global _backend
+    before, _backend = _backend, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def choose_triton(op: str, x: Tensor, dtype: torch.dtype, unsupported: str | None) -> bool:
+    """True where the Triton kernel of `op` serves; the one decision, from static facts alone.
+
+    dtype: what the kernel computes in; unsupported: the op's own reason against its kernel.
+    """
+    reason = _why_not_triton(x, dtype) or unsupported
+    if _backend == "triton" and reason:
+        raise RuntimeError(
+            f"{op}: backend 'triton' was asked for, but {reason}. "
+            f"Input: {tuple(x.shape)} {x.dtype} on {x.device.type}"
+        )
+    if _backend == "reference":
+        reason = "backend 'reference' was asked for"
+    elif _backend == "auto" and not reason and not x.is_cuda:
+        reason = "the interpreter runs only where backend 'triton' is asked for"
+    if _record is not None:
+        backend = "reference" if reason else "triton"
+        _record.append(Choice(op, backend, reason or "", tuple(x.shape), dtype))
+    return not reason
+
+
+def _why_not_triton(x: Tensor, dtype: torch.dtype) -> str | None:
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if x.is_cuda:
+        capability = _capability(x.device.index)
+        if capability < (8, 0):
+            return "the GPU has compute capability {}.{}, under 8.0".format(*capability)
+    elif x.device.type != "cpu" or not INTERPRET:
+        return f"the input is on {x.device.type}, not on an NVIDIA GPU"
+    return limits.dtype(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@dataclass
+class BackendReport:
+    """The choices of one forward pass; `print` shows each distinct one with its count."""
+
+    choices: list[Choice] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        counts = {c: self.choices.count(c) for c in dict.fromkeys(self.choices)}
+        rows = [("op", "calls", "backend", "input", "dtype", "reason")]
+        rows += [
+            (c.op, str(n), c.backend, str(c.shape), str(c.dtype).removeprefix("torch."), c.reason)
+            for c, n in counts.items()
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@torch.no_grad()
+def backend_report(model: nn.Module, *inputs: Any) -> BackendReport:
+    """Run `model(*inputs)` once without gradients and tell which backend served each op call."""
+    global _record
+    before, _record = _record, []
+    try:
+        model(*inputs)
+        return BackendReport(_record)
+    finally:
+        _record = before
+
+
+def versions() -> str:
+    """One line of what runs: python, torch, triton, device."""
+    triton = "none"
+    if HAS_TRITON:
+        from importlib.metadata import version
+
+        triton = version("triton")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"python {python}, torch {torch.__version__}, triton {triton}, {device}"

@@ -1,0 +1,214 @@
+"""One function per fused op: checks its arguments, then calls the Triton kernel or the reference.
+
+Signatures, shapes and meaning are those of `fastvit.reference`; this is the one place where a
+backend is chosen. Kernels are imported when first needed, so that `import fastvit` is light and
+works without Triton.
+"""
+
+import torch
+from fastvit_kernels import limits
+from torch import Tensor
+
+from fastvit import reference
+from fastvit.backend import choose_triton
+
+ACTIVATIONS = ("gelu", "gelu_tanh")
+_NO_DROPOUT = "dropout inside the op is not in the kernel"
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos: Tensor | None = None,
+    prefix: Tensor | None = None,
+) -> Tensor:
+    """[prefix; patches(images) weight^T + bias + pos]: (B, C, H, W) -> (B, P + m, dim).
+
+    weight: (dim, C, p_h, p_w); bias: (dim,); pos: (m, dim); prefix: (P, dim).
+    The output has the promoted dtype of the product, pos and prefix, as eager has it.
+    """
+    op = "patch_embed"
+    _rank(op, "weight", weight, 4)
+    dim, channels, p_h, p_w = weight.shape
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"{op}: images must be (B, {channels}, H, W), got {_shape(images)}")
+    height, width = images.shape[2:]
+    if height % p_h or width % p_w:
+        raise ValueError(
+            f"{op}: image size {height}x{width} is not a multiple of patch size {p_h}x{p_w}"
+        )
+    m = (height // p_h) * (width // p_w)
+    _shaped(op, "bias", bias, (dim,))
+    _shaped(op, "pos", pos, (m, dim))
+    if prefix is not None and (prefix.ndim != 2 or prefix.shape[1] != dim):
+        raise ValueError(f"{op}: prefix must be (P, {dim}), got {_shape(prefix)}")
+    dtype = _compute_dtype(op, "images", images, weight=weight, bias=bias)
+    if choose_triton(op, images, dtype, limits.patch_embed(dim)):
+        from fastvit_kernels.patch_embed import patch_embed as kernel
+
+        return kernel(images, weight, bias, pos, prefix, dtype)
+    return reference.patch_embed(images, weight, bias, pos, prefix)
+
+
+def layernorm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """LayerNorm(x) weight^T + bias. x: (..., C); weight: (O, C) -> (..., O)."""
+    op = "layernorm_linear"
+    _rank(op, "weight", weight, 2)
+    out_features, in_features = weight.shape
+    _last(op, "x", x, in_features)
+    _shaped(op, "norm_weight", norm_weight, (in_features,))
+    _shaped(op, "norm_bias", norm_bias, (in_features,))
+    _shaped(op, "bias", bias, (out_features,))
+    dtype = _compute_dtype(op, "x", x, weight=weight, bias=bias)
+    if choose_triton(op, x, dtype, limits.linear(in_features, out_features)):
+        from fastvit_kernels.layernorm_linear import layernorm_linear as kernel
+
+        return kernel(x, norm_weight, norm_bias, weight, bias, eps, dtype)
+    return reference.layernorm_linear(x, norm_weight, norm_bias, weight, bias, eps)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q k^T * scale) v. q, k, v: (B, N, H, D), any strides -> (B, N, H, D)."""
+    op = "attention"
+    _rank(op, "q", q, 4)
+    _shaped(op, "k", k, tuple(q.shape))
+    _shaped(op, "v", v, tuple(q.shape))
+    dtype = _compute_dtype(op, "q", q, k=k, v=v)
+    unsupported = limits.attention(q.shape[-1]) or (_NO_DROPOUT if dropout else None)
+    if choose_triton(op, q, dtype, unsupported):
+        from fastvit_kernels.attention import attention as kernel
+
+        return kernel(q.to(dtype), k.to(dtype), v.to(dtype), scale)
+    return reference.attention(q, k, v, scale, dropout)
+
+
+def attention_qkv(qkv: Tensor, scale: float | None = None, dropout: float = 0.0) -> Tensor:
+    """Attention on a packed projection. qkv: (B, N, 3, H, D) -> (B, N, H, D)."""
+    op = "attention"
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
+    dtype = _compute_dtype(op, "qkv", qkv)
+    unsupported = limits.attention(qkv.shape[-1]) or (_NO_DROPOUT if dropout else None)
+    if choose_triton(op, qkv, dtype, unsupported):
+        from fastvit_kernels.attention import attention_qkv as kernel
+
+        return kernel(qkv.to(dtype), scale)
+    return reference.attention_qkv(qkv, scale, dropout)
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None = None,
+    path_scale: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """residual + path_scale * layer_scale * dropout(x weight^T + bias).
+
+    x: (B, N, K); weight: (C, K); residual: (B, N, C); layer_scale: (C,); path_scale: (B,).
+    """
+    op = "linear_residual"
+    _rank(op, "weight", weight, 2)
+    out_features, in_features = weight.shape
+    _rank(op, "x", x, 3)
+    _last(op, "x", x, in_features)
+    _shaped(op, "bias", bias, (out_features,))
+    _shaped(op, "residual", residual, (*x.shape[:-1], out_features))
+    _shaped(op, "layer_scale", layer_scale, (out_features,))
+    _shaped(op, "path_scale", path_scale, (x.shape[0],))
+    dtype = _compute_dtype(op, "x", x, weight=weight, bias=bias)
+    unsupported = limits.linear(in_features, out_features) or (_NO_DROPOUT if dropout else None)
+    if choose_triton(op, x, dtype, unsupported):
+        from fastvit_kernels.linear_residual import linear_residual as kernel
+
+        return kernel(x, weight, bias, residual, layer_scale, path_scale, dtype)
+    return reference.linear_residual(x, weight, bias, residual, layer_scale, path_scale, dropout)
+
+
+def layernorm_mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None = None,
+    path_scale: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "gelu",
+    dropout: float = 0.0,
+) -> Tensor:
+    """x + path_scale * layer_scale * fc2(activation(fc1(LayerNorm(x)))). x: (B, N, C).
+
+    fc1_weight: (F, C); fc2_weight: (C, F); activation: 'gelu' or 'gelu_tanh'.
+    """
+    op = "layernorm_mlp"
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation {activation!r} is unknown; expected {ACTIVATIONS}")
+    _rank(op, "x", x, 3)
+    _rank(op, "fc1_weight", fc1_weight, 2)
+    hidden, dim = fc1_weight.shape
+    _last(op, "x", x, dim)
+    _shaped(op, "norm_weight", norm_weight, (dim,))
+    _shaped(op, "norm_bias", norm_bias, (dim,))
+    _shaped(op, "fc1_bias", fc1_bias, (hidden,))
+    _shaped(op, "fc2_weight", fc2_weight, (dim, hidden))
+    _shaped(op, "fc2_bias", fc2_bias, (dim,))
+    _shaped(op, "layer_scale", layer_scale, (dim,))
+    _shaped(op, "path_scale", path_scale, (x.shape[0],))
+    dtype = _compute_dtype(
+        op, "x", x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight
+    )
+    unsupported = limits.linear(dim, hidden) or (_NO_DROPOUT if dropout else None)
+    args = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if choose_triton(op, x, dtype, unsupported):
+        from fastvit_kernels.layernorm_mlp import layernorm_mlp as kernel
+
+        return kernel(*args, layer_scale, path_scale, eps, activation, dtype)
+    return reference.layernorm_mlp(*args, layer_scale, path_scale, eps, activation, dropout)
+
+
+def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> torch.dtype:
+    """What the op multiplies in: autocast's dtype, else the one dtype that all operands share."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    for other, tensor in others.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(
+                f"{op}: {name} is {x.dtype} but {other} is {tensor.dtype}; "
+                "expected one dtype, or torch.autocast"
+            )
+    return x.dtype
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def _rank(op: str, name: str, t: Tensor, rank: int) -> None:
+    if t.ndim != rank:
+        raise ValueError(f"{op}: {name} must have {rank} dimensions, got {_shape(t)}")
+
+
+def _last(op: str, name: str, t: Tensor, size: int) -> None:
+    if t.shape[-1] != size:
+        raise ValueError(f"{op}: {name} must end in {size}, got {_shape(t)}")
+
+
+def _shaped(op: str, name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
+    if t is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name} must be {shape}, got {_shape(t)}")

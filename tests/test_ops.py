@@ -1,0 +1,147 @@
+"""Dispatch and bad input of `fastvit.ops`: every error names the argument, what came, what was due."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fastvit
+import pytest
+import torch
+from fastvit import backend, ops
+
+ROOT = Path(__file__).parents[1]
+
+
+def _qkv(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+def test_auto_takes_the_reference_on_cpu_and_says_why() -> None:
+    model = fastvit.ViT(image_size=8, patch_size=4, dim=32, depth=1, heads=2, mlp_dim=64)
+    report = fastvit.backend_report(model, torch.randn(1, 3, 8, 8))
+    assert [c.op for c in report.choices] == [
+        "patch_embed",
+        "layernorm_linear",
+        "attention",
+        "linear_residual",
+        "layernorm_mlp",
+    ]
+    assert {c.backend for c in report.choices} == {"reference"}
+    assert all(c.reason for c in report.choices)
+    assert "attention" in str(report) and "reference" in str(report)
+
+
+def test_explicit_triton_raises_with_the_reason() -> None:
+    with fastvit.use_backend("triton"):
+        with pytest.raises(RuntimeError, match=r"attention: backend 'triton'.*head dim 12 .*\(1,"):
+            ops.attention_qkv(_qkv(1, 5, 3, 2, 12))
+        with pytest.raises(RuntimeError, match=r"float64 is not float32, float16 or bfloat16"):
+            ops.attention_qkv(_qkv(1, 5, 3, 2, 16, dtype=torch.float64))
+
+
+def test_use_backend_nests_and_restores() -> None:
+    before = backend._backend
+    with fastvit.use_backend("reference"):
+        with pytest.raises(KeyError), fastvit.use_backend("triton"):
+            raise KeyError
+        assert backend._backend == "reference"
+    assert backend._backend == before
+    with pytest.raises(ValueError, match="'cuda' is unknown; expected one of"):
+        with fastvit.use_backend("cuda"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("env", "code", "expected"),
+    [
+        ({"FASTVIT_BACKEND": "cuda"}, "import fastvit", "FASTVIT_BACKEND: backend 'cuda'"),
+        (
+            {"FASTVIT_BACKEND": "triton", "TRITON_INTERPRET": "0"},
+            "import fastvit, torch; fastvit.ops.attention_qkv(torch.randn(1, 2, 3, 1, 16))",
+            "the input is on cpu",
+        ),
+    ],
+)
+def test_environment(env: dict[str, str], code: str, expected: str) -> None:
+    path = f"{ROOT / 'src'}:{ROOT / 'kernels'}"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": path, "PATH": "", **env},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert expected in run.stderr.splitlines()[-1]
+
+
+def test_imports_and_runs_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import fastvit, torch\n"
+        "x = torch.randn(1, 5, 3, 1, 16)\n"
+        "print(fastvit.ops.attention_qkv(x).shape)\n"
+        "with fastvit.use_backend('triton'): fastvit.ops.attention_qkv(x)"
+    )
+    path = f"{ROOT / 'src'}:{ROOT / 'kernels'}"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": path, "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert "torch.Size([1, 5, 1, 16])" in run.stdout
+    assert "triton is not installed" in run.stderr
+
+
+X = torch.randn(2, 5, 32)
+W = torch.randn(48, 32)
+N32, N48 = torch.ones(32), torch.ones(48)
+IMAGES = torch.randn(2, 3, 8, 12)
+KERNEL = torch.randn(16, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.patch_embed(IMAGES[0], KERNEL), r"images must be \(B, 3, H, W\), got \(3,"),
+        (lambda: ops.patch_embed(IMAGES[:, :2], KERNEL), r"images must be \(B, 3, H, W\), got"),
+        (lambda: ops.patch_embed(IMAGES[..., :10], KERNEL), r"8x10 is not a multiple of .* 4x4"),
+        (lambda: ops.patch_embed(IMAGES, KERNEL, N32), r"bias must be \(16,\), got \(32,\)"),
+        (lambda: ops.patch_embed(IMAGES, KERNEL, pos=X[0]), r"pos must be \(6, 16\), got"),
+        (lambda: ops.patch_embed(IMAGES, KERNEL, prefix=X[0]), r"prefix must be \(P, 16\)"),
+        (lambda: ops.layernorm_linear(X, N32, N32, W[:, :16]), r"x must end in 16, got \(2, 5, 32"),
+        (lambda: ops.layernorm_linear(X, N48, N32, W), r"norm_weight must be \(32,\), got \(48,\)"),
+        (lambda: ops.layernorm_linear(X, N32, N32, W, N32), r"bias must be \(48,\), got"),
+        (lambda: ops.attention(X, X, X), r"q must have 4 dimensions, got \(2, 5, 32\)"),
+        (
+            lambda: ops.attention(X[None], X[None, :, :3], X[None]),
+            r"k must be \(1, 2, 5, 32\), got \(1, 2, 3, 32\)",
+        ),
+        (lambda: ops.attention_qkv(X), r"qkv must be \(B, N, 3, H, D\), got"),
+        (lambda: ops.linear_residual(X, W, None, X), r"residual must be \(2, 5, 48\), got"),
+        (
+            lambda: ops.linear_residual(X, W, None, X.repeat(1, 1, 2)[..., :48], N48, N48),
+            r"path_scale must be \(2,\), got \(48,\)",
+        ),
+        (
+            lambda: ops.layernorm_mlp(X, N32, N32, W, N48, W, N32),
+            r"fc2_weight must be \(32, 48\), got \(48, 32\)",
+        ),
+        (
+            lambda: ops.layernorm_mlp(X, N32, N32, W, N48, W.T, N32, activation="relu"),
+            r"activation 'relu' is unknown; expected",
+        ),
+    ],
+)
+def test_bad_shapes(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_mixed_dtypes_are_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"x is torch.float32 but weight is torch.bfloat16"):
+        ops.layernorm_linear(X, N32, N32, W.bfloat16())
+    with pytest.raises(TypeError, match=r"q is torch.float32 but v is torch.float16"):
+        ops.attention(X[None], X[None], X[None].half())

@@ -1,0 +1,28 @@
+"""Let torchvision's Python half import beside a CPU build of torch that its C++ half rejects.
+
+timm imports torchvision when it is installed, and the wheel on PyPI is built against CUDA torch.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_library: torch.library.Library | None = None
+
+
+def install() -> None:
+    global _library
+    spec = find_spec("torchvision")
+    if _library is not None or spec is None or spec.origin is None:
+        return
+    try:
+        torch.ops.load_library(Path(spec.origin).parent / "_C.so")
+    except OSError:
+        _library = torch.library.Library("torchvision", "DEF")
+        for schema in _SCHEMAS:
+            _library.define(schema)
