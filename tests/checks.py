@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def check(name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
-    """Pass when err(got) <= 2 * err(eager) + rounding, both in the worst element and in L2.
+    """Pass when err(got) <= 2 * err(eager) + rounding, in the worst element and, where there are
+    enough elements for luck to average out, in L2.
 
     got: what the kernel gave; eager: the eager reference in the same dtype and on the same inputs;
     truth: the eager reference in float64. NaN and infinities must stand at the same places.
@@ -36,6 +37,8 @@ def check(name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
         f"{name}: worst element {_index(_scatter(errors, finite))} is off by {worst:.3e}, "
         f"allowed {bound:.3e} (2 x eager {dtype_name(eager)} + rounding)"
     )
+    if truth.numel() < 1024:
+        return
     l2, l2_eager = float(errors.norm()), float((eager64 - truth).norm())
     bound = 2 * l2_eager + ulp * float(truth.norm()) + 1e-300
     assert l2 <= bound, f"{name}: L2 error {l2:.3e}, allowed {bound:.3e} (2 x eager + rounding)"

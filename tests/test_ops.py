@@ -4,9 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastvit
 import pytest
 import torch
+
+import fastvit
 from fastvit import backend, ops
 
 ROOT = Path(__file__).parents[1]

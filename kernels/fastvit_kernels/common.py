@@ -26,3 +26,69 @@ def exp2(x):
     return tl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x by one MUFU.RCP, exact to a unit in the last place."""
+    if INTERPRET:
+        return 1.0 / x
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) as 1 - 2 / (1 + e^2x): right for any x, infinite ones too."""
+    return 1.0 - 2.0 * reciprocal(1.0 + exp2(x * 2.8853900817779268))
+
+
+@triton.jit
+def _normal_cdf_pdf(x, EXACT: tl.constexpr):
+    """Phi(x) and phi(x) of the standard normal.
+
+    EXACT takes tl.erf. Else erfc is Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7, far under
+    a 16-bit rounding), whose exponential is phi's too: one MUFU.EX2, one MUFU.RCP.
+    """
+    bell = exp2(x * x * -0.7213475204444817)  # -log2(e) / 2
+    if EXACT:
+        cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    else:
+        t = reciprocal(1.0 + 0.23164189 * tl.abs(x))
+        tail = 1.061405429 * t - 1.453152027
+        tail = tail * t + 1.421413741
+        tail = tail * t - 0.284496736
+        tail = tail * t + 0.254829592
+        tail = 0.5 * t * tail * bell
+        cdf = tl.where(x > 0, 1.0 - tail, tail)
+    return cdf, 0.3989422804014327 * bell
+
+
+@triton.jit
+def gelu(x, TANH: tl.constexpr, EXACT: tl.constexpr):
+    """GELU of float32 x, by erf or by tanh; EXACT is for float32 results."""
+    if TANH:
+        return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    cdf, _ = _normal_cdf_pdf(x, EXACT)
+    return x * cdf
+
+
+@triton.jit
+def dgelu(x, TANH: tl.constexpr, EXACT: tl.constexpr):
+    """The derivative of `gelu` at float32 x."""
+    if TANH:
+        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+        return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
+    cdf, pdf = _normal_cdf_pdf(x, EXACT)
+    return cdf + x * pdf
+
+
+@triton.jit
+def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """Tile (pid_m, pid_n) of a program: GROUP_M tile rows share the columns' operand in L2."""
+    width = GROUP_M * num_n
+    first_m = (pid // width) * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    return first_m + (pid % width) % rows, (pid % width) // rows

@@ -1,15 +1,38 @@
-"""Launch configurations: one literal table per kernel, one look-up."""
+"""Launch configurations: one literal table per kernel, one look-up each.
+
+Lines are chosen from what the compiled code shows (registers, spills, shared memory, HGMMA); a
+line measured on a GPU carries the device, date and milliseconds. Look-up: exact architecture, then
+the same major, then the default, which fits 64 KiB of shared memory. Architecture 0 is the
+interpreter, where few large programs are fastest.
+"""
 
 import functools
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and launch options of one kernel; a kernel uses the fields it has."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int = 0
+    num_warps: int = 4
+    num_stages: int = 2
+    GROUP_M: int = 8
+    SUBTILES: int = 1
+
+
+T = TypeVar("T")
 
 
 @functools.cache
 def arch(device_index: int | None = None) -> int:
     """Compute capability as one integer (90 is Hopper); 0 in the interpreter."""
-    if not torch.cuda.is_available():
+    if device_index is None or not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(device_index)
     return 10 * major + minor
@@ -17,17 +40,115 @@ def arch(device_index: int | None = None) -> int:
 
 @functools.cache
 def num_sms(device_index: int | None = None) -> int:
-    if not torch.cuda.is_available():
-        return 4
+    if device_index is None or not torch.cuda.is_available():
+        return 2
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes and launch options of one kernel."""
+def look_up(table: dict[int, T], arch: int) -> T:
+    """The line of `arch`, else of the newest architecture of its major, else the default's."""
+    if arch in table:
+        return table[arch]
+    same_major = [a for a in table if a // 10 == arch // 10 and 0 < a <= arch]
+    return table[max(same_major)] if same_major else table[DEFAULT]
 
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int = 0
-    num_warps: int = 4
-    num_stages: int = 2
+
+DEFAULT = 80
+
+# Forward and dX products. "wide": enough 128 x 256 tiles for every SM; "square": enough 128 x 128;
+# "small": few rows; "float32": four bytes an element. A heavy epilogue takes two subtiles.
+GEMM: dict[int, dict[str, Config]] = {
+    0: {name: Config(128, 128, 128) for name in ("wide", "square", "small", "float32")},
+    80: {
+        "wide": Config(128, 128, 32, num_warps=8, num_stages=4),
+        "square": Config(128, 128, 32, num_warps=8, num_stages=4),
+        "small": Config(64, 64, 64, num_warps=4, num_stages=3),
+        "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
+    },
+    90: {
+        "wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=2),
+        "square": Config(128, 128, 64, num_warps=8, num_stages=4),
+        "small": Config(64, 64, 64, num_warps=4, num_stages=4),
+        "float32": Config(128, 128, 32, num_warps=8, num_stages=3),
+    },
+    100: {
+        "wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=2),
+        "square": Config(128, 128, 64, num_warps=8, num_stages=4),
+        "small": Config(64, 64, 64, num_warps=4, num_stages=4),
+        "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
+    },
+    120: {
+        "wide": Config(128, 128, 32, num_warps=8, num_stages=4),
+        "square": Config(128, 128, 32, num_warps=8, num_stages=4),
+        "small": Config(64, 64, 64, num_warps=4, num_stages=3),
+        "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
+    },
+}
+
+# dW: BLOCK_M is the step along the reduction, BLOCK_N x BLOCK_K the tile of dW.
+GEMM_DW: dict[int, dict[str, Config]] = {
+    0: {"16-bit": Config(256, 128, 128), "float32": Config(256, 128, 128)},
+    80: {
+        "16-bit": Config(32, 128, 128, num_warps=8, num_stages=4),
+        "float32": Config(32, 64, 64, num_warps=4, num_stages=3),
+    },
+    90: {
+        "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
+        "float32": Config(32, 64, 64, num_warps=4, num_stages=3),
+    },
+    100: {
+        "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
+        "float32": Config(32, 64, 64, num_warps=4, num_stages=3),
+    },
+    120: {
+        "16-bit": Config(32, 128, 128, num_warps=8, num_stages=3),
+        "float32": Config(32, 64, 64, num_warps=4, num_stages=3),
+    },
+}
+
+REDUCE_SLABS = Config(BLOCK_M=0, BLOCK_N=4, BLOCK_K=1024, num_warps=4)
+SUM_ROWS = Config(BLOCK_M=64, BLOCK_N=32, num_warps=4)
+
+
+def gemm(
+    M: int, N: int, K: int, dtype: torch.dtype, epilogue: str, device_index: int | None
+) -> Config:
+    """The configuration of one forward or dX product."""
+    return look_up(GEMM, arch(device_index))[gemm_class(M, N, dtype, num_sms(device_index))]
+
+
+def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int) -> str:
+    if dtype == torch.float32:
+        return "float32"
+    for name, block_n in (("wide", 256), ("square", 128)):
+        if -(-M // 128) * -(-N // block_n) >= sms:
+            return name
+    return "small"
+
+
+def gemm_dw(
+    M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None
+) -> tuple[Config, int]:
+    """The configuration of dW and the number of slabs: about two programs per SM."""
+    table = look_up(GEMM_DW, arch(device_index))
+    config = table["float32" if dtype == torch.float32 else "16-bit"]
+    tiles = -(-N // config.BLOCK_N) * -(-K // config.BLOCK_K)
+    splits = max(1, 2 * num_sms(device_index) // tiles)
+    return config, min(splits, max(1, M // (8 * config.BLOCK_M)) if device_index is not None else 2)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def row_stats(C: int) -> Config:
+    """Whole rows, about 4096 elements a program; BLOCK_N is the padded row."""
+    block_c = _power_of_two(C)
+    return Config(max(1, 4096 // block_c), block_c, num_warps=4 if block_c <= 2048 else 8)
+
+
+def layernorm_bwd(M: int, C: int, device_index: int | None) -> tuple[Config, int]:
+    """Whole rows, and the number of programs, each of which owns a run of rows."""
+    block_c = _power_of_two(C)
+    config = Config(max(1, 2048 // block_c), block_c, num_warps=4 if block_c <= 1024 else 8)
+    return config, min(-(-M // config.BLOCK_M), 4 * num_sms(device_index))

@@ -67,8 +67,8 @@ def attention_rows(
     q: Tensor, k: Tensor, rows: Sequence[int] = (0,), scale: float | None = None
 ) -> Tensor:
     """Chosen rows of softmax(q k^T * scale). q, k: (B, N, H, D) -> (B, H, len(rows), N)."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.einsum("brhd,bnhd->bhrn", q[:, list(rows)] * scale, k)
+    q = q[:, list(rows)] * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("brhd,bnhd->bhrn", q, k)
     return scores.float().softmax(-1)
 
 
@@ -128,5 +128,5 @@ def _add_branch(
     if layer_scale is not None:
         branch = branch * layer_scale
     if path_scale is not None:
-        branch = branch * path_scale.view(-1, 1, 1)
+        branch = branch * path_scale.to(branch.dtype).view(-1, 1, 1)
     return residual + branch

@@ -1,0 +1,127 @@
+"""residual + path_scale * layer_scale * (x W^T + b), all but the product in its epilogue.
+
+x: (B, N, K); weight: (C, K); residual: (B, N, C); layer_scale: (C,); path_scale: (B,).
+Saved for backward: x and weight in the compute dtype. LayerScale's gradient needs nothing more: with
+G = (path_scale * dout)^T x, which dW needs anyway, it is <W[c], G[c]> + b[c] sum(path_scale * dout[c]).
+Launches: 1 forward; 3 backward (dX product, dW, its slab sum). The residual's gradient is dout itself.
+Bytes: x, residual and out once; backward dout twice, x and dx once, and the dW slabs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels import gemm, library
+
+
+def _fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    path_scale: Tensor | None,
+    tokens: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    out = torch.empty((len(x), len(weight)), dtype=out_dtype, device=x.device)
+    return gemm.gemm(
+        x,
+        weight.t(),
+        out,
+        epilogue="residual",
+        bias=bias,
+        residual=residual,
+        layer_scale=layer_scale,
+        path_scale=path_scale,
+        tokens=tokens,
+    )
+
+
+def _fwd_fake(x, weight, bias, residual, layer_scale, path_scale, tokens, out_dtype):
+    return x.new_empty((len(x), len(weight)), dtype=out_dtype)
+
+
+def _bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    param: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    path_scale: Tensor | None,
+    tokens: int,
+) -> list[Tensor]:
+    branch = {"path_scale": path_scale, "layer_scale": layer_scale, "tokens": tokens}
+    dx = gemm.gemm(dout, weight, torch.empty_like(x), prologue="branch", **branch)
+    grads = gemm.gemm_dw(dout, x, param, bias, weight.dtype, **branch)
+    return [dx, *(g for g in grads if g is not None)]
+
+
+def _bwd_fake(dout, x, weight, param, bias, layer_scale, path_scale, tokens):
+    params = (param, bias, layer_scale)
+    return [torch.empty_like(x), *(p.new_empty(p.shape) for p in params if p is not None)]
+
+
+linear_residual_fwd = library.register("linear_residual_fwd", _fwd_fake)(_fwd)
+linear_residual_bwd = library.register("linear_residual_bwd", _bwd_fake)(_bwd)
+
+
+def branch_dtype(residual: Tensor, layer_scale: Tensor | None, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that eager's residual + layer_scale * branch has."""
+    if layer_scale is not None:
+        dtype = torch.promote_types(dtype, layer_scale.dtype)
+    return torch.promote_types(dtype, residual.dtype)
+
+
+class LinearResidualFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        layer_scale: Tensor | None,
+        path_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        x2, w, tokens = gemm.rows(x.to(dtype)), weight.to(dtype), x.shape[1]
+        out_dtype = branch_dtype(residual, layer_scale, dtype)
+        residual2 = gemm.rows(residual).contiguous()
+        out = linear_residual_fwd(
+            x2, w, bias, residual2, layer_scale, path_scale, tokens, out_dtype
+        )
+        ctx.save_for_backward(x2, w, weight, bias, layer_scale, path_scale)
+        ctx.tokens, ctx.x_dtype, ctx.residual_dtype = tokens, x.dtype, residual.dtype
+        return out.view(residual.shape)
+
+    @staticmethod
+    @library.first_order
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        _, _, weight, bias, layer_scale, _ = ctx.saved_tensors
+        dout2 = gemm.rows(dout)
+        dx, *grads = linear_residual_bwd(dout2, *ctx.saved_tensors, ctx.tokens)
+        left = iter(grads)
+        dweight, dbias, dscale = (
+            None if p is None else next(left) for p in (weight, bias, layer_scale)
+        )
+        dx = dx.view(*dout.shape[:-1], dx.shape[1]).to(ctx.x_dtype)
+        return dx, dweight, dbias, dout.to(ctx.residual_dtype), dscale, None, None
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    path_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """residual + path_scale * layer_scale * (x weight^T + bias), multiplied in `dtype`.
+
+    x: (B, N, K); weight: (C, K); residual: (B, N, C) -> (B, N, C) in eager's dtype.
+    """
+    return LinearResidualFunction.apply(x, weight, bias, residual, layer_scale, path_scale, dtype)
