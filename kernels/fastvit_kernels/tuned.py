@@ -152,3 +152,28 @@ def layernorm_bwd(M: int, C: int, device_index: int | None) -> tuple[Config, int
     block_c = _power_of_two(C)
     config = Config(max(1, 2048 // block_c), block_c, num_warps=4 if block_c <= 1024 else 8)
     return config, min(-(-M // config.BLOCK_M), 4 * num_sms(device_index))
+
+
+# Attention: (rows of queries, rows of keys) per tile, by the head dim padded to its pieces.
+ATTENTION: dict[int, dict[str, dict[int, Config]]] = {
+    0: {name: {128: Config(64, 64)} for name in ("fwd", "bwd_dq", "bwd_dkdv", "float32")},
+    80: {
+        "fwd": {64: Config(64, 64), 128: Config(64, 32)},
+        "bwd_dq": {64: Config(64, 64), 128: Config(64, 32)},
+        "bwd_dkdv": {64: Config(64, 64), 128: Config(32, 64)},
+        "float32": {64: Config(32, 32), 128: Config(16, 32)},
+    },
+    90: {
+        "fwd": {64: Config(64, 64), 128: Config(64, 64)},
+        "bwd_dq": {64: Config(64, 64), 128: Config(64, 64)},
+        "bwd_dkdv": {64: Config(64, 64), 128: Config(64, 64, num_warps=8)},
+        "float32": {64: Config(32, 32), 128: Config(16, 32)},
+    },
+}
+
+
+def attention(name: str, D: int, dtype: torch.dtype, device_index: int | None) -> Config:
+    """name: 'fwd', 'bwd_dq' or 'bwd_dkdv'. The line of the narrowest width that holds D."""
+    table = look_up(ATTENTION, arch(device_index))
+    lines = table["float32" if dtype == torch.float32 else name]
+    return lines[min(width for width in lines if width >= D)]
