@@ -1,4 +1,4 @@
-"""Dispatch and bad input of `fastvit.ops`: every error names the argument, what came, what was due."""
+"""Dispatch and bad input of `fastvit.ops`: errors name the argument, what came, what was due."""
 
 import subprocess
 import sys

@@ -3,8 +3,8 @@
 `gemm`:   C[M, N] = epilogue(prologue(A)[M, K] B[K, N])
 `gemm_dw`: dW[N, K] = G[M, N]^T prologue(X)[M, K], and db[N], the column sums of G
 
-Prologues act on the A (or X) tile between its load and the product, so that no normalised, activated
-or scaled copy is ever in memory:
+Prologues act on the A (or X) tile between its load and the product, so that no normalised,
+activated or scaled copy is ever in memory:
     "none"       a
     "layernorm"  (a - mean) * rstd * norm_weight + norm_bias, statistics read, not recomputed
     "branch"     a * layer_scale[k] * path_scale[sample]: the gradient that enters a residual branch
@@ -399,8 +399,8 @@ def gemm(
 ) -> Tensor:
     """out = epilogue(prologue(a) b). a: (M, K) rows; b: (K, N) any strides; out: (M, N).
 
-    b's dtype is the compute dtype. norm: (norm_weight, norm_bias, mean, rstd). u: (M, N), written by
-    epilogue "gelu", read by "dgelu". tokens: rows per sample, for path_scale (B,).
+    b's dtype is the compute dtype. norm: (norm_weight, norm_bias, mean, rstd). u: (M, N), written
+    by epilogue "gelu", read by "dgelu". tokens: rows per sample, for path_scale (B,).
     """
     (M, K), N = a.shape, b.shape[1]
     if M == 0:
@@ -459,7 +459,7 @@ def gemm_constexprs(
     }
 
 
-_TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def gemm_dw(
@@ -478,19 +478,14 @@ def gemm_dw(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dW, db, dlayer_scale, each in its parameter's dtype. g: (M, N); x: (M, K); weight: (N, K)."""
     (M, N), K = g.shape, x.shape[1]
-    new = weight.new_zeros if M == 0 else weight.new_empty
-    dw = new((N, K))
-    db = None if bias is None else new((N,), dtype=bias.dtype)
-    dlayer_scale = None if layer_scale is None else new((N,), dtype=layer_scale.dtype)
     if M == 0:
-        return dw, db, dlayer_scale
+        params = (weight, bias, layer_scale)
+        return tuple(None if p is None else torch.zeros_like(p) for p in params)
     norm_weight, norm_bias, mean, rstd = norm if norm is not None else (None,) * 4
     config, splits = tuned.gemm_dw(M, N, K, dtype, g.device.index)
     slab = triton.cdiv(triton.cdiv(M, splits), config.BLOCK_M) * config.BLOCK_M
-    splits = triton.cdiv(M, slab)
-    slabs = torch.empty((splits, N, K), dtype=torch.float32, device=g.device)
-    db_slabs = torch.empty((splits, N), dtype=torch.float32, device=g.device)
-    grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K), splits)
+    slabs, db_slabs = new_slabs(triton.cdiv(M, slab), N, K, g.device)
+    grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K), len(slabs))
     _gemm_dw_kernel[grid](
         g,
         x,
@@ -513,7 +508,7 @@ def gemm_dw(
         HAS_PATH_SCALE=path_scale is not None,
         TANH=tanh,
         EXACT=dtype == torch.float32,
-        COMPUTE=_TL_DTYPE[dtype],
+        COMPUTE=TL_DTYPE[dtype],
         PRECISION=precision(dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
@@ -521,8 +516,29 @@ def gemm_dw(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    reduce = tuned.REDUCE_SLABS
-    _reduce_slabs_kernel[(triton.cdiv(N, reduce.BLOCK_N),)](
+    return reduce_slabs(slabs, db_slabs, weight, bias, layer_scale)
+
+
+def new_slabs(splits: int, N: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Float32 room for the parts of dW and db: (S, N, K), (S, N)."""
+    slabs = torch.empty((splits, N, K), dtype=torch.float32, device=device)
+    return slabs, torch.empty((splits, N), dtype=torch.float32, device=device)
+
+
+def reduce_slabs(
+    slabs: Tensor,
+    db_slabs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dW, db, dlayer_scale in their parameters' dtypes, the slabs added in order."""
+    S, N, K = slabs.shape
+    dw = torch.empty((N, K), dtype=weight.dtype, device=weight.device)
+    db = None if bias is None else torch.empty_like(bias)
+    dlayer_scale = None if layer_scale is None else torch.empty_like(layer_scale)
+    config = tuned.REDUCE_SLABS
+    _reduce_slabs_kernel[(triton.cdiv(N, config.BLOCK_N),)](
         slabs,
         db_slabs,
         weight,
@@ -533,11 +549,11 @@ def gemm_dw(
         dlayer_scale,
         N,
         K,
-        splits,
+        S,
         HAS_BIAS=bias is not None,
         HAS_LAYER_SCALE=layer_scale is not None,
-        BLOCK_N=reduce.BLOCK_N,
-        BLOCK_K=reduce.BLOCK_K,
-        num_warps=reduce.num_warps,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps,
     )
     return dw, db, dlayer_scale

@@ -2,8 +2,8 @@
 
 x: (..., C); weight: (O, C) -> (..., O) in the compute dtype.
 Saved for backward: x, mean and rstd (float32, one pair a row), weight in the compute dtype.
-Launches: 2 forward (row statistics, product); 5 backward (dX product, dW, its slab sum, LayerNorm
-backward, its column sums count as two).
+Launches: 2 forward (row statistics, product); 6 backward (dh product, dW, its slab sum, LayerNorm
+backward with two column sums).
 Bytes: x twice, y once; backward dy twice, x twice, dh twice, dx once, and the dW slabs.
 """
 

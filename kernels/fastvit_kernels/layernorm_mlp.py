@@ -1,12 +1,12 @@
 """x + path_scale * layer_scale * fc2(GELU(fc1(LayerNorm(x)))): two products, nothing between.
 
 x: (B, N, C); fc1_weight: (F, C); fc2_weight: (C, F); layer_scale: (C,); path_scale: (B,).
-Saved for backward: x, mean and rstd (float32, one pair a row), the pre-activation u (B*N, F) and both
-weights in the compute dtype. Bytes a token: C of x's size + F of the compute size + 8.
+Saved for backward: x, mean and rstd (float32, one pair a row), the pre-activation u (B*N, F) and
+both weights in the compute dtype. Bytes a token: C of x's size + F of the compute size + 8.
 The norm is applied to the tiles of x as fc1 loads them; bias and GELU ride in fc1's epilogue, bias,
 LayerScale, drop path and residual in fc2's; backward recomputes GELU(u) as dW2 loads it.
-Launches: 3 forward (row statistics, fc1, fc2); 8 backward (dU, dW2 and dW1 with their slab sums, dh,
-LayerNorm backward, its column sums count as two).
+Launches: 3 forward (row statistics, fc1, fc2); 9 backward (dU, dW2 and dW1 with their slab sums,
+dh, LayerNorm backward with two column sums).
 """
 
 from typing import Any

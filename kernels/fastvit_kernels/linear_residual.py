@@ -1,9 +1,10 @@
 """residual + path_scale * layer_scale * (x W^T + b), all but the product in its epilogue.
 
 x: (B, N, K); weight: (C, K); residual: (B, N, C); layer_scale: (C,); path_scale: (B,).
-Saved for backward: x and weight in the compute dtype. LayerScale's gradient needs nothing more: with
-G = (path_scale * dout)^T x, which dW needs anyway, it is <W[c], G[c]> + b[c] sum(path_scale * dout[c]).
-Launches: 1 forward; 3 backward (dX product, dW, its slab sum). The residual's gradient is dout itself.
+Saved for backward: x and weight in the compute dtype. LayerScale's gradient needs nothing more:
+with G = (path_scale * dout)^T x, which dW needs anyway, it is
+<W[c], G[c]> + b[c] sum(path_scale * dout[:, c]).
+Launches: 1 forward; 3 backward (dX product, dW, its slab sum). The residual's gradient is dout.
 Bytes: x, residual and out once; backward dout twice, x and dx once, and the dW slabs.
 """
 

@@ -1,0 +1,479 @@
+"""[prefix; patches(images) W^T + b + pos]: a convolution read as a GEMM, its rows the image itself.
+
+images: (B, C, H, W) at any strides; weight: (dim, C, p_h, p_w); pos: (m, dim); prefix: (P, dim).
+Row t of sample b is the patch at (t // grid_w, t % grid_w), column k the pixel (c, y, x) of it; both
+are address arithmetic on the image, so there is no unfolded or permuted copy, and the same kernel
+adds bias and positions and writes the prefix rows into the one token buffer (B, P + m, dim).
+Saved for backward: images and weight.
+Backward: dW and db over fixed slabs of rows and a sum in order, dpos and dprefix by one pass over
+dout along the batch, dimages (only where asked) scattered straight to its pixels: no atomics.
+FLOPs: 2 B m K dim forward, K = C p_h p_w; as many again for dW, and for dimages.
+Bytes: images and tokens once forward; images once and dout twice backward (three with dimages).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit_kernels import gemm, library, tuned
+from fastvit_kernels.common import dot, tile_order
+
+
+@triton.jit
+def _pixel_offsets(
+    k, stride_c, stride_h, stride_w, P_H: tl.constexpr, P_W: tl.constexpr, VEC: tl.constexpr
+):
+    """Offset of column k = (c, y, x) from its patch's first pixel; runs of VEC lie side by side."""
+    c, y, x = k // (P_H * P_W), (k // P_W) % P_H, k % P_W
+    offs = c.to(tl.int64) * stride_c + y * stride_h + x * stride_w
+    return tl.max_contiguous(tl.multiple_of(offs, VEC), VEC)
+
+
+@triton.jit
+def _patch_offsets(
+    row,
+    tokens,
+    grid_w,
+    stride_b,
+    stride_h,
+    stride_w,
+    P_H: tl.constexpr,
+    P_W: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Offset of the first pixel of a patch, by its row in (B, tokens)."""
+    b, t = row // tokens, row % tokens
+    offs = b.to(tl.int64) * stride_b
+    offs += (t // grid_w) * P_H * stride_h + (t % grid_w) * P_W * stride_w
+    return tl.multiple_of(offs, VEC)
+
+
+@triton.jit
+def _patch_embed_fwd_kernel(
+    images_ptr,
+    weight_ptr,
+    bias_ptr,
+    pos_ptr,
+    prefix_ptr,
+    out_ptr,
+    B,
+    m,
+    P,
+    N,
+    K,
+    grid_w,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    P_H: tl.constexpr,
+    P_W: tl.constexpr,
+    VEC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_POS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    M = B * (P + m)
+    pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    token = offs_m % (P + m)  # prefix rows come first and have no pixels
+    is_patch = mask_m & (token >= P)
+    row = offs_m // (P + m) * m + tl.maximum(token - P, 0)
+    rows = _patch_offsets(row, m, grid_w, stride_b, stride_h, stride_w, P_H, P_W, VEC)
+    cols = (offs_n % N).to(tl.int64)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = k + offs_k < K
+        pixels = _pixel_offsets(k + offs_k, stride_c, stride_h, stride_w, P_H, P_W, VEC)
+        a = tl.load(
+            images_ptr + rows[:, None] + pixels[None, :],
+            mask=is_patch[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            weight_ptr + cols[None, :] * K + (k + offs_k)[:, None], mask=mask_k[:, None], other=0.0
+        )
+        acc = dot(a.to(w.dtype), w, acc, PRECISION)
+
+    mask = mask_m[:, None] & mask_n[None, :]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        acc += tl.where(is_patch[:, None], bias[None, :], 0.0)
+    if HAS_POS:
+        offs = (token - P)[:, None] * N + offs_n[None, :]
+        acc += tl.load(pos_ptr + offs, mask=is_patch[:, None] & mask, other=0.0).to(tl.float32)
+    if HAS_PREFIX:
+        offs = token[:, None] * N + offs_n[None, :]
+        is_prefix = (token < P)[:, None]
+        acc += tl.load(prefix_ptr + offs, mask=is_prefix & mask, other=0.0).to(tl.float32)
+    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _patch_embed_dw_kernel(
+    dout_ptr,
+    images_ptr,
+    dw_ptr,
+    db_ptr,
+    B,
+    m,
+    P,
+    N,
+    K,
+    grid_w,
+    slab,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    P_H: tl.constexpr,
+    P_W: tl.constexpr,
+    VEC: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid_n, pid_k, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_n, mask_k = offs_n < N, offs_k < K
+    cols = tl.max_contiguous(tl.multiple_of(offs_n % N, 8), 8)
+    pixels = _pixel_offsets(offs_k, stride_c, stride_h, stride_w, P_H, P_W, VEC)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    db = tl.zeros([BLOCK_N], tl.float32)
+    first, M = pid_s * slab, B * m
+    for start in range(first, tl.minimum(first + slab, M), BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        rows = _patch_offsets(offs_m, m, grid_w, stride_b, stride_h, stride_w, P_H, P_W, VEC)
+        x = tl.load(
+            images_ptr + rows[:, None] + pixels[None, :],
+            mask=mask_m[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        out_rows = (offs_m // m * (P + m) + P + offs_m % m).to(tl.int64)
+        g = tl.load(
+            dout_ptr + out_rows[:, None] * N + cols[None, :], mask=mask_m[:, None], other=0.0
+        )
+        if pid_k == 0:
+            db += tl.sum(g.to(tl.float32), axis=0)
+        acc = dot(tl.trans(g.to(COMPUTE)), x.to(COMPUTE), acc, PRECISION)
+    offs = (pid_s * N + offs_n).to(tl.int64)[:, None] * K + offs_k[None, :]
+    tl.store(dw_ptr + offs, acc, mask=mask_n[:, None] & mask_k[None, :])
+    if pid_k == 0:
+        tl.store(db_ptr + pid_s * N + offs_n, db, mask=mask_n)
+
+
+@triton.jit
+def _patch_embed_dtokens_kernel(
+    dout_ptr,
+    dpos_ptr,
+    dprefix_ptr,
+    B,
+    m,
+    P,
+    N,
+    HAS_POS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dpos and dprefix: dout summed over the batch, one program a token and run of channels."""
+    token = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for b in range(0, B, BLOCK_B):
+        offs_b = b + tl.arange(0, BLOCK_B)
+        rows = (offs_b * (P + m) + token).to(tl.int64)
+        mask = (offs_b < B)[:, None] & mask_n[None, :]
+        dout = tl.load(dout_ptr + rows[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+        total += tl.sum(dout.to(tl.float32), axis=0)
+    if token < P:
+        if HAS_PREFIX:
+            dprefix = total.to(dprefix_ptr.dtype.element_ty)
+            tl.store(dprefix_ptr + token * N + offs_n, dprefix, mask=mask_n)
+    else:
+        if HAS_POS:
+            dpos = total.to(dpos_ptr.dtype.element_ty)
+            tl.store(dpos_ptr + (token - P) * N + offs_n, dpos, mask=mask_n)
+
+
+@triton.jit
+def _patch_embed_dimages_kernel(
+    dout_ptr,
+    weight_ptr,
+    dimages_ptr,
+    B,
+    m,
+    P,
+    N,
+    K,
+    grid_w,
+    stride_b,
+    stride_c,
+    stride_h,
+    P_H: tl.constexpr,
+    P_W: tl.constexpr,
+    VEC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """dimages = dout W, (B m, K) with BLOCK_N of its columns a program; N is the reduction here."""
+    M = B * m
+    pid_m, pid_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_k = offs_m < M, offs_k < K
+    out_rows = (offs_m // m * (P + m) + P + offs_m % m).to(tl.int64)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for n in range(0, N, BLOCK_K):
+        offs_n = n + tl.arange(0, BLOCK_K)
+        mask_n = offs_n < N
+        g = tl.load(
+            dout_ptr + out_rows[:, None] * N + offs_n[None, :],
+            mask=mask_m[:, None] & mask_n[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            weight_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :],
+            mask=mask_n[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        acc = dot(g.to(w.dtype), w, acc, PRECISION)
+    rows = _patch_offsets(offs_m, m, grid_w, stride_b, stride_h, 1, P_H, P_W, VEC)
+    pixels = _pixel_offsets(offs_k, stride_c, stride_h, 1, P_H, P_W, VEC)
+    tl.store(
+        dimages_ptr + rows[:, None] + pixels[None, :],
+        acc.to(dimages_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_k[None, :],
+    )
+
+
+def vector_width(images: Tensor, p_w: int) -> int:
+    """How many pixels of a patch row one load may take: 1, 2, 4 or 8."""
+    if images.stride(3) != 1:
+        return 1
+    width = 8
+    steps = (p_w, *images.stride()[:3], images.data_ptr() // images.element_size())
+    while width > 1 and any(step % width for step in steps):
+        width //= 2
+    return width
+
+
+def _geometry(images: Tensor, weight: Tensor) -> dict[str, int]:
+    p_h, p_w = weight.shape[2:]
+    return {"P_H": p_h, "P_W": p_w, "VEC": vector_width(images, p_w)}
+
+
+def _grid_size(images: Tensor, weight: Tensor) -> tuple[int, int]:
+    return images.shape[2] // weight.shape[2], images.shape[3] // weight.shape[3]
+
+
+def _fwd(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    prefix: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    grid_h, grid_w = _grid_size(images, weight)
+    B, m, P, N = len(images), grid_h * grid_w, 0 if prefix is None else len(prefix), len(weight)
+    K = weight[0].numel()
+    out = torch.empty((B, P + m, N), dtype=out_dtype, device=images.device)
+    if out.numel() == 0:
+        return out
+    M = B * (P + m)
+    config = tuned.gemm(M, N, K, weight.dtype, "none", images.device.index)
+    _patch_embed_fwd_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
+        images,
+        weight,
+        bias,
+        pos,
+        prefix,
+        out,
+        B,
+        m,
+        P,
+        N,
+        K,
+        grid_w,
+        *images.stride(),
+        **_geometry(images, weight),
+        HAS_BIAS=bias is not None,
+        HAS_POS=pos is not None,
+        HAS_PREFIX=prefix is not None,
+        PRECISION=gemm.precision(weight.dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        GROUP_M=config.GROUP_M,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+def _fwd_fake(images, weight, bias, pos, prefix, out_dtype):
+    grid_h, grid_w = _grid_size(images, weight)
+    tokens = grid_h * grid_w + (0 if prefix is None else len(prefix))
+    return images.new_empty((len(images), tokens, len(weight)), dtype=out_dtype)
+
+
+def _bwd(
+    dout: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    param: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    prefix: Tensor | None,
+    needs_images: bool,
+) -> list[Tensor]:
+    """dweight, then dbias, dpos, dprefix, dimages as far as they are asked for."""
+    grid_h, grid_w = _grid_size(images, weight)
+    B, m, P, N = len(images), grid_h * grid_w, 0 if prefix is None else len(prefix), len(weight)
+    K, dtype = weight[0].numel(), weight.dtype
+    geometry = _geometry(images, weight)
+    grads = [None if p is None else torch.zeros_like(p) for p in (param, bias, pos, prefix)]
+    dimages = torch.empty(images.shape, dtype=dtype, device=images.device)
+    if dout.numel():
+        config, splits = tuned.gemm_dw(B * m, N, K, dtype, dout.device.index)
+        slab = triton.cdiv(triton.cdiv(B * m, splits), config.BLOCK_M) * config.BLOCK_M
+        slabs, db_slabs = gemm.new_slabs(triton.cdiv(B * m, slab), N, K, dout.device)
+        grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K), len(slabs))
+        _patch_embed_dw_kernel[grid](
+            dout,
+            images,
+            slabs,
+            db_slabs,
+            B,
+            m,
+            P,
+            N,
+            K,
+            grid_w,
+            slab,
+            *images.stride(),
+            **geometry,
+            COMPUTE=gemm.TL_DTYPE[dtype],
+            PRECISION=gemm.precision(dtype),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        dw, db, _ = gemm.reduce_slabs(slabs, db_slabs, param.flatten(1), bias)
+        grads[:2] = dw.view(param.shape), db
+        if pos is not None or prefix is not None:
+            config = tuned.SUM_BATCH
+            _patch_embed_dtokens_kernel[(P + m, triton.cdiv(N, config.BLOCK_N))](
+                dout,
+                grads[2],
+                grads[3],
+                B,
+                m,
+                P,
+                N,
+                HAS_POS=pos is not None,
+                HAS_PREFIX=prefix is not None,
+                BLOCK_B=config.BLOCK_M,
+                BLOCK_N=config.BLOCK_N,
+                num_warps=config.num_warps,
+            )
+        if needs_images:
+            config = tuned.gemm(B * m, K, N, dtype, "none", dout.device.index)
+            grid = (triton.cdiv(B * m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
+            _patch_embed_dimages_kernel[grid](
+                dout,
+                weight,
+                dimages,
+                B,
+                m,
+                P,
+                N,
+                K,
+                grid_w,
+                *dimages.stride()[:3],
+                **_geometry(dimages, weight),
+                PRECISION=gemm.precision(dtype),
+                BLOCK_M=config.BLOCK_M,
+                BLOCK_N=config.BLOCK_N,
+                BLOCK_K=config.BLOCK_K,
+                GROUP_M=config.GROUP_M,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+    return [g for g in (*grads, dimages if needs_images else None) if g is not None]
+
+
+def _bwd_fake(dout, images, weight, param, bias, pos, prefix, needs_images):
+    grads = [p.new_empty(p.shape) for p in (param, bias, pos, prefix) if p is not None]
+    if needs_images:
+        grads.append(images.new_empty(images.shape, dtype=weight.dtype))
+    return grads
+
+
+patch_embed_fwd = library.register("patch_embed_fwd", _fwd_fake)(_fwd)
+patch_embed_bwd = library.register("patch_embed_bwd", _bwd_fake)(_bwd)
+
+
+class PatchEmbedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pos: Tensor | None,
+        prefix: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        w = weight.to(dtype).contiguous()
+        pos, prefix = (None if t is None else t.contiguous() for t in (pos, prefix))
+        out_dtype = dtype
+        for t in (pos, prefix):
+            out_dtype = out_dtype if t is None else torch.promote_types(out_dtype, t.dtype)
+        ctx.save_for_backward(images, w, weight, bias, pos, prefix)
+        return patch_embed_fwd(images, w, bias, pos, prefix, out_dtype)
+
+    @staticmethod
+    @library.first_order
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        images, _, weight, bias, pos, prefix = ctx.saved_tensors
+        needs_images = ctx.needs_input_grad[0]
+        left = iter(patch_embed_bwd(dout.contiguous(), *ctx.saved_tensors, needs_images))
+        grads = [None if p is None else next(left) for p in (weight, bias, pos, prefix)]
+        return next(left).to(images.dtype) if needs_images else None, *grads, None
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    prefix: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[prefix; patches(images) weight^T + bias + pos], multiplied in `dtype`: (B, P + m, dim)."""
+    return PatchEmbedFunction.apply(images, weight, bias, pos, prefix, dtype)
