@@ -6,13 +6,20 @@ import torch
 from torch import Tensor
 
 
-def check(name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
+def check(
+    name: str,
+    got: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Pass when err(got) <= 2 * err(eager) + rounding, in the worst element and, where there are
     enough elements for luck to average out, in L2.
 
     got: what the kernel gave; eager: the eager reference in the same dtype and on the same inputs;
     truth: the eager reference in float64. NaN and infinities must stand at the same places.
-    rounding is two units in the last place of `got`'s dtype at the scale of the tensor.
+    rounding is two units in the last place at the scale of the tensor, in `dtype`: what was
+    multiplied in, under autocast; by default the tensor's own.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)} != {tuple(truth.shape)}"
     assert got.dtype == eager.dtype, f"{name}: dtype {got.dtype} != eager's {eager.dtype}"
@@ -29,7 +36,7 @@ def check(name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
     got64, eager64, truth = (t[finite] for t in (got64, eager64, truth))
     if truth.numel() == 0:
         return
-    ulp = torch.finfo(eager.dtype).eps
+    ulp = torch.finfo(dtype or eager.dtype).eps
     errors, scale = (got64 - truth).abs(), truth.abs()
     bound = 2 * float((eager64 - truth).abs().max()) + 2 * ulp * float(scale.max())
     worst = float(errors.max())

@@ -1,55 +1,119 @@
 """Compile kernels ahead of time, with no GPU, and read what the machine code costs.
 
-A case is one kernel with the types and constants of one launch. `compile_case` builds its cubin for
-an architecture and reads registers, spills, shared memory and the matrix instructions in it.
+`record` runs the real launchers on meta tensors and keeps each launch instead of making it, so a
+case can never drift from what a user's GPU would run. `compile_case` builds its cubin for an
+architecture and reads registers, spills, shared memory and the matrix instructions in it.
 """
 
+import contextlib
+import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fastvit_kernels import tuned
 
 ARCHS = (80, 90, 100, 120)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Per SM, from the CUDA programming guide: shared bytes an SM, a block; threads."""
+    """Of one part, from the CUDA programming guide: SMs; shared bytes an SM, a block; threads."""
 
+    sms: int
     shared_sm: int
     shared_block: int
     threads: int
     registers: int = 65536
 
 
-LIMITS = {
-    80: Limits(167_936, 166_912, 2048),
-    90: Limits(233_472, 232_448, 2048),
-    100: Limits(233_472, 232_448, 2048),
-    120: Limits(102_400, 101_376, 1536),
+LIMITS = {  # A100, H100 and H200, B200, RTX 5090
+    80: Limits(108, 167_936, 166_912, 2048),
+    90: Limits(132, 233_472, 232_448, 2048),
+    100: Limits(148, 233_472, 232_448, 2048),
+    120: Limits(170, 102_400, 101_376, 1536),
+}
+_POINTEES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.uint8: "u8",
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One launch to compile: `args` gives a type ("*bf16", "i32", "i32:16", "fp32") to each argument.
-
-    Constants go in `constexprs`, absent pointers with value None; ":16" says divisible by 16.
-    """
+    """One launch: `types` as triton writes them ("*bf16", "i32"), ":16" where divisible by 16."""
 
     name: str
     kernel: Any
-    args: Mapping[str, str]
-    constexprs: Mapping[str, Any]
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
     num_warps: int
-    num_stages: int = 1
+    num_stages: int
+    programs: int
+
+
+@contextlib.contextmanager
+def record(arch: int) -> Iterator[list[Case]]:
+    """Collect the launches that the body would make on a GPU of `arch`; nothing is launched."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    cases: list[Case] = []
+
+    def keep(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        names = [p.name for p in kernel.params]
+        values = {**dict(zip(names, args, strict=False)), **kwargs}
+        constexprs = {p.name for p in kernel.params if p.is_constexpr}
+        types, constants = [], []
+        for name in names:
+            kind = None if name in constexprs else _type(values[name])
+            if kind is None:
+                constants.append((name, values[name]))
+            else:
+                types.append((name, kind))
+        cases.append(
+            Case(
+                kernel.fn.__name__.strip("_").removesuffix("_kernel"),
+                kernel,
+                tuple(types),
+                tuple(constants),
+                options.get("num_warps", 4),
+                options.get("num_stages", 3),
+                math.prod(grid),
+            )
+        )
+
+    run, JITFunction.run = JITFunction.run, keep
+    try:
+        with tuned.target(arch, LIMITS[arch].sms):
+            yield cases
+    finally:
+        JITFunction.run = run
+
+
+def _type(value: Any) -> str | None:
+    """The type that triton gives an argument; None where it becomes a constant (None and 1)."""
+    if isinstance(value, torch.Tensor):
+        return "*" + _POINTEES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or value == 1:
+        return None
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return f"{kind}:16" if value % 16 == 0 else kind
 
 
 @dataclass(frozen=True)
@@ -70,22 +134,14 @@ class Cost:
 
 def compile_case(case: Case, arch: int) -> Cost:
     """Build the case for `arch` (90 is sm_90) and read its cost."""
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
-    names = case.kernel.arg_names
-    missing = set(names) - set(case.args) - set(case.constexprs)
-    if missing:
-        raise ValueError(f"{case.name}: no type or constant for {sorted(missing)}")
+    types = dict(case.types)
     signature, attrs = {}, {}
-    for i, name in enumerate(names):
-        if name in case.constexprs:
-            signature[name] = "constexpr"
-            continue
-        kind, _, divisor = case.args[name].partition(":")
+    for i, name in enumerate(case.kernel.arg_names):
+        kind, _, divisor = types.get(name, "constexpr").partition(":")
         signature[name] = kind
         if kind.startswith("*") or divisor == "16":
             attrs[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, dict(case.constexprs), attrs)
+    source = ASTSource(case.kernel, signature, dict(case.constants), attrs)
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),

@@ -42,7 +42,6 @@ def _prologue(
     layer_scale_ptr,
     path_scale,
     PROLOGUE: tl.constexpr,
-    HAS_AFFINE: tl.constexpr,
     HAS_LAYER_SCALE: tl.constexpr,
     HAS_PATH_SCALE: tl.constexpr,
     TANH: tl.constexpr,
@@ -50,10 +49,10 @@ def _prologue(
 ):
     if PROLOGUE == "layernorm":
         a = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
-        if HAS_AFFINE:
-            w = tl.load(norm_weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            b = tl.load(norm_bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            a = a * w[None, :] + b[None, :]
+        if norm_weight_ptr is not None:
+            a *= tl.load(norm_weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        if norm_bias_ptr is not None:
+            a += tl.load(norm_bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     elif PROLOGUE == "gelu":
         a = gelu(a.to(tl.float32), TANH, EXACT)
     elif PROLOGUE == "branch":
@@ -130,7 +129,6 @@ def _gemm_kernel(
     PROLOGUE: tl.constexpr,
     EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_AFFINE: tl.constexpr,
     HAS_LAYER_SCALE: tl.constexpr,
     HAS_PATH_SCALE: tl.constexpr,
     TANH: tl.constexpr,
@@ -184,7 +182,6 @@ def _gemm_kernel(
             layer_scale_ptr,
             path_scale,
             PROLOGUE,
-            HAS_AFFINE,
             HAS_LAYER_SCALE,
             HAS_PATH_SCALE,
             TANH,
@@ -258,7 +255,6 @@ def _gemm_dw_kernel(
     stride_gm,
     stride_xm,
     PROLOGUE: tl.constexpr,
-    HAS_AFFINE: tl.constexpr,
     HAS_PATH_SCALE: tl.constexpr,
     TANH: tl.constexpr,
     EXACT: tl.constexpr,
@@ -277,8 +273,9 @@ def _gemm_dw_kernel(
     norm_weight = tl.zeros([BLOCK_K], tl.float32)
     norm_bias = norm_weight
     if PROLOGUE == "layernorm":
-        if HAS_AFFINE:
+        if norm_weight_ptr is not None:
             norm_weight = tl.load(norm_weight_ptr + cols_k).to(tl.float32)
+        if norm_bias_ptr is not None:
             norm_bias = tl.load(norm_bias_ptr + cols_k).to(tl.float32)
 
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -297,8 +294,10 @@ def _gemm_dw_kernel(
             mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
             rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
             x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
-            if HAS_AFFINE:
-                x = x * norm_weight[None, :] + norm_bias[None, :]
+            if norm_weight_ptr is not None:
+                x *= norm_weight[None, :]
+            if norm_bias_ptr is not None:
+                x += norm_bias[None, :]
         elif PROLOGUE == "gelu":
             x = gelu(x.to(tl.float32), TANH, EXACT)
         if HAS_PATH_SCALE:
@@ -432,7 +431,6 @@ def gemm(
         b.stride(1),
         **gemm_constexprs(prologue, epilogue, b.dtype, K, config, tanh),
         HAS_BIAS=bias is not None,
-        HAS_AFFINE=norm_weight is not None,
         HAS_LAYER_SCALE=layer_scale is not None,
         HAS_PATH_SCALE=path_scale is not None,
         num_warps=config.num_warps,
@@ -504,7 +502,6 @@ def gemm_dw(
         g.stride(0),
         x.stride(0),
         PROLOGUE=prologue,
-        HAS_AFFINE=norm_weight is not None,
         HAS_PATH_SCALE=path_scale is not None,
         TANH=tanh,
         EXACT=dtype == torch.float32,

@@ -57,7 +57,7 @@ def _layernorm_bwd_kernel(
     rows_per_program,
     stride_xm,
     HAS_RESIDUAL: tl.constexpr,
-    HAS_AFFINE: tl.constexpr,
+    HAS_PARAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -65,7 +65,7 @@ def _layernorm_bwd_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     w = tl.zeros([BLOCK_C], tl.float32) + 1.0
-    if HAS_AFFINE:
+    if norm_weight_ptr is not None:
         w = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_C], tl.float32)
     db = tl.zeros([BLOCK_C], tl.float32)
@@ -90,7 +90,7 @@ def _layernorm_bwd_kernel(
         if HAS_RESIDUAL:
             dx += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    if HAS_AFFINE:
+    if HAS_PARAMS:
         tl.store(dw_ptr + pid * C + offs_c, dw, mask=mask_c)
         tl.store(db_ptr + pid * C + offs_c, db, mask=mask_c)
 
@@ -153,14 +153,14 @@ def layernorm_bwd(
     """
     M, C = x.shape
     dx = torch.empty((M, C), dtype=x.dtype, device=x.device)
-    affine = norm_weight is not None
+    has_params = norm_weight is not None or norm_bias is not None
     if M == 0:
         dw = None if norm_weight is None else torch.zeros_like(norm_weight)
         return dx, dw, None if norm_bias is None else torch.zeros_like(norm_bias)
     config, programs = tuned.layernorm_bwd(M, C, x.device.index)
     rows_per_program = triton.cdiv(triton.cdiv(M, programs), config.BLOCK_M) * config.BLOCK_M
     programs = triton.cdiv(M, rows_per_program)
-    partial = x.new_empty((2, programs, C), dtype=torch.float32) if affine else x.new_empty(2)
+    partial = x.new_empty((2, programs if has_params else 0, C), dtype=torch.float32)
     _layernorm_bwd_kernel[(programs,)](
         dy,
         x,
@@ -176,7 +176,7 @@ def layernorm_bwd(
         rows_per_program,
         x.stride(0),
         HAS_RESIDUAL=residual is not None,
-        HAS_AFFINE=affine,
+        HAS_PARAMS=has_params,
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_N,
         num_warps=config.num_warps,

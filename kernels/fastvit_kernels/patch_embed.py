@@ -1,8 +1,8 @@
 """[prefix; patches(images) W^T + b + pos]: a convolution read as a GEMM, its rows the image itself.
 
 images: (B, C, H, W) at any strides; weight: (dim, C, p_h, p_w); pos: (m, dim); prefix: (P, dim).
-Row t of sample b is the patch at (t // grid_w, t % grid_w), column k the pixel (c, y, x) of it; both
-are address arithmetic on the image, so there is no unfolded or permuted copy, and the same kernel
+Row t of sample b is the patch at (t // grid_w, t % grid_w), column k the pixel (c, y, x) of it;
+both are address arithmetic on the image, so there is no unfolded or permuted copy, and the kernel
 adds bias and positions and writes the prefix rows into the one token buffer (B, P + m, dim).
 Saved for backward: images and weight.
 Backward: dW and db over fixed slabs of rows and a sum in order, dpos and dprefix by one pass over

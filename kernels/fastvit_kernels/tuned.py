@@ -6,7 +6,9 @@ the same major, then the default, which fits 64 KiB of shared memory. Architectu
 interpreter, where few large programs are fastest.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,20 +31,35 @@ class Config:
 T = TypeVar("T")
 
 
-@functools.cache
-def arch(device_index: int | None = None) -> int:
+_target: tuple[int, int] | None = None
+
+
+@contextlib.contextmanager
+def target(arch: int, sms: int) -> Iterator[None]:
+    """Choose for another GPU than the one at hand: what the ahead-of-time compiler needs."""
+    global _target
+    before, _target = _target, (arch, sms)
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def arch(device_index: int | None) -> int:
     """Compute capability as one integer (90 is Hopper); 0 in the interpreter."""
-    if device_index is None or not torch.cuda.is_available():
-        return 0
-    major, minor = torch.cuda.get_device_capability(device_index)
-    return 10 * major + minor
+    return _target[0] if _target else _device(device_index)[0]
+
+
+def num_sms(device_index: int | None) -> int:
+    return _target[1] if _target else _device(device_index)[1]
 
 
 @functools.cache
-def num_sms(device_index: int | None = None) -> int:
-    if device_index is None or not torch.cuda.is_available():
-        return 2
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
+def _device(index: int | None) -> tuple[int, int]:
+    if index is None or not torch.cuda.is_available():
+        return 0, 2
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def look_up(table: dict[int, T], arch: int) -> T:
@@ -87,7 +104,7 @@ GEMM: dict[int, dict[str, Config]] = {
 
 # dW: BLOCK_M is the step along the reduction, BLOCK_N x BLOCK_K the tile of dW.
 GEMM_DW: dict[int, dict[str, Config]] = {
-    0: {"16-bit": Config(256, 128, 128), "float32": Config(256, 128, 128)},
+    0: {"16-bit": Config(64, 128, 128), "float32": Config(64, 128, 128)},
     80: {
         "16-bit": Config(32, 128, 128, num_warps=8, num_stages=4),
         "float32": Config(32, 64, 64, num_warps=4, num_stages=3),
@@ -137,8 +154,10 @@ def gemm_dw(
     table = look_up(GEMM_DW, arch(device_index))
     config = table["float32" if dtype == torch.float32 else "16-bit"]
     tiles = -(-N // config.BLOCK_N) * -(-K // config.BLOCK_K)
+    if arch(device_index) == 0:
+        return config, 2
     splits = max(1, 2 * num_sms(device_index) // tiles)
-    return config, min(splits, max(1, M // (8 * config.BLOCK_M)) if device_index is not None else 2)
+    return config, min(splits, max(1, M // (8 * config.BLOCK_M)))
 
 
 def _power_of_two(n: int) -> int:
@@ -181,3 +200,35 @@ def attention(name: str, D: int, dtype: torch.dtype, device_index: int | None) -
     table = look_up(ATTENTION, arch(device_index))
     lines = table["float32" if dtype == torch.float32 else name]
     return lines[min(width for width in lines if width >= D)]
+
+
+# "resident" holds every key of a row, at most BLOCK_N of them (0: never); the others walk over the
+# keys (fwd, dq) or the queries (dkv) in blocks. "_128" serves head dims over 64.
+ATTENTION: dict[int, dict[str, Config]] = {
+    0: {
+        "fwd_resident": Config(64, 256),
+        "bwd_resident": Config(64, 128),
+        "fwd": Config(128, 128),
+        "fwd_small": Config(64, 128),
+        "dq": Config(128, 128),
+        "dkv": Config(128, 128),
+    },
+    90: {
+        "fwd_resident": Config(64, 256, num_warps=4, num_stages=1),
+        "bwd_resident": Config(64, 128, num_warps=8, num_stages=1),
+        "fwd": Config(128, 128, num_warps=8, num_stages=2),
+        "fwd_small": Config(64, 64, num_warps=4, num_stages=2),
+        "dq": Config(64, 64, num_warps=4, num_stages=2),
+        "dkv": Config(64, 64, num_warps=4, num_stages=2),
+    },
+}
+
+
+def attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
+    """The configuration of one attention kernel at head dim D."""
+    table = look_up(ATTENTION, arch)
+    suffixes = ("_float32",) if dtype == torch.float32 else ("_128",) if D > 64 else ()
+    for suffix in suffixes:
+        if kernel + suffix in table:
+            return table[kernel + suffix]
+    return table[kernel]

@@ -1,0 +1,202 @@
+"""`python -m fastvit_kernels.report`: what every kernel costs on every architecture, with no GPU.
+
+The cases are the launches of real models: one encoder block and stem, forward and backward, at each
+width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+
+from fastvit_kernels import (
+    aot,
+    attention,
+    layernorm_linear,
+    layernorm_mlp,
+    linear_residual,
+    patch_embed,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One training step of one block and the stem."""
+
+    name: str
+    dim: int
+    heads: int
+    mlp_dim: int
+    batch: int = 256
+    patch: int = 16
+    image: int = 224
+    dtype: torch.dtype = torch.bfloat16
+    residual_dtype: torch.dtype = torch.bfloat16
+    branch: bool = False  # LayerScale and drop path
+
+
+MODELS = (
+    Workload("B/16", 768, 12, 3072),
+    Workload("B/16 autocast", 768, 12, 3072, residual_dtype=torch.float32, branch=True),
+    Workload("Ti/16 batch 1", 192, 3, 768, batch=1),
+    Workload("so400m/14", 1152, 16, 4304, patch=14),
+    Workload("H/14", 1280, 16, 5120, patch=14),
+    Workload("g/14", 1408, 16, 6144, patch=14),
+    Workload("giant-opt/16", 1536, 16, 6144, image=256),
+    Workload("7B/16", 4096, 32, 8192, image=256, batch=32),
+    Workload("S/16 float32", 384, 6, 1536, dtype=torch.float32, residual_dtype=torch.float32),
+    Workload("H/14 float32", 1280, 16, 5120, 32, 14, 224, torch.float32, torch.float32),
+    Workload("7B/16 float32", 4096, 32, 8192, 4, 16, 256, torch.float32, torch.float32),
+)
+# What CI compiles at each change; the rest is one command away.
+CI = ("B/16", "B/16 autocast", "Ti/16 batch 1", "H/14", "S/16 float32")
+
+
+def run(w: Workload) -> None:
+    """Call every launcher of a block and the stem, forward and backward, on meta tensors."""
+
+    def new(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype or w.dtype, device="meta")
+
+    side = w.image // w.patch
+    N, D, M = side * side + 1, w.dim // w.heads, w.batch * (side * side + 1)
+    master = w.residual_dtype
+    images, pos = new(w.batch, 3, w.image, w.image), new(side * side, w.dim, dtype=master)
+    conv = new(w.dim, 3, w.patch, w.patch)
+    vector, prefix = new(w.dim, dtype=master), new(1, w.dim, dtype=master)
+    patch_embed._fwd(images, conv, vector, pos, prefix, master)
+    tokens = new(w.batch, N, w.dim, dtype=master)
+    patch_embed._bwd(tokens, images, conv, conv, vector, pos, prefix, True)
+
+    x, rows = new(M, w.dim, dtype=master), new(M, dtype=torch.float32)
+    qkv_w, qkv_b = new(3 * w.dim, w.dim), new(3 * w.dim, dtype=master)
+    layernorm_linear._fwd(x, vector, vector, qkv_w, qkv_b, 1e-6)
+    layernorm_linear._bwd(
+        new(M, 3 * w.dim), x, rows, rows, vector, vector, qkv_w, qkv_w.to(master), qkv_b
+    )
+
+    q, k, v = new(w.batch, N, 3, w.heads, D).unbind(2)
+    o, lse = attention._fwd(q, k, v, 0.125)
+    attention._bwd(o, q, k, v, o, lse, 0.125)
+
+    layer_scale = vector if w.branch else None
+    path_scale = new(w.batch, dtype=torch.float32) if w.branch else None
+    branch = (layer_scale, path_scale, N)
+    proj, out = new(w.dim, w.dim), new(M, w.dim)
+    linear_residual._fwd(out, proj, vector, x, *branch, master)
+    linear_residual._bwd(x, out, proj, proj.to(master), vector, *branch)
+
+    fc1, fc1_b, fc2 = new(w.mlp_dim, w.dim), new(w.mlp_dim, dtype=master), new(w.dim, w.mlp_dim)
+    for tanh in (False, True):
+        layernorm_mlp._fwd(x, vector, vector, fc1, fc1_b, fc2, vector, *branch, 1e-6, tanh, master)
+        fc1_saved, fc2_saved = (fc1, fc1.to(master), fc1_b), (fc2, fc2.to(master), vector)
+        saved = (x, new(M, w.mlp_dim), rows, rows, vector, vector, *fc1_saved, *fc2_saved)
+        layernorm_mlp._bwd(x, *saved, *branch, tanh)
+
+
+def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
+    """Distinct launches of the named workloads (all of them by default) on `arch`."""
+    found: dict[str, aot.Case] = {}
+    for workload in MODELS:
+        if names is not None and workload.name not in names:
+            continue
+        with aot.record(arch) as launches:
+            run(workload)
+        for case in launches:
+            name = f"{case.name} {describe(case)}"
+            found.setdefault(name, dataclasses.replace(case, name=name))
+    return list(found.values())
+
+
+def describe(case: aot.Case) -> str:
+    """The constants that tell one case of a kernel from another, on one line."""
+    constants = dict(case.constants)
+    words = [constants.get("PROLOGUE"), constants.get("EPILOGUE")]
+    words += [f"D{constants['D']}"] if "D" in constants else []
+    words += [f"tails {constants[t]}" for t in ("TAIL_M", "TAIL_N") if constants.get(t)]
+    words += ["tanh"] if constants.get("TANH") else []
+    words += ["ragged K"] if constants.get("EVEN_K") is False else []
+    words += [
+        label
+        for flag, label in (("HAS_LAYER_SCALE", "ls"), ("HAS_PATH_SCALE", "path"))
+        if constants.get(flag)
+    ]
+    blocks = [constants.get(f"BLOCK_{x}") for x in ("M", "N", "K", "C")]
+    words.append("x".join(str(b) for b in blocks if b))
+    pointees = sorted({kind[1:] for _, kind in case.types if kind.startswith("*")})
+    words += ["+".join(pointees), f"{case.num_warps}w", f"{case.num_stages}s"]
+    return " ".join(str(w) for w in words if w)
+
+
+def costs(selected: list[tuple[aot.Case, int]], jobs: int) -> list[aot.Cost]:
+    """Compile cases, each (case, arch), in `jobs` processes."""
+    if jobs == 1:
+        return [aot.compile_case(case, arch) for case, arch in selected]
+    with ProcessPoolExecutor(jobs) as pool:
+        keys = [(case.name, arch) for case, arch in selected]
+        return list(pool.map(_compile_named, keys, chunksize=4))
+
+
+_by_name: dict[tuple[str, int], aot.Case] = {}
+
+
+def _compile_named(key: tuple[str, int]) -> aot.Cost:
+    _, arch = key
+    if key not in _by_name:
+        _by_name.update({(case.name, arch): case for case in cases(arch)})
+    return aot.compile_case(_by_name[key], arch)
+
+
+def table(rows: list[aot.Cost]) -> str:
+    head = ("arch", "regs", "spill", "shared", "CTAs", "HGMMA", "HMMA", "tcgen05", "TMA", "kernel")
+    lines = [head] + [
+        (
+            f"sm_{c.arch}",
+            c.registers,
+            c.spills,
+            c.shared,
+            c.ctas_per_sm,
+            c.hgmma,
+            c.hmma,
+            c.tcgen05,
+            c.tma_loads,
+            c.name,
+        )
+        for c in rows
+    ]
+    return "\n".join(
+        "  ".join([*(f"{cell!s:>7}" for cell in line[:-1]), str(line[-1])]) for line in lines
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastvit_kernels.report", description=__doc__)
+    parser.add_argument("--arch", type=int, action="append", choices=aot.ARCHS)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--ci", action="store_true", help=f"only {', '.join(CI)}")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    args = parser.parse_args(argv)
+    selected = [
+        (case, arch)
+        for arch in args.arch or aot.ARCHS
+        for case in cases(arch, CI if args.ci else None)
+        if args.only in case.name
+    ]
+    rows = costs(selected, args.jobs)
+    print(f"triton {triton.__version__}, {len(rows)} cases; spills and shared memory in bytes")
+    print(table(rows))
+    if args.json:
+        report = {"triton": triton.__version__, "rows": [dataclasses.asdict(c) for c in rows]}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if any(c.spills for c in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Run an op on the Triton backend, in eager and in float64, and hold the first to the others."""
+
+from typing import Any
+
+import pytest
+import torch
+from checks import check
+from torch import Tensor
+
+import fastvit
+from fastvit import ops, reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def leaf(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+    """A random tensor that gets a gradient."""
+    return (torch.randn(shape) * scale).requires_grad_(grad)
+
+
+def check_parity(
+    op: str,
+    args: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    autocast: bool = False,
+) -> None:
+    """Output and every gradient of `ops.<op>(**args)` against float64, by the rule of checks.py.
+
+    Tensors of args are float32 and are cast to dtype first; with autocast they stay float32 and
+    torch.autocast(dtype) casts as it does for eager.
+    """
+    inputs = args
+    if not autocast:
+        inputs = {k: _cast(v, dtype) for k, v in args.items()}
+    context = torch.autocast(torch.device(device).type, dtype, enabled=autocast)
+    with context:
+        eager = results(getattr(reference, op), inputs, device)
+    with fastvit.use_backend("triton"), context:
+        got = results(getattr(ops, op), inputs, device)
+    wide = {k: _cast(v, torch.float64) for k, v in inputs.items()}
+    truth = results(getattr(reference, op), wide, dout_dtype=eager["out"].dtype)
+    for name in truth:
+        label = f"{op} {name} {dtype_id(dtype)}"
+        check(label, got[name], eager[name], truth[name], dtype if autocast else None)
+
+
+def results(
+    function: Any,
+    args: dict[str, Any],
+    device: torch.device | str = "cpu",
+    dout_dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The output and the gradient of each argument that wants one, for one random dout.
+
+    dout_dtype: what dout is rounded to first, so that float64 gets the very numbers of the others.
+    """
+    args = {k: _fresh(v, device) for k, v in args.items()}
+    out = function(**args)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    out.backward(dout.to(dout_dtype or out.dtype).to(out))
+    grads = {f"d{k}": v.grad for k, v in args.items() if isinstance(v, Tensor) and v.requires_grad}
+    return {"out": out, **grads}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+
+def _fresh(value: Any, device: torch.device | str) -> Any:
+    """A leaf at the same strides on the device."""
+    if not isinstance(value, Tensor):
+        return value
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    copy.copy_(value.detach())
+    return copy.to(device).requires_grad_(value.requires_grad)
+
+
+def check_repeatable(op: str, args: dict[str, Any], dtype: torch.dtype, device: Any) -> None:
+    """Two runs are bitwise equal, forward and backward."""
+    inputs = {k: _cast(v, dtype) for k, v in args.items()}
+    with fastvit.use_backend("triton"):
+        first, second = (results(getattr(ops, op), inputs, device) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), f"{op} {name} differs between two runs"
+
+
+def check_no_double_backward(op: str, args: dict[str, Any], device: Any) -> None:
+    inputs = {k: _fresh(v, device) for k, v in args.items()}
+    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+    with fastvit.use_backend("triton"):
+        out = getattr(ops, op)(**inputs)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), leaves, create_graph=True)
+
+
+def check_compiles(op: str, args: dict[str, Any], device: Any) -> None:
+    """torch.compile(fullgraph=True) gives what the op gives alone, forward and backward."""
+    compiled = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager")
+    with fastvit.use_backend("triton"):
+        got, plain = (results(f, args, device) for f in (compiled, getattr(ops, op)))
+    for name in plain:
+        assert torch.equal(got[name], plain[name]), f"{op} {name} differs under torch.compile"

@@ -1,0 +1,125 @@
+"""Attention against float64: forward and every gradient, odd sizes, all head dims, bad values."""
+
+import pytest
+import torch
+from checks import check
+from parity import (
+    DTYPES,
+    check_compiles,
+    check_no_double_backward,
+    check_parity,
+    check_repeatable,
+    dtype_id,
+    leaf,
+)
+
+import fastvit
+from fastvit import ops, reference
+
+HEAD_DIMS = [16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("N", [1, 2, 17, 50, 64, 65, 128, 197])
+def test_tokens(N: int, dtype: torch.dtype, device: torch.device) -> None:
+    check_parity("attention_qkv", {"qkv": leaf(1, N, 3, 2, 64)}, dtype, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("N", [257, 577, 785])
+def test_many_tokens(N: int, device: torch.device) -> None:
+    check_parity("attention_qkv", {"qkv": leaf(1, N, 3, 1, 64)}, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("D", HEAD_DIMS)
+def test_head_dims(D: int, dtype: torch.dtype, device: torch.device) -> None:
+    check_parity("attention_qkv", {"qkv": leaf(2, 37, 3, 1, D)}, dtype, device)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.5, 1.0])
+def test_scale(scale: float, device: torch.device) -> None:
+    check_parity("attention_qkv", {"qkv": leaf(1, 33, 3, 2, 32), "scale": scale}, device=device)
+
+
+def test_separate_and_strided(device: torch.device) -> None:
+    heads_first = (leaf(2, 3, 21, 32, grad=False).transpose(1, 2) for _ in range(3))
+    q, k, v = (t.requires_grad_() for t in heads_first)
+    check_parity("attention", {"q": q, "k": k, "v": v}, device=device)
+    dim_first = leaf(2, 32, 3, 21, grad=False).permute(0, 3, 2, 1).requires_grad_()
+    check_parity("attention", {"q": dim_first, "k": k, "v": v}, device=device)
+
+
+def test_autocast(device: torch.device) -> None:
+    args = {"qkv": leaf(2, 21, 3, 2, 32)}
+    check_parity("attention_qkv", args, torch.bfloat16, device, autocast=True)
+
+
+def test_large_scores(device: torch.device) -> None:
+    qkv = leaf(1, 40, 3, 1, 16, grad=False)
+    qkv[:, :, :2] *= 1e3
+    check_parity("attention_qkv", {"qkv": qkv.requires_grad_()}, device=device)
+
+
+def test_equal_scores_give_the_mean(device: torch.device) -> None:
+    qkv = torch.randn(1, 50, 3, 2, 32, device=device)
+    qkv[:, :, 0] = 0
+    with fastvit.use_backend("triton"):
+        o = ops.attention_qkv(qkv)
+    torch.testing.assert_close(o, qkv[:, :, 2].mean(1, keepdim=True).expand_as(o))
+
+
+def test_nan_and_inf_stay_where_eager_has_them(device: torch.device) -> None:
+    qkv = torch.randn(1, 70, 3, 3, 16, device=device)
+    qkv[0, 3, 0, 0, 5] = float("nan")  # one query row of head 0
+    qkv[0, 66, 1, 1, 2] = float("nan")  # one key: every row of head 1
+    with fastvit.use_backend("triton"):
+        got = ops.attention_qkv(qkv)
+    check("o", got, reference.attention_qkv(qkv), reference.attention_qkv(qkv.double()))
+    assert got[0, 3, 0].isnan().all() and got[0, :, 1].isnan().all()
+    assert int(got.isnan().sum()) == 16 + 70 * 16
+
+
+def test_keys_of_minus_infinity_get_no_weight(device: torch.device) -> None:
+    q, v = (torch.randn(1, 80, 1, 16, device=device).abs() for _ in range(2))
+    k = torch.randn(1, 80, 1, 16, device=device)
+    k[:, :70] = float("-inf")  # more than the first tile
+    with fastvit.use_backend("triton"):
+        got = ops.attention(q, k, v)
+        alone = ops.attention(q[:, :10], k[:, 70:], v[:, 70:])
+    assert got.isfinite().all()
+    torch.testing.assert_close(got[:, :10], alone)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 2, 16), (2, 0, 3, 2, 16), (2, 5, 3, 0, 16)])
+def test_empty(shape: tuple[int, ...], device: torch.device) -> None:
+    qkv = torch.randn(shape, device=device, requires_grad=True)
+    with fastvit.use_backend("triton"):
+        o = ops.attention_qkv(qkv)
+    o.sum().backward()
+    assert o.shape == (shape[0], shape[1], shape[3], shape[4])
+    assert qkv.grad is not None and qkv.grad.shape == shape
+
+
+def test_lse(device: torch.device) -> None:
+    from fastvit_kernels.attention import attention_fwd
+
+    q, k, v = torch.randn(2, 67, 3, 2, 24, device=device).unbind(2)
+    _, lse = attention_fwd(q, k, v, 0.3)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double()) * 0.3
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
+def test_repeatable_compiled_and_first_order(device: torch.device) -> None:
+    args = {"qkv": leaf(2, 70, 3, 2, 24)}
+    check_repeatable("attention_qkv", args, torch.float16, device)
+    check_compiles("attention_qkv", args, device)
+    check_no_double_backward("attention_qkv", args, device)
+
+
+def test_attention_rows_is_the_softmax(device: torch.device) -> None:
+    q, k, v = torch.randn(2, 30, 3, 2, 16, device=device).unbind(2)
+    maps = reference.attention_rows(q, k, rows=(0, 7))
+    assert maps.shape == (2, 2, 2, 30)
+    o = torch.einsum("bhrn,bnhd->brhd", maps, v)
+    torch.testing.assert_close(o, reference.attention(q, k, v)[:, [0, 7]])

@@ -1,0 +1,108 @@
+"""Patch embedding against float64: forward and every gradient, any geometry and layout."""
+
+import pytest
+import torch
+from parity import (
+    DTYPES,
+    check_compiles,
+    check_no_double_backward,
+    check_parity,
+    check_repeatable,
+    dtype_id,
+    leaf,
+)
+
+import fastvit
+from fastvit import ops
+
+
+def arguments(B: int, C: int, H: int, W: int, p_h: int, p_w: int, dim: int, P: int) -> dict:
+    return {
+        "images": leaf(B, C, H, W),
+        "weight": leaf(dim, C, p_h, p_w, scale=0.1),
+        "bias": leaf(dim),
+        "pos": leaf((H // p_h) * (W // p_w), dim),
+        "prefix": leaf(P, dim) if P else None,
+    }
+
+
+GEOMETRIES = {
+    "16x16": (2, 3, 32, 48, 16, 16, 64, 1),
+    "14x14": (2, 3, 28, 42, 14, 14, 32, 1),
+    "registers": (1, 1, 8, 8, 4, 4, 24, 5),
+    "3x2 no prefix": (3, 5, 6, 10, 3, 2, 72, 0),
+    "one pixel": (2, 4, 3, 5, 1, 1, 8, 1),
+    "one patch": (1, 3, 8, 16, 8, 16, 136, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_parity(geometry: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    check_parity("patch_embed", arguments(*geometry), dtype, device)
+
+
+@pytest.mark.parametrize("absent", ["bias", "pos", "prefix"])
+def test_without(absent: str, device: torch.device) -> None:
+    args = arguments(2, 3, 8, 12, 4, 4, 16, 2)
+    check_parity("patch_embed", {**args, absent: None}, device=device)
+
+
+def test_autocast(device: torch.device) -> None:
+    args = arguments(2, 3, 32, 16, 8, 8, 40, 1)
+    check_parity("patch_embed", args, torch.bfloat16, device, autocast=True)
+    bare = {**args, "pos": None, "prefix": None}
+    check_parity("patch_embed", bare, torch.bfloat16, device, autocast=True)
+
+
+def test_layouts(device: torch.device) -> None:
+    args = arguments(2, 3, 16, 32, 8, 8, 16, 1)
+    images = args["images"].detach()
+    for layout in (
+        images.contiguous(memory_format=torch.channels_last),
+        images.transpose(2, 3).contiguous().transpose(2, 3),
+        leaf(2, 3, 17, 35, grad=False)[:, :, 1:, 3:],
+        leaf(2, 6, 16, 32, grad=False)[:, ::2],
+    ):
+        check_parity("patch_embed", {**args, "images": layout.requires_grad_()}, device=device)
+
+
+def test_images_without_gradient(device: torch.device) -> None:
+    args = arguments(2, 3, 8, 8, 4, 4, 16, 1)
+    check_parity("patch_embed", {**args, "images": args["images"].detach()}, device=device)
+
+
+def test_empty_batch(device: torch.device) -> None:
+    args = {k: v.detach().to(device) for k, v in arguments(1, 3, 8, 8, 4, 4, 16, 1).items()}
+    weight = args["weight"].requires_grad_()
+    with fastvit.use_backend("triton"):
+        out = ops.patch_embed(**{**args, "images": args["images"][:0]})
+    assert out.shape == (0, 5, 16)
+    out.sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_nan_stays_in_its_patch(device: torch.device) -> None:
+    args = {k: v.detach().to(device) for k, v in arguments(2, 3, 8, 8, 4, 4, 16, 1).items()}
+    args["images"][1, 2, 5, 6] = float("nan")
+    with fastvit.use_backend("triton"):
+        nan = ops.patch_embed(**args).isnan()
+    assert nan[1, 4].all() and int(nan.sum()) == 16
+
+
+def test_repeatable_compiled_and_first_order(device: torch.device) -> None:
+    args = arguments(3, 3, 16, 16, 4, 4, 24, 1)
+    check_repeatable("patch_embed", args, torch.bfloat16, device)
+    check_compiles("patch_embed", args, device)
+    check_no_double_backward("patch_embed", args, device)
+
+
+def test_vector_width_asks_for_aligned_runs() -> None:
+    from fastvit_kernels.patch_embed import vector_width
+
+    images = torch.empty(2, 3, 32, 32)
+    assert vector_width(images, 16) == 8
+    assert vector_width(images, 14) == 2
+    assert vector_width(images, 7) == 1
+    assert vector_width(images.contiguous(memory_format=torch.channels_last), 16) == 1
+    assert vector_width(torch.empty(2, 3, 32, 36)[..., 4:], 16) == 4
