@@ -34,9 +34,12 @@ def _row_stats_kernel(
         x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_c[None, :], mask=mask, other=0.0
     ).to(tl.float32)
     mean = tl.sum(x, axis=1) / C
-    # Deviations from the mean, not mean(x^2) - mean^2: rows far from zero keep their digits.
+    # Deviations from the mean, not mean(x^2) - mean^2, and the mean corrected by what they sum to:
+    # rows far from zero keep their digits.
     deviation = tl.where(mask_c[None, :], x - mean[:, None], 0.0)
-    var = tl.sum(deviation * deviation, axis=1) / C
+    correction = tl.sum(deviation, axis=1) / C
+    mean += correction
+    var = tl.sum(deviation * deviation, axis=1) / C - correction * correction
     tl.store(mean_ptr + offs_m, mean, mask=mask_m)
     tl.store(rstd_ptr + offs_m, 1.0 / tl.sqrt(var + eps), mask=mask_m)
 

@@ -1,0 +1,443 @@
+"""Labelled images in three splits: scikit-learn's digits, Fashion-MNIST files, image folders.
+
+Images are uint8 (N, C, H, W) until a batch reaches the model. Every split is a fixed function of
+the data alone, never of a run's seed: settings are chosen on `val`, and `test` is left for the end.
+"""
+
+import gzip
+import math
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastvit.augment import Augment
+from fastvit.errors import UsageError, need
+
+SPLIT_SEED = 20210603
+TEST_SHARE, VAL_SHARE = 0.2, 0.1
+MEMORY_LIMIT = 2 << 30
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+FORMS = "digits, fashion-mnist:PATH or folder:PATH"
+
+
+@dataclass
+class Images:
+    """Images in memory. images: uint8 (N, C, H, W); labels: int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of `order`, `batch_size` at a time, and their labels."""
+        for chosen in order.split(batch_size):
+            yield self.images[chosen], self.labels[chosen]
+
+    def resized(self, size: tuple[int, int]) -> "Images":
+        """The same images at (height, width), antialiased."""
+        if tuple(self.images.shape[-2:]) == size:
+            return self
+        parts = [
+            F.interpolate(part.float(), size, mode="bilinear", antialias=True)
+            for part in self.images.split(1024)
+        ]
+        return Images(torch.cat(parts).round().clamp(0, 255).byte(), self.labels)
+
+
+@dataclass
+class ImageFiles(Dataset):
+    """Images on disk, read as RGB at `size` (height, width), by worker processes when streamed.
+
+    A file that cannot be read is named on stderr, kept in `skipped` and left out of its batch; with
+    `strict` it raises instead.
+    """
+
+    paths: list[Path]
+    labels: Tensor
+    size: tuple[int, int]
+    strict: bool = False
+    workers: int = 0
+    skipped: set[Path] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
+        try:
+            return read_image(self.paths[index], self.size), index, ""
+        except UsageError as error:
+            return None, index, str(error)
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The readable images of `order`, at most `batch_size` at a time, and their labels."""
+        loader = DataLoader(
+            self,
+            batch_sampler=[part.tolist() for part in order.split(batch_size)],
+            num_workers=self.workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # else the loader draws from the global one
+        )
+        for items in loader:
+            batch = self._readable(items)
+            if len(batch):
+                yield batch.images, batch.labels
+
+    def load(self) -> Images:
+        """All readable images in memory."""
+        with ThreadPoolExecutor(max(self.workers, 1)) as pool:
+            return self._readable(list(pool.map(self.__getitem__, range(len(self)))))
+
+    def _readable(self, items: Sequence[tuple[Tensor | None, int, str]]) -> Images:
+        for image, index, reason in items:
+            if image is not None or self.paths[index] in self.skipped:
+                continue
+            if self.strict:
+                raise UsageError(f"{reason} (--strict)")
+            self.skipped.add(self.paths[index])
+            print(f"skipped: {reason}", file=sys.stderr)
+        images = [image for image, _, _ in items if image is not None]
+        chosen = [index for image, index, _ in items if image is not None]
+        empty = torch.empty((0, 3, *self.size), dtype=torch.uint8)
+        return Images(torch.stack(images) if images else empty, self.labels[chosen])
+
+
+Split = Images | ImageFiles
+
+
+@dataclass
+class DataSet:
+    """Three splits of one data set and what a model must know about its images."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    image_size: tuple[int, int]
+    train: Split
+    val: Split
+    test: Split
+    augment: Augment
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    skipped_in_loading: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.mean:
+            self.mean, self.std = statistics(self.train)
+
+    @property
+    def skipped(self) -> int:
+        """Files that could not be read so far."""
+        splits = (self.train, self.val, self.test)
+        streamed = sum(len(s.skipped) for s in splits if isinstance(s, ImageFiles))
+        return self.skipped_in_loading + streamed
+
+    def describe(self) -> str:
+        """One line: sizes, classes, image shape."""
+        height, width = self.image_size
+        return (
+            f"{self.name}: {len(self.train):,} train, {len(self.val):,} validation and "
+            f"{len(self.test):,} test images, {self.channels}x{height}x{width}, "
+            f"{len(self.classes)} classes"
+        )
+
+
+def load_data(
+    spec: str,
+    image_size: tuple[int, int] | None = None,
+    strict: bool = False,
+    workers: int | None = None,
+) -> DataSet:
+    """The data set that `spec` names: digits, fashion-mnist:PATH or folder:PATH.
+
+    image_size: (height, width) to resize to; None is 8x8, 28x28 and 64x64 respectively.
+    """
+    kind, _, path = spec.partition(":")
+    if spec == "digits":
+        return load_digits(image_size or (8, 8))
+    if kind == "fashion-mnist" and path:
+        return load_fashion_mnist(Path(path).expanduser(), image_size or (28, 28))
+    if kind == "folder" and path:
+        workers = min(8, os.cpu_count() or 1) if workers is None else workers
+        return load_folder(Path(path).expanduser(), image_size or (64, 64), strict, workers)
+    hint = (
+        " (Debian's package dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist)"
+        if kind == "fashion-mnist"
+        else ""
+    )
+    raise UsageError(f"--data must be {FORMS}, got {spec!r}{hint}")
+
+
+def split_indices(
+    labels: Tensor, test_share: float = TEST_SHARE, val_share: float = VAL_SHARE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train, validation and test indices, class by class, the same in every run.
+
+    A class of three images or more has at least one in each split whose share is not 0.
+    """
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    parts: tuple[list[Tensor], ...] = ([], [], [])
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        least = 1 if len(members) >= 3 else 0
+        test, val = (
+            max(round(share * len(members)), least) if share else 0
+            for share in (test_share, val_share)
+        )
+        for part, chosen in zip(
+            parts,
+            members.tensor_split([len(members) - test - val, len(members) - test]),
+            strict=True,
+        ):
+            part.append(chosen)
+    train, val, test = (torch.cat(part).sort().values for part in parts)
+    return train, val, test
+
+
+def statistics(split: Split, sample: int = 2048) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, of pixels in 0..1, over at most `sample` images."""
+    step = math.ceil(len(split) / sample)
+    total = torch.zeros(0)
+    square, count = total, 0
+    for images, _ in split.batches(torch.arange(0, len(split), step), 256):
+        x = images.double() / 255
+        total = x.sum((0, 2, 3)) + (total if count else 0)
+        square = x.square().sum((0, 2, 3)) + (square if count else 0)
+        count += x.shape[0] * x.shape[2] * x.shape[3]
+    if not count:
+        raise UsageError("no image of the training split could be read")
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(1e-6).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def load_digits(image_size: tuple[int, int] = (8, 8)) -> DataSet:
+    """1,797 handwritten digits, 8x8, out of scikit-learn's own wheel."""
+    need("--data digits", "sklearn")
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    pixels, labels = sklearn_digits(return_X_y=True)
+    images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+    everything = Images(images, torch.from_numpy(np.asarray(labels, dtype=np.int64)))
+    everything = everything.resized(image_size)
+    train, val, test = (_take(everything, i) for i in split_indices(everything.labels))
+    classes = tuple(str(digit) for digit in range(10))
+    augment = Augment(shift=0.1, rotate=12, scale=0.1, padding="zeros")
+    return DataSet("digits", classes, 1, image_size, train, val, test, augment)
+
+
+def load_fashion_mnist(path: Path, image_size: tuple[int, int] = (28, 28)) -> DataSet:
+    """Fashion-MNIST from its four IDX files; the test split is the published one."""
+    if not path.is_dir():
+        raise UsageError(f"--data fashion-mnist: {path} is not a folder")
+    published, held_out = (_idx_pair(path, stem).resized(image_size) for stem in ("train", "t10k"))
+    train, val, _ = split_indices(published.labels, test_share=0.0)
+    augment = Augment(flip=True, padding="zeros")
+    return DataSet(
+        "fashion-mnist",
+        FASHION_CLASSES,
+        1,
+        image_size,
+        _take(published, train),
+        _take(published, val),
+        held_out,
+        augment,
+    )
+
+
+def _idx_pair(path: Path, stem: str) -> Images:
+    images = read_idx(_idx_file(path, f"{stem}-images", 3), 3)
+    labels_path = _idx_file(path, f"{stem}-labels", 1)
+    labels = read_idx(labels_path, 1)
+    if len(images) != len(labels) or not len(images):
+        raise UsageError(f"{path}: {len(images)} {stem} images but {len(labels)} labels")
+    if labels.max() >= len(FASHION_CLASSES):
+        raise UsageError(f"{labels_path}: label {labels.max()} is out of range 0..9")
+    return Images(torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64)))
+
+
+def _idx_file(path: Path, stem: str, rank: int) -> Path:
+    names = [f"{stem}{dash}idx{rank}-ubyte{gz}" for dash in "-." for gz in ("", ".gz")]
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise UsageError(f"{path} holds no {names[0]} (plain or .gz)")
+
+
+def read_idx(path: Path, rank: int) -> np.ndarray:
+    """An IDX file of bytes, plain or gzipped: uint8, `rank` dimensions, big-endian sizes."""
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UsageError(f"{path}: damaged gzip file ({error})") from error
+    header = 4 + 4 * rank
+    if raw[:4] != bytes((0, 0, 8, rank)):
+        raise UsageError(
+            f"{path}: not an IDX file of bytes with {rank} dimensions: it starts with "
+            f"{raw[:4].hex() or 'nothing'}, expected 000008{rank:02x}"
+        )
+    if len(raw) < header:
+        raise UsageError(f"{path}: truncated in its header, {len(raw)} of {header} bytes")
+    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", rank, 4))
+    if len(raw) != header + math.prod(shape):
+        raise UsageError(
+            f"{path}: {len(raw)} bytes, but its header {shape} asks for {header + math.prod(shape)}"
+        )
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()
+
+
+def load_folder(
+    path: Path,
+    image_size: tuple[int, int] = (64, 64),
+    strict: bool = False,
+    workers: int = 1,
+    memory_limit: int = MEMORY_LIMIT,
+) -> DataSet:
+    """One subfolder per class: PATH/CLASS/*, or PATH/train/CLASS/* beside PATH/val or PATH/test.
+
+    With one tree, fixed shares of each class are validation and test. With PATH/train, the test
+    split is PATH/test, or PATH/val where that is all there is; validation is PATH/val where both
+    are there, else a share of train. Sets over `memory_limit` bytes are streamed from disk.
+    """
+    need("--data folder", "PIL")
+    if not path.is_dir():
+        raise UsageError(f"--data folder: {path} is not a folder")
+    held_out = [path / name for name in ("test", "val") if (path / name).is_dir()]
+    laid_out = (path / "train").is_dir() and bool(held_out)
+    root = path / "train" if laid_out else path
+    classes = _class_names(root)
+    paths, labels = _list_images(root, classes, training=True)
+
+    def files(paths: list[Path], labels: Tensor) -> ImageFiles:
+        return ImageFiles(paths, labels, image_size, strict, workers)
+
+    def chosen(indices: Tensor) -> ImageFiles:
+        return files([paths[i] for i in indices.tolist()], labels[indices])
+
+    if laid_out:
+        test = files(*_list_images(held_out[0], classes))
+        if len(held_out) == 2:
+            train, val = files(paths, labels), files(*_list_images(held_out[1], classes))
+        else:
+            train, val = (chosen(i) for i in split_indices(labels, test_share=0.0)[:2])
+    else:
+        train, val, test = (chosen(i) for i in split_indices(labels))
+    for name, split in (("training", train), ("validation", val), ("test", test)):
+        if not len(split):
+            raise UsageError(
+                f"{path}: too few images for a {name} split ({len(paths)} in {len(classes)} "
+                "classes; three of a class are the least)"
+            )
+    augment = Augment(flip=True, shift=0.08, scale=0.1, padding="border")
+    total = sum(map(len, (train, val, test))) * 3 * math.prod(image_size)
+    shape = (path.name or "folder", classes, 3, image_size)
+    if total > memory_limit:
+        return DataSet(*shape, train, val, test, augment)
+    loaded = [split.load() for split in (train, val, test)]
+    for name, split in zip(("training", "validation", "test"), loaded, strict=True):
+        if not len(split):
+            raise UsageError(f"{path}: no image of the {name} split could be read")
+    skipped = sum(len(split.skipped) for split in (train, val, test))
+    if skipped:
+        print(
+            f"{path}: skipped {skipped} of {total // (3 * math.prod(image_size))} files that "
+            "could not be read",
+            file=sys.stderr,
+        )
+    return DataSet(*shape, *loaded, augment, skipped_in_loading=skipped)
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    classes = tuple(sorted(p.name for p in _folders(root)))
+    if len(classes) < 2:
+        found = f"only {classes[0]!r}" if classes else "none"
+        raise UsageError(
+            f"{root}: expected a subfolder with images per class, at least two; found {found}"
+        )
+    return classes
+
+
+def _list_images(
+    root: Path, classes: tuple[str, ...], training: bool = False
+) -> tuple[list[Path], Tensor]:
+    """Every image file under root/CLASS, in a fixed order, and its class."""
+    unknown = sorted({p.name for p in _folders(root)} - set(classes))
+    if unknown:
+        raise UsageError(f"{root}: class {unknown[0]!r} is not among those of the training folder")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(
+            Path(folder) / file
+            for folder, _, names in os.walk(root / name)
+            for file in names
+            if file.lower().endswith(ENDINGS) and not file.startswith(".")
+        )
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise UsageError(f"{root}: no images ({', '.join(ENDINGS)}) in its subfolders")
+    empty = set(range(len(classes))) - set(labels)
+    if empty and training:
+        raise UsageError(f"{root}: class {classes[min(empty)]!r} has no images")
+    return paths, torch.tensor(labels)
+
+
+def _folders(root: Path) -> list[Path]:
+    return [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+
+
+def read_image(
+    path: Path, size: tuple[int, int], channels: int = 3, invert: bool = False
+) -> Tensor:
+    """One image file, upright, cropped to the shape of `size` and resized: uint8 (C, H, W)."""
+    need("reading images", "PIL")
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+    except Exception as error:  # decoders raise anything from OSError to SyntaxError
+        raise UsageError(f"{path}: {_reason(error)}") from error
+    height, width = size
+    fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)
+    if invert:
+        fitted = ImageOps.invert(fitted)
+    pixels = np.array(fitted, dtype=np.uint8)
+    return torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1).contiguous()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return f"cannot be read as an image ({type(error).__name__}: {error})"
+
+
+def _take(images: Images, indices: Tensor) -> Images:
+    return Images(images.images[indices], images.labels[indices])

@@ -1,0 +1,282 @@
+"""The two halves of a foreign Transformer block, seen as what one fused op can take.
+
+A peer's block is described by an `AttentionHalf` and an `MlpHalf`, read afresh at every call, so
+that replaced parameters, LoRA layers or new hooks are seen. `why_not` is the one predicate: it
+decides at the call, and it gives the report its reasons. It costs some microseconds a block, and
+nothing under torch.compile.
+"""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from fastvit_kernels import limits
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastvit import ops
+
+_CAPTURE = "transformers.utils.output_capturing"
+HF = "transformers.models"
+DINOV2 = (f"{HF}.dinov2.modeling_dinov2.Dinov2",)
+DINOV2 += (f"{HF}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters",)
+_KIND_OF = {
+    "torch.nn.modules.linear.Linear": "linear",
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "linear",
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.dropout.Dropout": "dropout",
+    "torch.nn.modules.conv.Conv2d": "conv",
+    "torch.nn.modules.normalization.LayerNorm": "layernorm",
+    "timm.layers.norm.LayerNorm": "layernorm",
+    "timm.layers.norm.LayerNormFp32": "layernorm",
+    "torch.nn.modules.normalization.RMSNorm": "rmsnorm",
+    "timm.layers.norm.RmsNorm": "rmsnorm",
+    "torch.nn.modules.activation.GELU": "gelu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "torch.nn.modules.activation.MultiheadAttention": "packed_attention",
+    "timm.layers.attention.Attention": "attention",
+    "timm.models.vision_transformer.Attention": "attention",
+    "timm.layers.mlp.Mlp": "mlp",
+    "timm.layers.layer_scale.LayerScale": "layer_scale",
+    "timm.models.vision_transformer.LayerScale": "layer_scale",
+    "timm.layers.drop.DropPath": "drop_path",
+    f"{HF}.vit.modeling_vit.ViTAttention": "attention",
+    f"{HF}.vit.modeling_vit.ViTMLP": "mlp",
+    **{f"{d}Attention": "attention" for d in DINOV2},
+    **{f"{d}SelfAttention": "attention" for d in DINOV2},
+    **{f"{d}SelfOutput": "output" for d in DINOV2},
+    **{f"{d}MLP": "mlp" for d in DINOV2},
+    **{f"{d}LayerScale": "layer_scale" for d in DINOV2},
+    **{f"{d}DropPath": "drop_path" for d in DINOV2},
+    "torchvision.models.vision_transformer.MLPBlock": "mlp",
+    "torch.nn.modules.container.Sequential": "sequential",
+    "torch.nn.modules.activation.Softmax": "softmax",
+    "einops.layers.torch.Rearrange": "rearrange",
+    "vit_pytorch.vit.Attention": "attention",
+    "vit_pytorch.vit.FeedForward": "mlp",
+}
+_KINDS: dict[type, str] = {}
+Peer = Any  # a module of a peer, whose attributes its kind tells
+
+
+class AttentionHalf(NamedTuple):
+    """x + path * layer_scale * dropout(proj(attention(qkv(norm(x))))).
+
+    qkv: one packed Linear, three Linears, or an nn.MultiheadAttention, whose in_proj is packed;
+    core: the module whose `training` turns attention_dropout on; skipped: every further module that
+    the fused op would not call, each with the kinds it may be; odd: the peer's own reason.
+    """
+
+    norm: Peer
+    qkv: tuple[Peer, ...]
+    proj: Peer
+    heads: int
+    scale: float | None
+    core: Peer
+    attention_dropout: float
+    layer_scale: Peer | None
+    drop_path: Peer | None
+    skipped: tuple[tuple[Any, ...], ...]
+    odd: str | None = None
+
+    def why_not(self, training: bool | None = None) -> str | None:
+        """Why the fused op cannot take this half, or None. training: suppose all dropout on or off;
+        None: as the modules are now."""
+        reason = self.odd or _why_not_half(self, (*self.qkv, self.proj), training)
+        if reason:
+            return reason
+        if self.attention_dropout and is_on(self.core, training):
+            return f"attention dropout {self.attention_dropout} in training"
+        if len(self.qkv) > 1 and len({m.bias is None for m in self.qkv}) > 1:
+            return "only some of q, k and v have a bias"
+        weight, _ = self._in_projection(pack=False)
+        inner = self.proj.weight.shape[1]
+        return (
+            limits.attention(inner // self.heads)
+            or limits.linear(weight.shape[1], inner)
+            or limits.linear(inner, self.proj.weight.shape[0])
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (B, N, C) -> (B, N, C)."""
+        weight, bias = self._in_projection()
+        norm, proj = self.norm, self.proj
+        qkv = ops.layernorm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps)
+        o = ops.attention_qkv(qkv.unflatten(-1, (3, self.heads, -1)), self.scale)
+        gamma, path = _gamma(self.layer_scale), path_scale(self.drop_path, x)
+        return ops.linear_residual(o.flatten(2), proj.weight, proj.bias, x, gamma, path)
+
+    def _in_projection(self, pack: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the packed projection.
+
+        Three Linears are joined at each call, under autograd: 6 C^2 elements moved and two small
+        launches, where three products would read the tokens three times, recompute LayerNorm twice
+        and add three gradients of x. The parameters stay the peer's own.
+        """
+        first = self.qkv[0]
+        if _kind(first) == "packed_attention":
+            return first.in_proj_weight, first.in_proj_bias
+        if len(self.qkv) == 1 or not pack:
+            return first.weight, first.bias
+        weight = torch.cat([m.weight for m in self.qkv])
+        bias = None if first.bias is None else torch.cat([m.bias for m in self.qkv])
+        return weight, bias
+
+
+class MlpHalf(NamedTuple):
+    """x + path * layer_scale * dropout(fc2(activation(fc1(norm(x)))))."""
+
+    norm: Peer
+    fc1: Peer
+    activation: Peer
+    fc2: Peer
+    layer_scale: Peer | None
+    drop_path: Peer | None
+    skipped: tuple[tuple[Any, ...], ...]
+    odd: str | None = None
+
+    def why_not(self, training: bool | None = None) -> str | None:
+        """Why the fused op cannot take this half, or None. training: suppose all dropout on or off;
+        None: as the modules are now."""
+        reason = (
+            self.odd
+            or _why_not_half(self, (self.fc1, self.fc2), training)
+            or why_not_module("activation", self.activation, "gelu", "gelu_tanh")
+        )
+        if reason:
+            return reason
+        hidden, dim = self.fc1.weight.shape
+        if tuple(self.fc2.weight.shape) != (dim, hidden):
+            return f"fc2 is {tuple(self.fc2.weight.shape)}, not {(dim, hidden)}"
+        return limits.linear(dim, hidden)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (B, N, C) -> (B, N, C)."""
+        norm, fc1, fc2 = self.norm, self.fc1, self.fc2
+        tanh = _kind(self.activation) == "gelu_tanh" or (
+            getattr(self.activation, "approximate", "none") == "tanh"
+        )
+        return ops.layernorm_mlp(
+            x,
+            norm.weight,
+            norm.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            _gamma(self.layer_scale),
+            path_scale(self.drop_path, x),
+            norm.eps,
+            "gelu_tanh" if tanh else "gelu",
+        )
+
+
+Half = AttentionHalf | MlpHalf
+
+
+def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) -> str | None:
+    if _has_any_global_hook():
+        return "a global module hook is registered"
+    reason = why_not_module("norm", half.norm, "layernorm")
+    if reason is None and len(half.norm.normalized_shape) != 1:
+        reason = f"norm is over {half.norm.normalized_shape}"
+    for m in linears:
+        reason = reason or why_not_module("projection", m, "linear", "packed_attention")
+    reason = reason or why_not_module("layer scale", half.layer_scale, "layer_scale", "identity")
+    reason = reason or why_not_module("drop path", half.drop_path, "drop_path", "identity")
+    for name, module, *kinds in half.skipped:
+        reason = reason or why_not_module(name, module, *kinds)
+        if reason is None and "dropout" in kinds and module is not None and module.p:
+            reason = f"dropout {module.p} in training" if is_on(module, training) else None
+    return reason
+
+
+def is_on(dropout: nn.Module, training: bool | None) -> bool:
+    """Its own flag decides unless one is supposed: Monte Carlo dropout runs in an eval model."""
+    return dropout.training if training is None else training
+
+
+def why_not_module(name: str, module: Any, *kinds: str) -> str | None:
+    """Why `module` cannot be skipped by a fused op that does its work: a kind that the op does not
+    know, a hook that would not fire, a forward replaced on the instance, a tensor subclass."""
+    if module is None:
+        return None
+    if reason := why_not_kind(name, module, *kinds):
+        return reason
+    if "forward" in module.__dict__:
+        return f"{name} has its forward replaced"
+    if (
+        module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or (module._forward_hooks and not _idle_capture(module))
+    ):
+        return f"{name} has hooks"
+    weight = module._parameters.get("weight")
+    if weight is not None and type(weight) not in (nn.Parameter, Tensor):
+        return f"{name} holds a {type(weight).__name__}"
+    return None
+
+
+def why_not_kind(name: str, module: Any, *kinds: str) -> str | None:
+    """Why a module that is called as ever, hooks and all, is not what is expected."""
+    return None if _kind(module) in kinds else f"{name} is {type(module).__name__}"
+
+
+def wants_attentions(module: nn.Module) -> bool:
+    """True while transformers collects attention probabilities from this module."""
+    return any(h.__module__ == _CAPTURE for h in module._forward_hooks.values()) and (
+        not _idle_capture(module)
+    )
+
+
+def _idle_capture(module: nn.Module) -> bool:
+    """True if all forward hooks are those that transformers leaves behind, with nothing to do."""
+    if torch.compiler.is_compiling():
+        return False
+    if any(hook.__module__ != _CAPTURE for hook in module._forward_hooks.values()):
+        return False
+    collected = sys.modules[_CAPTURE]._active_collector.get()
+    return collected is None or "attentions" not in collected
+
+
+def path_scale(drop_path: Peer | None, x: Tensor) -> Tensor | None:
+    """The factor of each sample, drawn as the peer's own DropPath draws it. (B,)."""
+    rate = getattr(drop_path, "drop_prob", 0.0)
+    if drop_path is None or not rate or not drop_path.training:
+        return None
+    keep = 1.0 - rate
+    if hasattr(drop_path, "scale_by_keep"):
+        kept = x.new_empty(x.shape[0]).bernoulli_(keep).float()
+        return kept / keep if drop_path.scale_by_keep and keep > 0.0 else kept
+    kept = torch.rand(x.shape[0], dtype=x.dtype, device=x.device) + keep
+    return kept.floor().float() / keep
+
+
+def peer_class(module: Any) -> type:
+    """The class that the peer gave to this module, also where it is rerouted."""
+    return getattr(type(module), "_fastvit_peer", type(module))
+
+
+def dotted(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _kind(module: Any) -> str:
+    cls = peer_class(module)
+    kind = _KINDS.get(cls)
+    if kind is None:
+        kind = _KIND_OF.get(dotted(cls), "other")
+        if not torch.compiler.is_compiling():
+            _KINDS[cls] = kind
+    return kind
+
+
+def _gamma(layer_scale: Peer | None) -> Tensor | None:
+    if layer_scale is None or _kind(layer_scale) == "identity":
+        return None
+    return layer_scale.gamma if hasattr(layer_scale, "gamma") else layer_scale.lambda1

@@ -1,0 +1,60 @@
+"""What a checkpoint makes of image files."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit.data import read_image
+from fastvit.errors import UsageError
+from fastvit.model import ViT, pair
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raise where a checkpoint's JSON lacks what prediction needs."""
+    channels = config["model"].get("channels", 3)
+    for name, length in (("mean", channels), ("std", channels), ("classes", None)):
+        value = config.get(name)
+        if not isinstance(value, list) or (length is not None and len(value) != length):
+            expected = "a list" if length is None else f"a list of {length}"
+            raise UsageError(
+                f"checkpoint: its config must hold {name!r}, {expected}; got {value!r}"
+            )
+    if len(config["classes"]) != config["model"].get("num_classes"):
+        raise UsageError(
+            f"checkpoint: its config names {len(config['classes'])} classes, "
+            f"but the model has {config['model'].get('num_classes')}"
+        )
+
+
+@torch.no_grad()
+def predict(
+    model: ViT,
+    config: dict[str, Any],
+    paths: Sequence[Path],
+    top: int = 5,
+    invert: bool = False,
+) -> Iterator[tuple[Path, list[tuple[str, float]] | UsageError]]:
+    """For each path its `top` classes with their probabilities, or why it could not be read."""
+    check_config(config)
+    size = pair("image_size", model.config["image_size"])
+    channels = model.config["channels"]
+    device = model.pos_embed.device
+    mean, std = (torch.tensor(config[k]).view(-1, 1, 1).to(device) for k in ("mean", "std"))
+    model.eval()
+    for path in paths:
+        try:
+            image = read_image(path, size, channels, invert)
+        except UsageError as error:
+            yield path, error
+            continue
+        x = (image[None].to(device).float() / 255 - mean) / std
+        yield path, best(model(x).float().softmax(-1)[0], config["classes"], top)
+
+
+def best(probabilities: Tensor, classes: Sequence[str], top: int) -> list[tuple[str, float]]:
+    """The `top` most probable classes, most probable first."""
+    values, indices = probabilities.topk(min(top, len(classes)))
+    return [(classes[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]

@@ -1,0 +1,419 @@
+"""Forwards on fastvit.ops for classes of timm, transformers, torchvision and vit-pytorch.
+
+`REROUTES` maps the dotted name of a peer's class to its `Reroute`; peers are recognized by name and
+never imported. Each forward falls back in steps: the fused half, then the peer's modules with only
+attention itself replaced, then the peer's own forward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastvit_kernels import limits
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.halves import (
+    DINOV2,
+    HF,
+    AttentionHalf,
+    MlpHalf,
+    is_on,
+    wants_attentions,
+    why_not_kind,
+    why_not_module,
+)
+
+# Softmax attention under other names: without a mask they all compute what ops.attention does.
+_HF_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_HF_MASKS = ("attention_mask", "head_mask", "output_attentions", "is_causal")
+CORE = "attention core"
+Parts = list[tuple[str, str, Callable[[bool | None], str | None]]]
+
+
+@dataclass(frozen=True)
+class Reroute:
+    """forward: what serves in place of the peer's. parts(module): (submodule, part, why_not) of
+    what it can take; why_not(training) is the reason against it, or None."""
+
+    forward: Callable[..., Any]
+    parts: Callable[[Any], Parts]
+
+
+def _given(args: tuple[Any, ...]) -> bool:
+    """True if any mask or flag is set."""
+    return any(a is not None and a is not False for a in args)
+
+
+def _single(part: str, reason: Callable[..., str | None]) -> Callable[[Any], Parts]:
+    return lambda module: [("", part, lambda training: reason(module, training))]
+
+
+def _block(attention: Callable[[Any], AttentionHalf], mlp: Callable[[Any], MlpHalf]) -> Callable:
+    def parts(block: Any) -> Parts:
+        return [
+            ("", "attention", lambda training: attention(block).why_not(training)),
+            ("", "mlp", lambda training: mlp(block).why_not(training)),
+        ]
+
+    return parts
+
+
+# --- timm
+
+
+def _timm_attention_half(b: Any) -> AttentionHalf:
+    a = b.attn
+    if reason := why_not_module("attn", a, "attention"):
+        return AttentionHalf(b.norm1, (a,), a, 1, None, a, 0.0, None, None, (), reason)
+    skipped = (
+        ("attn", a, "attention"),
+        ("q_norm", a.q_norm, "identity"),
+        ("k_norm", a.k_norm, "identity"),
+        ("attn.norm", getattr(a, "norm", None), "identity"),
+        ("attn_drop", a.attn_drop, "dropout"),
+        ("proj_drop", a.proj_drop, "dropout"),
+    )
+    odd = None if getattr(a, "gate", None) is None else "attention is gated"
+    return AttentionHalf(
+        b.norm1, (a.qkv,), a.proj, a.num_heads, a.scale, a, 0.0, b.ls1, b.drop_path1, skipped, odd
+    )
+
+
+def _timm_mlp_half(b: Any) -> MlpHalf:
+    m = b.mlp
+    if reason := why_not_module("mlp", m, "mlp"):
+        return MlpHalf(b.norm2, m, m, m, None, None, (), reason)
+    skipped = (
+        ("mlp", m, "mlp"),
+        ("mlp.norm", getattr(m, "norm", None), "identity"),
+        ("mlp.drop1", m.drop1, "dropout"),
+        ("mlp.drop2", m.drop2, "dropout"),
+    )
+    return MlpHalf(b.norm2, m.fc1, m.act, m.fc2, b.ls2, b.drop_path2, skipped)
+
+
+def _timm_block(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    half = _timm_attention_half(self)
+    if not _given((*args, *kwargs.values())) and x.ndim == 3 and half.why_not() is None:
+        x = half(x)
+    else:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **kwargs)))
+    half = _timm_mlp_half(self)
+    if x.ndim == 3 and half.why_not() is None:
+        return half(x)
+    return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def _timm_attention_reason(a: Any, training: bool | None = None) -> str | None:
+    if getattr(a, "gate", None) is not None:
+        return "attention is gated"
+    if a.attn_drop.p and is_on(a.attn_drop, training):
+        return f"attention dropout {a.attn_drop.p} in training"
+    norms = ("identity", "layernorm", "rmsnorm")
+    return (
+        why_not_module("attn_drop", a.attn_drop, "dropout")
+        or why_not_module("q_norm", a.q_norm, *norms)
+        or why_not_module("k_norm", a.k_norm, *norms)
+        or limits.attention(a.head_dim)
+    )
+
+
+def _timm_attention(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if _given((*args, *kwargs.values())) or x.ndim != 3 or _timm_attention_reason(self):
+        return self._fastvit_peer.forward(self, x, *args, **kwargs)
+    q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+    o = ops.attention(self.q_norm(q), self.k_norm(k), v, self.scale).flatten(2)
+    return self.proj_drop(self.proj(self.norm(o) if hasattr(self, "norm") else o))
+
+
+# --- transformers
+
+
+def _hf_core(attention: Any) -> tuple[Any, Any, tuple[Any, Any, Any], Any, Any]:
+    """core, projection, (q, k, v), the projection's dropout and its container, in both layouts."""
+    if hasattr(attention, "q_proj"):
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return attention, attention.o_proj, linears, None, None
+    core, output = attention.attention, attention.output
+    return core, output.dense, (core.query, core.key, core.value), output.dropout, output
+
+
+def _hf_rate(core: Any) -> float:
+    return core.attention_dropout if hasattr(core, "attention_dropout") else core.dropout_prob
+
+
+def _hf_implementation(core: Any) -> str | None:
+    name = core.config._attn_implementation
+    return None if name in _HF_ATTENTION else f"attention implementation is {name!r}"
+
+
+def _hf_attention_half(b: Any) -> AttentionHalf:
+    a = b.attention
+    norm = b.layernorm_before if hasattr(b, "layernorm_before") else b.norm1
+    if reason := why_not_module("attention", a, "attention"):
+        return AttentionHalf(norm, (a,), a, 1, None, a, 0.0, None, None, (), reason)
+    core, proj, linears, dropout, output = _hf_core(a)
+    skipped = (
+        ("attention", a, "attention"),
+        ("attention", core, "attention"),
+        ("attention output", output, "output"),
+        ("dropout", dropout, "dropout"),
+        ("dropout", getattr(b, "dropout", None), "dropout"),
+    )
+    return AttentionHalf(
+        norm,
+        linears,
+        proj,
+        core.num_attention_heads,
+        core.scaling,
+        core,
+        _hf_rate(core),
+        getattr(b, "layer_scale1", None),
+        getattr(b, "drop_path", None),
+        skipped,
+        _hf_implementation(core),
+    )
+
+
+def _hf_mlp_half(b: Any) -> MlpHalf:
+    m = b.mlp
+    norm = b.layernorm_after if hasattr(b, "layernorm_after") else b.norm2
+    if reason := why_not_module("mlp", m, "mlp"):
+        return MlpHalf(norm, m, m, m, None, None, (), reason)
+    activation = m.activation_fn if hasattr(m, "activation_fn") else m.activation
+    skipped = (("mlp", m, "mlp"), ("dropout", getattr(b, "dropout", None), "dropout"))
+    gamma, path = getattr(b, "layer_scale2", None), getattr(b, "drop_path", None)
+    return MlpHalf(norm, m.fc1, activation, m.fc2, gamma, path, skipped)
+
+
+def _hf_masked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return _given((*args, *(kwargs.get(name) for name in _HF_MASKS)))
+
+
+def _hf_layer(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    x = hidden_states
+    half = _hf_attention_half(self)
+    if not _hf_masked(args, kwargs) and half.why_not() is None:
+        x = half(x)
+    else:
+        branch = self.attention(half.norm(x), *args, **kwargs)
+        x = _hf_branch(self, branch[0] if isinstance(branch, tuple) else branch, 1) + x
+    half = _hf_mlp_half(self)
+    if half.why_not() is None:
+        return half(x)
+    return _hf_branch(self, self.mlp(half.norm(x)), 2) + x
+
+
+def _hf_branch(b: Any, branch: Tensor, i: int) -> Tensor:
+    if hasattr(b, "layer_scale1"):
+        return b.drop_path((b.layer_scale1 if i == 1 else b.layer_scale2)(branch))
+    return b.dropout(branch)
+
+
+def _hf_attention_reason(a: Any, training: bool | None = None) -> str | None:
+    rate = _hf_rate(a)
+    if rate and is_on(a, training):
+        return f"attention dropout {rate} in training"
+    head_dim = a.head_dim if hasattr(a, "head_dim") else a.attention_head_size
+    return _hf_implementation(a) or limits.attention(head_dim)
+
+
+def _hf_attention_parts(a: Any) -> Parts:
+    # In the older layout this class may be the container around the module that attends.
+    if not hasattr(a, "q_proj") and not hasattr(a, "query"):
+        return []
+    return _single(CORE, _hf_attention_reason)(a)
+
+
+def _hf_attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    masked = _hf_masked(args, kwargs) or wants_attentions(self)
+    if masked or hidden_states.ndim != 3 or _hf_attention_reason(self):
+        return self._fastvit_peer.forward(self, hidden_states, *args, **kwargs)
+    new = hasattr(self, "q_proj")
+    names = ("q_proj", "k_proj", "v_proj") if new else ("query", "key", "value")
+    heads = self.num_attention_heads
+    q, k, v = (getattr(self, n)(hidden_states).unflatten(-1, (heads, -1)) for n in names)
+    o = ops.attention(q, k, v, self.scaling).flatten(2)
+    return (self.o_proj(o) if new else o), None
+
+
+# --- torchvision
+
+
+def _tv_attention_half(b: Any) -> AttentionHalf:
+    a = b.self_attention
+    skipped = (("self_attention", a, "packed_attention"), ("dropout", b.dropout, "dropout"))
+    odd = None
+    if a.in_proj_weight is None or not a.batch_first or a.bias_k is not None or a.add_zero_attn:
+        odd = "self_attention has separate projections, bias_k, zero attention or batch second"
+    return AttentionHalf(
+        b.ln_1, (a,), a.out_proj, a.num_heads, None, a, a.dropout, None, None, skipped, odd
+    )
+
+
+def _tv_mlp_half(b: Any) -> MlpHalf:
+    m = b.mlp
+    if reason := why_not_module("mlp", m, "mlp"):
+        return MlpHalf(b.ln_2, m, m, m, None, None, (), reason)
+    skipped = (("mlp", m, "mlp"), ("mlp.2", m[2], "dropout"), ("mlp.4", m[4], "dropout"))
+    return MlpHalf(b.ln_2, m[0], m[1], m[3], None, None, skipped)
+
+
+def _tv_block(self: Any, input: Tensor) -> Tensor:
+    x = input
+    if x.ndim != 3:
+        return self._fastvit_peer.forward(self, x)
+    half = _tv_attention_half(self)
+    if half.why_not() is None:
+        x = half(x)
+    else:
+        y = self.ln_1(x)
+        x = self.dropout(self.self_attention(y, y, y, need_weights=False)[0]) + x
+    half = _tv_mlp_half(self)
+    return half(x) if half.why_not() is None else x + self.mlp(self.ln_2(x))
+
+
+# --- vit-pytorch
+
+
+def _vp_attention_half(a: Any) -> AttentionHalf:
+    if reason := why_not_module("attention", a, "attention"):
+        return AttentionHalf(a, (a,), a, 1, None, a, 0.0, None, None, (), reason)
+    out = a.to_out
+    if why_not_module("to_out", out, "sequential"):
+        return AttentionHalf(
+            a.norm, (a.to_qkv,), a.to_qkv, a.heads, a.scale, a, 0.0, None, None, (), "no projection"
+        )
+    skipped = (
+        ("attention", a, "attention"),
+        ("attend", a.attend, "softmax"),
+        ("dropout", a.dropout, "dropout"),
+        ("to_out", out, "sequential"),
+        ("to_out.1", out[1], "dropout"),
+    )
+    return AttentionHalf(a.norm, (a.to_qkv,), out[0], a.heads, a.scale, a, 0.0, None, None, skipped)
+
+
+def _vp_mlp_half(m: Any) -> MlpHalf:
+    if reason := why_not_module("feed-forward", m, "mlp"):
+        return MlpHalf(m, m, m, m, None, None, (), reason)
+    net = m.net
+    skipped = (
+        ("feed-forward", m, "mlp"),
+        ("net", net, "sequential"),
+        ("net.3", net[3], "dropout"),
+        ("net.5", net[5], "dropout"),
+    )
+    return MlpHalf(net[0], net[1], net[2], net[4], None, None, skipped)
+
+
+def _vp_transformer(self: Any, x: Tensor) -> Tensor:
+    for attention, feed_forward in self.layers:
+        half = _vp_attention_half(attention)
+        x = half(x) if half.why_not() is None else attention(x) + x
+        half = _vp_mlp_half(feed_forward)
+        x = half(x) if half.why_not() is None else feed_forward(x) + x
+    return self.norm(x)
+
+
+def _vp_transformer_parts(transformer: Any) -> Parts:
+    parts: Parts = []
+    for i, (a, m) in enumerate(transformer.layers):
+        parts.append((f"layers.{i}.0", "attention", _vp_attention_half(a).why_not))
+        parts.append((f"layers.{i}.1", "mlp", _vp_mlp_half(m).why_not))
+    return parts
+
+
+def _vp_attention_reason(a: Any, training: bool | None = None) -> str | None:
+    if a.dropout.p and is_on(a.dropout, training):
+        return f"attention dropout {a.dropout.p} in training"
+    return (
+        why_not_module("attend", a.attend, "softmax")
+        or why_not_module("dropout", a.dropout, "dropout")
+        or limits.attention(round(a.scale**-2))  # to_qkv may be another's module
+    )
+
+
+def _vp_attention(self: Any, x: Tensor) -> Tensor:
+    if x.ndim != 3 or _vp_attention_reason(self):
+        return self._fastvit_peer.forward(self, x)
+    qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+    return self.to_out(ops.attention_qkv(qkv, self.scale).flatten(2))
+
+
+# --- patch embedding: the one convolution, so that the owner's hooks, pads and norms stay
+
+
+def _conv_reason(conv: Any, training: bool | None = None) -> str | None:
+    if reason := why_not_kind("projection", conv, "conv"):
+        return reason
+    if conv.stride != conv.kernel_size:
+        return f"kernel {conv.kernel_size} overlaps with stride {conv.stride}"
+    plain = conv.padding in (0, (0, 0), "valid") and conv.dilation == (1, 1) and conv.groups == 1
+    return limits.patch_embed(conv.out_channels) if plain else "padded, dilated or grouped"
+
+
+def _patch_projection(self: Any, input: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, dim, H / p_h, W / p_w), a view of the (B, m, dim) that the op writes:
+    the owner's flatten and transpose undo it without a copy."""
+    p_h, p_w = self.kernel_size
+    fits = input.ndim == 4 and input.shape[2] % p_h == 0 and input.shape[3] % p_w == 0
+    # The module's own hooks run around this forward: only what makes the convolution odd counts.
+    if not fits or type(self.weight) not in (nn.Parameter, Tensor):
+        return self._fastvit_peer.forward(self, input)
+    grid = (input.shape[2] // p_h, input.shape[3] // p_w)
+    return ops.patch_embed(input, self.weight, self.bias).transpose(1, 2).unflatten(2, grid)
+
+
+def _vp_stem_reason(stem: Any, training: bool | None = None) -> str | None:
+    if reason := why_not_kind("stem", stem, "sequential"):
+        return reason
+    if len(stem) != 4:
+        return f"{len(stem)} layers, not 4"
+    return (
+        why_not_module("norm", stem[1], "layernorm")
+        or why_not_module("projection", stem[2], "linear")
+        or limits.linear(stem[2].in_features, stem[2].out_features)
+    )
+
+
+def _vp_stem(self: Any, input: Tensor) -> Tensor:
+    if _vp_stem_reason(self):
+        return self._fastvit_peer.forward(self, input)
+    rearrange, norm, linear, norm_out = self
+    args = (norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
+    return norm_out(ops.layernorm_linear(rearrange(input), *args))
+
+
+_timm = Reroute(_timm_block, _block(_timm_attention_half, _timm_mlp_half))
+_timm_core = Reroute(_timm_attention, _single(CORE, _timm_attention_reason))
+_hf = Reroute(_hf_layer, _block(_hf_attention_half, _hf_mlp_half))
+_hf_core_reroute = Reroute(_hf_attention, _hf_attention_parts)
+_CONV = Reroute(_patch_projection, _single("patch projection", _conv_reason))
+_STEM = Reroute(_vp_stem, _single("patch projection", _vp_stem_reason))
+
+REROUTES: dict[str, Reroute] = {
+    "timm.models.vision_transformer.Block": _timm,
+    "timm.models.vision_transformer.Attention": _timm_core,
+    "timm.layers.attention.Attention": _timm_core,
+    f"{HF}.vit.modeling_vit.ViTLayer": _hf,
+    f"{HF}.vit.modeling_vit.ViTAttention": _hf_core_reroute,
+    **{f"{d}Layer": _hf for d in DINOV2},
+    **{f"{d}Attention": _hf_core_reroute for d in DINOV2},
+    **{f"{d}SelfAttention": _hf_core_reroute for d in DINOV2},
+    "torchvision.models.vision_transformer.EncoderBlock": Reroute(
+        _tv_block, _block(_tv_attention_half, _tv_mlp_half)
+    ),
+    "vit_pytorch.vit.Transformer": Reroute(_vp_transformer, _vp_transformer_parts),
+    "vit_pytorch.vit.Attention": Reroute(_vp_attention, _single(CORE, _vp_attention_reason)),
+}
+
+# Where a peer keeps the module that embeds patches: owner's class -> (attribute, reroute).
+STEMS: dict[str, tuple[str, Reroute]] = {
+    "timm.layers.patch_embed.PatchEmbed": ("proj", _CONV),
+    f"{HF}.vit.modeling_vit.ViTPatchEmbeddings": ("projection", _CONV),
+    **{f"{d}PatchEmbeddings": ("projection", _CONV) for d in DINOV2},
+    "torchvision.models.vision_transformer.VisionTransformer": ("conv_proj", _CONV),
+    "vit_pytorch.vit.ViT": ("to_patch_embedding", _STEM),
+}

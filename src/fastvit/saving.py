@@ -1,0 +1,120 @@
+"""Our own checkpoint: weights in NAME.safetensors, and NAME.json beside it with the rest.
+
+Both are written to a temporary file first and moved into place, so that a killed process leaves
+the old file or the new one, never half of one.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fastvit.errors import UsageError
+from fastvit.model import ViT
+
+FORMAT = "fastvit"
+VERSION = 1
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; it takes the place of `path` when the body succeeds."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that their owner alone can read
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
+    """Write PATH (.safetensors) and its .json: the model's config and `details`. Returns PATH."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"a checkpoint's name must end in .safetensors, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    config = {"format": FORMAT, "version": VERSION, "model": model.config, **details}
+    text = json.dumps(config, indent=2) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(weights, metadata={"format": "pt"}))
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(text)
+    return path
+
+
+def load_checkpoint(path: Path | str) -> tuple[ViT, dict[str, Any]]:
+    """The model, in eval mode on the CPU, and the JSON, of a checkpoint file or a run's folder."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise UsageError(f"checkpoint: {path} does not exist")
+    if path.suffix != ".safetensors":
+        raise UsageError(f"checkpoint: expected a .safetensors file or a run's folder, got {path}")
+    config = _load_config(path.with_suffix(".json"))
+    try:
+        weights = load(path.read_bytes())
+    except SafetensorError as error:
+        raise UsageError(
+            f"checkpoint: {path} is truncated or not a safetensors file ({error}); "
+            f"{path.stat().st_size:,} bytes"
+        ) from error
+    try:
+        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["model"].items()}
+        model = ViT(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"checkpoint: {path.with_suffix('.json')}: {error}") from error
+    _check_weights(path, model, weights)
+    model.load_state_dict(weights)
+    return model.eval(), config
+
+
+def _load_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"checkpoint: its config {path} is missing; expected beside the weights")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"checkpoint: {path} is truncated or not JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UsageError(f"checkpoint: {path} is not a fastvit config: no 'format': '{FORMAT}'")
+    if config.get("version") != VERSION or not isinstance(config.get("model"), dict):
+        raise UsageError(
+            f"checkpoint: {path}: expected version {VERSION} with a 'model', "
+            f"got version {config.get('version')!r}"
+        )
+    return config
+
+
+def _check_weights(path: Path, model: ViT, weights: dict[str, torch.Tensor]) -> None:
+    expected = model.state_dict()
+    for word, names in (
+        ("lacks", sorted(expected.keys() - weights.keys())),
+        ("has the unexpected", sorted(weights.keys() - expected.keys())),
+    ):
+        if names:
+            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UsageError(
+                f"checkpoint: {path} does not match its config: it {word} {names[0]}{rest}"
+            )
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise UsageError(
+                f"checkpoint: {path} does not match its config: {name} is "
+                f"{tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
+            )

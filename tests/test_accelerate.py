@@ -1,0 +1,602 @@
+"""fastvit.accelerate against each peer's own forward, on the peer's own random weights."""
+
+import copy
+import io
+import pickle
+import re
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from checks import check
+from torch import nn
+
+import fastvit
+
+OPS = {"layernorm_linear": 2, "attention": 2, "linear_residual": 2, "layernorm_mlp": 2}
+STEM = {"patch_embed": 1}
+
+
+def timm_vit(**kwargs):
+    vit = pytest.importorskip("timm.models.vision_transformer")
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    return vit.VisionTransformer(**{**args, "num_classes": 10, **kwargs})
+
+
+def _hf(config, model, **kwargs):
+    transformers = pytest.importorskip("transformers")
+    args = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    args |= {"image_size": 32, "patch_size": 8, "num_labels": 10, **kwargs}
+    return getattr(transformers, model)(getattr(transformers, config)(**args))
+
+
+hf_vit = partial(_hf, "ViTConfig", "ViTForImageClassification", intermediate_size=128)
+hf_dinov2 = partial(_hf, "Dinov2Config", "Dinov2ForImageClassification", mlp_ratio=2)
+hf_registers = partial(
+    _hf, "Dinov2WithRegistersConfig", "Dinov2WithRegistersForImageClassification", mlp_ratio=2
+)
+
+
+def torchvision_vit(**kwargs):
+    vit = pytest.importorskip("torchvision.models.vision_transformer")
+    return vit.VisionTransformer(
+        **{
+            "image_size": 32,
+            "patch_size": 8,
+            "num_layers": 2,
+            "num_heads": 2,
+            "hidden_dim": 64,
+            "mlp_dim": 128,
+            "num_classes": 10,
+            **kwargs,
+        }
+    )
+
+
+def vit_pytorch_vit(**kwargs):
+    vit = pytest.importorskip("vit_pytorch")
+    args = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2}
+    return vit.ViT(**{**args, "heads": 2, "mlp_dim": 128, "dim_head": 32, **kwargs})
+
+
+# What each peer's forward must call: the counts show that the ops ran, not the peer's own code.
+PEERS = {
+    "timm": (timm_vit, OPS | STEM),
+    "timm_layer_scale": (partial(timm_vit, init_values=0.5, qkv_bias=False), OPS | STEM),
+    "timm_registers_mean": (
+        partial(timm_vit, reg_tokens=3, global_pool="avg", act_layer="gelu_tanh"),
+        OPS | STEM,
+    ),
+    "timm_qk_norm": (
+        partial(timm_vit, qk_norm=True),
+        {"attention": 2, "layernorm_mlp": 2} | STEM,
+    ),
+    "timm_rmsnorm": (partial(timm_vit, norm_layer="rmsnorm"), {"attention": 2} | STEM),
+    "timm_relu": (
+        partial(timm_vit, act_layer="relu"),
+        {"layernorm_linear": 2, "attention": 2, "linear_residual": 2} | STEM,
+    ),
+    "hf_vit": (hf_vit, OPS | STEM),
+    "hf_vit_eager": (partial(hf_vit, attn_implementation="eager", qkv_bias=False), OPS | STEM),
+    "hf_vit_tanh": (partial(hf_vit, hidden_act="gelu_pytorch_tanh"), OPS | STEM),
+    "hf_dinov2": (hf_dinov2, OPS | STEM),
+    "hf_dinov2_swiglu": (
+        partial(hf_dinov2, use_swiglu_ffn=True),
+        {"layernorm_linear": 2, "attention": 2, "linear_residual": 2} | STEM,
+    ),
+    "hf_registers": (hf_registers, OPS | STEM),
+    "torchvision": (torchvision_vit, OPS | STEM),
+    "vit_pytorch": (vit_pytorch_vit, OPS | {"layernorm_linear": 3}),
+    "vit_pytorch_mean": (partial(vit_pytorch_vit, pool="mean"), OPS | {"layernorm_linear": 3}),
+}
+MAIN = ("timm_layer_scale", "hf_vit", "hf_dinov2", "torchvision", "vit_pytorch")
+
+
+def make(name_or_model, train=False):
+    """The peer with every parameter stirred, so that no bias, gamma or head is trivial."""
+    model = PEERS[name_or_model][0]() if isinstance(name_or_model, str) else name_or_model
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model.train(train)
+
+
+def images(batch=3, **kwargs):
+    return torch.randn(batch, 3, 32, 32, **kwargs)
+
+
+def tensors(model, x):
+    """Logits, and the features where the peer gives them."""
+    out = model(x)
+    if not isinstance(out, torch.Tensor):
+        body = getattr(model, model.base_model_prefix)
+        return {"logits": out.logits, "features": body(x).last_hidden_state}
+    if hasattr(model, "forward_features"):
+        return {"logits": out, "features": model.forward_features(x)}
+    return {"logits": out}
+
+
+def grads(model, x):
+    out = tensors(model, x)["logits"]
+    weight = torch.linspace(-1, 1, out.numel(), dtype=x.dtype, device=x.device).view_as(out)
+    (out * weight).mean().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def served(model, x):
+    return Counter(c.op for c in fastvit.backend_report(model, x).choices)
+
+
+def close(got, expected, bound=1e-5):
+    assert got.keys() == expected.keys()
+    for name, e in expected.items():
+        g, e = (
+            t.detach() if isinstance(t, torch.Tensor) else t[0].detach() for t in (got[name], e)
+        )
+        assert g.shape == e.shape, name
+        error = float((g - e).abs().max()) if e.numel() else 0.0
+        assert error <= bound, f"{name}: off by {error:.2e}"
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", PEERS)
+def test_features_logits_and_gradients(name, train):
+    model, x = make(name, train), images()
+    expected, expected_grads = tensors(model, x), grads(model, x)
+    assert served(model, x) == {}
+    fastvit.accelerate(model)
+    assert served(model, x) == PEERS[name][1]
+    close(tensors(model, x), expected)
+    close(grads(model, x), expected_grads)
+    assert len(expected_grads) >= 20
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_restore_is_bitwise_and_keeps_every_object(name):
+    model, x = make(name), images()
+    expected, keys = tensors(model, x), list(model.state_dict())
+    parameters, classes = list(model.parameters()), [type(m) for m in model.modules()]
+    report = fastvit.accelerate(model)
+    assert report.taken and not report.already
+    assert fastvit.accelerate(model).already
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert [type(m) for m in model.modules()] != classes
+    assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
+    assert fastvit.restore(model) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert served(model, x) == {}
+    got = tensors(model, x)
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
+    assert fastvit.restore(model) is model
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_deepcopy_pickle_and_save(name):
+    model, x = make(name), images()
+    fastvit.accelerate(model)
+    expected, buffer = tensors(model, x), io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = {
+        "deepcopy": copy.deepcopy(model),
+        "pickle": pickle.loads(pickle.dumps(model)),
+        "save": torch.load(buffer, weights_only=False),
+    }
+    for kind, other in copies.items():
+        got = tensors(other, x)
+        assert all(torch.equal(got[k], expected[k]) for k in expected), kind
+        assert served(other, x) == PEERS[name][1], kind
+        assert not {id(p) for p in other.parameters()} & {id(p) for p in model.parameters()}
+        with torch.no_grad():
+            for p in other.parameters():
+                p.zero_()
+        assert not torch.equal(tensors(other, x)["logits"], expected["logits"]), kind
+    assert torch.equal(tensors(model, x)["logits"], expected["logits"])
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_autocast(name):
+    model, x = make(name), images()
+    truth = tensors(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = tensors(model, x)
+        fastvit.accelerate(model)
+        got = tensors(model, x)
+    for key, t in truth.items():
+        check(key, got[key], eager[key], t)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", MAIN)
+def test_compile_fullgraph(name, train):
+    model, x = make(name, train), images()
+    expected, expected_grads = tensors(model, x), grads(model, x)
+    fastvit.accelerate(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(x)
+    logits = out if isinstance(out, torch.Tensor) else out.logits
+    close({"logits": logits}, {"logits": expected["logits"]})
+    weight = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    (logits * weight).mean().backward()
+    close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected_grads)
+
+
+def test_recompiles_after_accelerate_and_restore():
+    model, x = make("timm"), images()
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = compiled(x)
+    fastvit.accelerate(compiled)
+    traced = Counter()
+    before = fastvit.ops.layernorm_mlp
+    try:
+        fastvit.ops.layernorm_mlp = lambda *a: traced.update(mlp=1) or before(*a)
+        close({"y": compiled(x)}, {"y": expected})
+    finally:
+        fastvit.ops.layernorm_mlp = before
+    assert traced["mlp"] == 2
+    fastvit.restore(compiled)
+    assert torch.equal(compiled(x), expected)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(timm_vit, drop_path_rate=0.5, init_values=0.5),
+        partial(hf_dinov2, drop_path_rate=0.5),
+        partial(hf_registers, drop_path_rate=0.5),
+    ],
+    ids=["timm", "dinov2", "registers"],
+)
+def test_drop_path_draws_as_the_peer(build):
+    model, x = make(build(), train=True), images(16)
+    torch.manual_seed(1)
+    expected = grads(model, x)
+    fastvit.accelerate(model)
+    assert sum(served(model, x).values()) == 9
+    torch.manual_seed(1)
+    close(grads(model, x), expected)
+    torch.manual_seed(2)
+    other = grads(model, x)
+    assert any(not torch.allclose(other[n], expected[n]) for n in other)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(timm_vit, attn_drop_rate=0.2, proj_drop_rate=0.1, drop_path_rate=0.2),
+        partial(timm_vit, proj_drop_rate=0.1),
+        partial(hf_vit, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2),
+        partial(hf_vit, hidden_dropout_prob=0.1),
+        partial(hf_dinov2, attention_probs_dropout_prob=0.2),
+        partial(torchvision_vit, dropout=0.1, attention_dropout=0.1),
+        partial(torchvision_vit, dropout=0.1),
+        partial(vit_pytorch_vit, dropout=0.1),
+    ],
+    ids=[
+        "timm",
+        "timm-proj",
+        "vit",
+        "vit-hidden",
+        "dinov2",
+        "torchvision",
+        "tv-mlp",
+        "vit_pytorch",
+    ],
+)
+def test_dropout_in_training_is_the_peers_own(build):
+    model, x = make(build(), train=True), images()
+    torch.manual_seed(1)
+    expected = grads(model, x)
+    report = fastvit.accelerate(model)
+    assert any("in training" in row.reason for row in report.taken)
+    torch.manual_seed(1)
+    close(grads(model, x), expected)
+    calls = served(model.eval(), x)
+    assert calls["layernorm_mlp"] == calls["linear_residual"] == 2
+
+
+def test_projection_dropout_keeps_attention_itself():
+    model = make(timm_vit(proj_drop_rate=0.1), train=True)
+    fastvit.accelerate(model)
+    assert served(model, images()) == {"patch_embed": 1, "attention": 2}
+
+
+def test_monte_carlo_dropout_stays_on():
+    model, x = make(vit_pytorch_vit(dropout=0.5)), images()
+    fastvit.accelerate(model)
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["timm", "hf_vit", "hf_dinov2"])
+def test_gradient_checkpointing(name):
+    model, x = make(name, train=True), images()
+    expected = grads(model, x)
+    fastvit.accelerate(model)
+    calls = Counter()
+    before = fastvit.ops.layernorm_mlp
+    if name == "timm":
+        model.set_grad_checkpointing()
+    else:
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+    try:
+        fastvit.ops.layernorm_mlp = lambda *a: calls.update(mlp=1) or before(*a)
+        close(grads(model, x), expected)
+    finally:
+        fastvit.ops.layernorm_mlp = before
+    # Twice a block in the forward and its replay; `grads` of a transformers model runs two.
+    assert calls["mlp"] >= 4
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_outer_hooks_fire_with_the_same_values(name):
+    model, x = make(name), images()
+    wanted = re.compile(
+        r"|patch_embed|blocks\.\d|norm|head|heads|mlp_head|classifier|\w+\.layernorm"
+        r"|\w+\.embeddings(\.patch_embeddings)?(\.projection)?|\w+\.(encoder\.)?layers?\.\d"
+        r"|conv_proj|encoder\.(layers\.encoder_layer_\d|ln)|to_patch_embedding|transformer"
+    )
+    seen = []
+
+    def watch(path, module, args, output):
+        seen.append((path, args[0], output))
+
+    for path, module in model.named_modules():
+        if wanted.fullmatch(path):
+            module.register_forward_hook(partial(watch, path))
+    model(x)
+    expected, seen = seen, []
+    assert len(expected) >= 4
+    fastvit.accelerate(model)
+    assert served(model, x) == PEERS[name][1]
+    seen.clear()
+    model(x)
+    assert [s[0] for s in seen] == [e[0] for e in expected]
+    for (path, a, b), (_, c, d) in zip(seen, expected, strict=True):
+        close({path: a, f"{path} out": b}, {path: c, f"{path} out": d})
+
+
+def _inner(model):
+    """The modules that a fused half would skip, in the second block."""
+    ends = ("blocks.1", "layers.1", "layer.1", "encoder_layer_1")
+    block = next(m for n, m in model.named_modules() if n.endswith(ends))
+    return {n: m for n, m in block.named_modules() if n and not isinstance(m, nn.ModuleList)}
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_a_later_inner_hook_fires_and_costs_one_half(name):
+    model, x = make(name), images()
+    fired = Counter()
+    plain = {}
+    for path, module in _inner(model).items():
+        with module.register_forward_hook(lambda m, a, o, path=path: fired.update([path])):
+            model(x)
+        plain[path] = fired.pop(path, 0)
+    expected = tensors(model, x)
+    fastvit.accelerate(model)
+    fused = sum(PEERS[name][1].values())
+    for path, module in _inner(model).items():
+        with module.register_forward_hook(lambda m, a, o, path=path: fired.update([path])):
+            close({"logits": tensors(model, x)["logits"]}, {"logits": expected["logits"]})
+            fired.clear()
+            model(x)
+            assert fired[path] == plain[path], path
+            if plain[path]:
+                assert fused > sum(served(model, x).values()) >= fused - 3, path
+        assert sum(served(model, x).values()) == fused, path
+
+
+def test_other_hooks_and_replacements_are_honoured():
+    model, x = make("timm"), images()
+    expected = model(x)
+    fastvit.accelerate(model)
+    mlp = model.blocks[0].mlp
+    with mlp.fc1.register_forward_pre_hook(lambda m, args: (args[0] * 0,)):
+        assert not torch.allclose(model(x), expected)
+    got = []
+    with mlp.fc1.register_full_backward_hook(lambda m, gi, go: got.append(1)):
+        model(x).sum().backward()
+    with nn.modules.module.register_module_forward_hook(lambda m, a, o: got.append(type(m))):
+        model(x)
+    assert 1 in got and nn.LayerNorm in {c.__mro__[1] for c in got[1:]} | set(got[1:])
+    mlp.fc1.forward = lambda x: x.new_zeros(*x.shape[:-1], 256)
+    assert not torch.allclose(model(x), expected)
+    del mlp.fc1.forward
+
+    class Adapted(nn.Module):  # as LoRA does it: a module in the place of a Linear
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight, self.bias = base, base.weight, base.bias
+
+        def forward(self, x):
+            return self.base(x) + 1.0
+
+    model.blocks[0].attn.qkv = Adapted(model.blocks[0].attn.qkv)
+    changed = model(x)
+    assert not torch.allclose(changed, expected)
+    assert torch.equal(fastvit.restore(model)(x), model(x))
+    close({"y": model(x)}, {"y": changed})
+
+
+def test_timm_masks_and_other_sizes():
+    model, x = make(timm_vit(dynamic_img_size=True)), images()
+    wide = torch.randn(2, 3, 48, 24)
+    mask = torch.rand(17, 17) > 0.3
+    mask.fill_diagonal_(True)
+    calls = [partial(model, x, attn_mask=mask), partial(model, x, is_causal=True)]
+    calls += [partial(model, wide), partial(model, x)]
+    expected = [call() for call in calls]
+    fastvit.accelerate(model)
+    for call, e in zip(calls, expected, strict=True):
+        close({"y": call()}, {"y": e})
+    assert not torch.allclose(expected[0], expected[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("build", [hf_vit, hf_dinov2, hf_registers], ids=["vit", "dinov2", "reg"])
+def test_transformers_outputs_and_masks(build):
+    model, x = make(build(attn_implementation="eager")), images()
+    keys = {"output_attentions": True, "output_hidden_states": True}
+    expected = model(x, **keys)
+    fastvit.accelerate(model)
+    got = model(x, **keys)
+    assert len(got.attentions) == 2 and len(got.hidden_states) == 3
+    for kind in ("attentions", "hidden_states"):
+        for i in range(len(expected[kind])):
+            close({kind: got[kind][i]}, {kind: expected[kind][i]})
+    # The hooks that transformers leaves behind do not cost the fused path.
+    assert served(model, x) == OPS | STEM
+    only_hidden = model(x, output_hidden_states=True)
+    close({"h": only_hidden.hidden_states[1]}, {"h": expected.hidden_states[1]})
+    fastvit.restore(model)
+    tokens = expected.hidden_states[0].shape[1]
+    mask = torch.arange(tokens).expand(3, -1) < tokens - 4
+    try:
+        masked = model(x, attention_mask=mask).logits
+    except TypeError:
+        return
+    fastvit.accelerate(model)
+    close({"y": model(x, attention_mask=mask).logits}, {"y": masked})
+    if build is hf_vit:  # older Dinov2 takes the mask and ignores it
+        assert not torch.allclose(masked, expected.logits, atol=1e-4)
+
+
+def test_transformers_custom_attention_is_left():
+    model, x = make(hf_vit()), images()
+    model.vit.config._attn_implementation = "mine"
+    report = fastvit.accelerate(model)
+    assert [r.part for r in report.left] == ["attention", "attention core"] * 2
+    assert "'mine'" in report.left[0].reason
+    model.vit.config._attn_implementation = "sdpa"
+    assert served(model, x) == OPS | STEM  # decided again at each call
+
+
+def test_vit_pytorch_wrappers():
+    pytest.importorskip("vit_pytorch")
+    from vit_pytorch.extractor import Extractor
+    from vit_pytorch.recorder import Recorder
+
+    model, x = make("vit_pytorch"), images()
+    results = []
+    for accelerated in (False, True):
+        if accelerated:
+            fastvit.accelerate(model)
+        recorder = Recorder(model)
+        logits, attention = recorder(x)
+        recorder.eject()
+        extractor = Extractor(model)
+        _, tokens = extractor(x)
+        extractor.eject()
+        # MAE and SimMIM take a stem apart by slices, each a module of the stem's own class.
+        stem = model.to_patch_embedding
+        parts = stem[1:](stem[0](x))
+        results.append({"logits": logits, "maps": attention, "tokens": tokens, "parts": parts})
+    close(results[1], results[0])
+
+
+def test_report_names_what_is_left():
+    report = fastvit.accelerate(make("timm_rmsnorm"))
+    text = str(report)
+    assert "norm is RmsNorm" in text and "blocks.*" in text
+    assert "3 of 7 parts run on fastvit.ops" in text
+    assert {r.part for r in report.taken} == {"patch projection", "attention core"}
+    text = str(fastvit.accelerate(make("hf_dinov2_swiglu")))
+    assert "mlp is Dinov2SwiGLUFFN" in text
+    text = str(fastvit.accelerate(make("timm_relu")))
+    assert "activation is ReLU" in text
+    text = str(fastvit.accelerate(make(timm_vit(num_heads=8))))
+    assert "head dim 8 is not" in text
+    unlike = make(hf_vit())
+    for layer in unlike.vit.layers:
+        layer.attention.k_proj.bias = None
+    x = images()
+    y = unlike(x).logits
+    report = fastvit.accelerate(unlike)
+    assert "only some of q, k and v have a bias" in str(report)
+    close({"y": unlike(x).logits}, {"y": y})
+    hooked = make("timm")
+    hooked.blocks[0].norm1.register_forward_hook(lambda m, a, o: None)
+    report = fastvit.accelerate(hooked)
+    left = [(r.module, r.part, r.reason) for r in report.left]
+    assert left == [("blocks.0", "attention", "norm has hooks")]
+    assert len(report.taken) == 5  # the core of block 0 stands in for its half
+
+
+def test_wrong_types():
+    weights: Any = {}
+    with pytest.raises(TypeError, match=r"got dict.*timm VisionTransformer"):
+        fastvit.accelerate(weights)
+    with pytest.raises(TypeError, match=r"torch\.nn.*Linear, which holds no ViT.*vit-pytorch"):
+        fastvit.accelerate(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="already runs on"):
+        fastvit.accelerate(fastvit.ViT(dim=32, depth=1, heads=1, mlp_dim=32, image_size=32))
+
+
+def test_inside_another_module_and_distributed(tmp_path):
+    model, x = make("hf_vit", train=True), images()
+    expected = grads(model, x)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        fastvit.accelerate(wrapped)
+        out = wrapped(x).logits
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_optimizer_made_before(name):
+    model, x = make(name, train=True), images()
+    twin = copy.deepcopy(model)
+    for m in (model, twin):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+        if m is model:
+            fastvit.accelerate(m)
+        for _ in range(3):
+            for n, g in grads(m, x).items():
+                m.get_parameter(n).grad = g
+            optimizer.step()
+    close(tensors(model, x), tensors(twin, x), 5e-5)
+    close(dict(model.named_parameters()), dict(twin.named_parameters()))
+
+
+def logits_and_gradients(model, x):
+    """One forward, one backward. q, k and v are one tensor, as the op has them: the gradient of k's
+    bias alone is zero but for rounding, since softmax ignores a shift of its row."""
+    out = model(x)
+    out = out if isinstance(out, torch.Tensor) else out.logits
+    weight = torch.linspace(-1, 1, out.numel(), dtype=x.dtype, device=x.device).view_as(out)
+    (out * weight).mean().backward()
+    found = {"logits": out}
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            n = re.sub("[qkv]_proj", "qkv", n)
+            found[n] = torch.cat([found[n], p.grad]) if n in found else p.grad
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_triton_backend(name, device):
+    model, x = make(name, train=True).to(device), images(1).to(device)
+    truth = logits_and_gradients(copy.deepcopy(model).double(), x.double())
+    eager = logits_and_gradients(model, x)
+    fastvit.accelerate(model)
+    assert served(model, x) == PEERS[name][1]
+    with fastvit.use_backend("triton"):  # raises where a kernel cannot serve
+        got = logits_and_gradients(model, x)
+    for key in truth:
+        check(key, got[key], eager[key], truth[key])

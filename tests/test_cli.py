@@ -1,0 +1,227 @@
+"""The command line from the outside: train, resume, predict, and what bad input gets."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_data import break_one, write_fashion, write_folder
+
+from fastvit.cli import main
+
+TINY = ["--dim", "32", "--depth", "1", "--heads", "2", "--device", "cpu"]
+DIGITS = ["train", *TINY, "--epochs", "2", "--lr", "4e-3"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A tiny trained run and one of its images: a 1, as a file."""
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    assert main([*DIGITS, "--epochs", "20", "--depth", "2", "--out", str(folder)]) == 0
+    from sklearn.datasets import load_digits
+
+    pixels = load_digits().images[1]
+    Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(folder / "one.png")
+    return folder
+
+
+def test_train_writes_everything(digits_run):
+    names = {"model.safetensors", "model.json", "curves.png", "attention.png", "state.pt"}
+    assert set(os.listdir(digits_run)) == names | {"one.png"}
+    config = json.loads((digits_run / "model.json").read_text())
+    assert config["classes"] == [str(i) for i in range(10)]
+    assert len(config["mean"]) == len(config["std"]) == 1
+    assert config["model"]["dim"] == 32 and config["model"]["image_size"] == 8
+    assert 0.4 < config["results"]["test_accuracy"] <= 1
+    for name in ("curves.png", "attention.png"):
+        with Image.open(digits_run / name) as image:
+            assert min(image.size) > 300
+            assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_train_says_what_it_did(capsys):
+    assert main(DIGITS) == 0
+    captured = capsys.readouterr()
+    for wanted in (
+        r"data     digits: 1,259 train, 179 validation and 359 test images, 1x8x8, 10 classes",
+        r"backend  reference \(",
+        r"validation accuracy  \d+\.\d\d% of 179",
+        r"test accuracy        \d+\.\d\d% of 359",
+        r"wrote                runs/digits/model\.safetensors",
+    ):
+        assert re.search(wanted, captured.out), captured.out
+    assert re.search(
+        r"epoch   2/2  loss \d.*accuracy .*validation .*images/s, backend reference", captured.err
+    )
+
+
+def test_same_seed_same_checkpoint_and_a_folder_of_its_own():
+    for _ in range(2):
+        assert main(DIGITS) == 0
+    assert main([*DIGITS, "--seed", "1"]) == 0
+    first, second, other = (
+        load_file(f"runs/digits{n}/model.safetensors") for n in ("", "-2", "-3")
+    )
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_train_refuses_a_folder_in_use(capsys, digits_run):
+    assert main([*DIGITS, "--out", str(digits_run)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_killed_process_resumes_to_the_same_result():
+    """SIGKILL in the middle of a real process, then --resume."""
+    command = [*DIGITS, "--epochs", "8"]
+    assert main([*command, "--out", "whole"]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastvit", *command, "--out", "killed"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    deadline = time.monotonic() + 60
+    while not os.path.exists("killed/state.pt") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not os.path.exists("killed/model.safetensors")
+    assert main(["train", "--resume", "killed", "--device", "cpu"]) == 0
+    whole, resumed = (load_file(f"{name}/model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_resume_takes_no_other_settings(capsys, digits_run):
+    for extra in (["--lr", "1"], ["--batch-size", "3"], ["--data", "digits"], ["--strict"]):
+        assert main(["train", "--resume", str(digits_run), *extra]) == 2
+        assert f"leave out {extra[0]}" in capsys.readouterr().err
+    assert main(["train", "--resume", "nowhere"]) == 2
+    assert "nowhere holds no state.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_interrupted(monkeypatch, capsys, finished):
+    from fastvit.train import Run
+
+    def interrupt(self, folder):
+        if finished:
+            self.save_state(folder / "state.pt")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "fit", interrupt)
+    assert main(DIGITS) == 130
+    again = "go on with: fastvit train --resume runs/digits" if finished else "before its first"
+    assert f"interrupted; {again}" in capsys.readouterr().err
+
+
+def test_train_on_fashion_mnist_and_on_a_folder(tmp_path, capsys):
+    (tmp_path / "fashion").mkdir()
+    write_fashion(tmp_path / "fashion")
+    write_folder(tmp_path / "images", ("cat", "dog"), count=12)
+    break_one(tmp_path / "images")
+    fast = [*TINY, "--epochs", "1", "--batch-size", "8"]
+    assert main(["train", "--data", f"fashion-mnist:{tmp_path}/fashion", *fast]) == 0
+    images = [*fast, "--data", f"folder:{tmp_path}/images", "--image-size", "16x32"]
+    assert main(["train", *images, "--patch-size", "8"]) == 0
+    assert "skipped  2 files" in capsys.readouterr().err
+    config = json.loads((tmp_path / "runs/folder/model.json").read_text())
+    assert config["model"]["image_size"] == [16, 32] and config["classes"] == ["cat", "dog"]
+    assert config["results"]["skipped_files"] == 2
+    assert main(["predict", "runs/folder", "images/dog/1.png"]) == 0
+    assert re.search(r"^  +\d+\.\d%  (cat|dog)$", capsys.readouterr().out, re.M)
+    assert main(["train", *images, "--strict"]) == 2
+    assert "cannot be read as an image" in capsys.readouterr().err
+
+
+def test_predict_prints_the_top_five(capsys, digits_run):
+    image = str(digits_run / "one.png")
+    assert main(["predict", str(digits_run / "model.safetensors"), image, image]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and lines[0] == lines[6] == image and lines[1:6] == lines[7:]
+    found = [re.fullmatch(r" +(\d+\.\d)%  (\d)", line) for line in lines[1:6]]
+    shares = [float(m[1]) for m in found if m]
+    assert len(shares) == 5 and shares == sorted(shares, reverse=True) and sum(shares) <= 100.3
+    assert main(["predict", str(digits_run), image, "--top", "99"]) == 0
+    shares = [float(s) for s in re.findall(r"(\d+\.\d)%", capsys.readouterr().out)]
+    assert len(shares) == 10 and sum(shares) == pytest.approx(100, abs=0.6)
+
+
+def test_predict_goes_on_past_an_unreadable_image(capsys, digits_run, tmp_path):
+    (tmp_path / "bad.png").write_text("hello")
+    arguments = ["bad.png", "gone.png", str(digits_run / "one.png")]
+    assert main(["predict", str(digits_run), *arguments]) == 1
+    captured = capsys.readouterr()
+    assert "bad.png: cannot be read as an image" in captured.err
+    assert "gone.png: there is no such file" in captured.err
+    assert str(digits_run / "one.png") in captured.out
+
+
+def test_predict_with_a_damaged_checkpoint(capsys, digits_run, tmp_path):
+    raw = (digits_run / "model.safetensors").read_bytes()
+    config = json.loads((digits_run / "model.json").read_text())
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(raw[: len(raw) // 2])
+    (tmp_path / "cut.json").write_text(json.dumps(config))
+    assert main(["predict", str(cut), "x.png"]) == 2
+    assert "cut.safetensors is truncated" in capsys.readouterr().err
+    cut.write_bytes(raw)
+    for name, value in (("classes", ["a"]), ("mean", None), ("std", [1.0, 2.0])):
+        (tmp_path / "cut.json").write_text(json.dumps({**config, name: value}))
+        assert main(["predict", str(cut), "x.png"]) == 2
+        assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "cifar"], "--data must be"),
+        (["--data", "folder:nowhere"], "nowhere is not a folder"),
+        (["--data", "fashion-mnist:nowhere"], "nowhere is not a folder"),
+        (["--heads", "5"], "dim 32 is not a multiple of heads 5"),
+        (["--patch-size", "3"], "not a multiple of patch_size"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--model", "vit_nano"], "--model must be one of"),
+        (["--workers", "-1"], "--workers must not be negative"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, message):
+    assert main([*DIGITS, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastvit train: error: ") and message in error
+    assert "Traceback" not in error and not os.path.exists("runs")
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "tqdm", "sklearn"])
+def test_missing_extra_is_named_before_any_work(monkeypatch, capsys, module):
+    from fastvit import errors
+
+    find_spec = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda m: None if m == module else find_spec(m))
+    assert main(DIGITS) == 2
+    error = capsys.readouterr().err
+    assert {"sklearn": "scikit-learn"}.get(module, module) in error
+    assert "pip install 'fastvit[train]'" in error and not os.path.exists("runs")
+
+
+def test_usage(capsys):
+    for arguments in ([], ["fly"], ["train", "--image-size", "8x"], ["predict", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and "torch" in capsys.readouterr().out

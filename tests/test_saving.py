@@ -1,0 +1,106 @@
+"""Checkpoints: what is saved loads, and what is damaged says so."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import fastvit
+from fastvit.errors import UsageError
+from fastvit.saving import load_checkpoint, replacing, save_checkpoint
+
+
+def tiny(**kwargs):
+    sizes = dict(image_size=(8, 12), patch_size=4, dim=16, depth=1, heads=2, mlp_dim=16)
+    return fastvit.ViT(**{**sizes, "num_classes": 3, "channels": 1, **kwargs})
+
+
+def test_round_trip(tmp_path):
+    model = tiny(pool="mean", registers=2, layer_scale=0.1).eval()
+    path = save_checkpoint(tmp_path / "new" / "m.safetensors", model, classes=["a", "b", "c"])
+    assert sorted(os.listdir(path.parent)) == ["m.json", "m.safetensors"]
+    loaded, config = load_checkpoint(path)
+    assert config["classes"] == ["a", "b", "c"]
+    assert loaded.config == model.config and not loaded.training
+    images = torch.randn(2, 1, 8, 12)
+    assert torch.equal(loaded(images), model(images))
+
+
+def test_a_run_folder_is_a_checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "model.safetensors", tiny())
+    assert load_checkpoint(tmp_path)[0].num_classes == 3
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -1])
+def test_truncated_weights(tmp_path, keep):
+    path = save_checkpoint(tmp_path / "m.safetensors", tiny())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UsageError, match=r"m\.safetensors is truncated or not a safetensors"):
+        load_checkpoint(path)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(UsageError, match=r"m\.safetensors does not exist"):
+        load_checkpoint(tmp_path / "m.safetensors")
+    path = save_checkpoint(tmp_path / "m.safetensors", tiny())
+    with pytest.raises(UsageError, match=r"expected a \.safetensors file"):
+        load_checkpoint(tmp_path / "m.json")
+    (tmp_path / "m.json").unlink()
+    with pytest.raises(UsageError, match=r"config .*m\.json is missing"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": "fast', "truncated or not JSON"),
+        ("[1]", "not a fastvit config"),
+        ('{"format": "other"}', "not a fastvit config"),
+        ('{"format": "fastvit", "version": 9, "model": {}}', "got version 9"),
+        ('{"format": "fastvit", "version": 1}', "with a 'model'"),
+        ('{"format": "fastvit", "version": 1, "model": {"wide": 1}}', "wide"),
+        ('{"format": "fastvit", "version": 1, "model": {"dim": -1}}', "dim must be"),
+    ],
+)
+def test_bad_config(tmp_path, text, message):
+    path = save_checkpoint(tmp_path / "m.safetensors", tiny())
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(depth=2), r"lacks blocks\.1\.attn\.proj\.bias and 11 more"),
+        (dict(pool="mean"), r"lacks fc_norm\.bias and 1 more"),
+        (dict(mlp_dim=32), r"blocks\.0\.mlp\.fc1\.weight is \(16, 16\), expected \(32, 16\)"),
+        (dict(num_classes=0), r"has the unexpected head\.bias and 1 more"),
+    ],
+    ids=lambda c: next(iter(c)) if isinstance(c, dict) else "",
+)
+def test_weights_of_another_model(tmp_path, change, message):
+    path = save_checkpoint(tmp_path / "m.safetensors", tiny())
+    config = json.loads((tmp_path / "m.json").read_text())
+    config["model"].update(change)
+    (tmp_path / "m.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=message):
+        load_checkpoint(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["x"]
+
+
+def test_name_without_the_ending(tmp_path):
+    with pytest.raises(UsageError, match=r"must end in \.safetensors"):
+        save_checkpoint(tmp_path / "m.pt", tiny())
