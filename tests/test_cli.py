@@ -30,10 +30,10 @@ def _here(tmp_path, monkeypatch):
 def digits_run(tmp_path_factory):
     """A tiny trained run and one of its images: a 1, as a file."""
     folder = tmp_path_factory.mktemp("digits") / "run"
-    assert main([*DIGITS, "--epochs", "20", "--depth", "2", "--out", str(folder)]) == 0
+    assert main([*DIGITS, "--epochs", "10", "--out", str(folder)]) == 0
     from sklearn.datasets import load_digits
 
-    pixels = load_digits().images[1]
+    pixels = load_digits(return_X_y=True)[0][1].reshape(8, 8)
     Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(folder / "one.png")
     return folder
 

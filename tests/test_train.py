@@ -28,12 +28,12 @@ def stripes(count: int = 96) -> DataSet:
     images = torch.randint(0, 60, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
     labels = torch.arange(count) % 4
     images[torch.arange(count), 0, 2 * labels] = 255
-    parts = [
+    train, val, test = (
         Images(*part)
         for part in zip(images.split(count // 3), labels.split(count // 3), strict=True)
-    ]
+    )
     names = ("a", "b", "c", "d")
-    return DataSet("stripes", names, 1, (8, 8), *parts, Augment(flip=True, shift=0.05))
+    return DataSet("stripes", names, 1, (8, 8), train, val, test, Augment(flip=True, shift=0.05))
 
 
 def start(seed: int = 0, **given) -> Run:
@@ -166,7 +166,7 @@ def test_settings():
         (dict(seed=-1), "seed"),
     ):
         with pytest.raises(UsageError, match=message):
-            make_settings("digits", **bad)
+            make_settings("digits", None, **bad)
     with pytest.raises(UsageError, match="--model must be one of"):
         make_settings("digits", "vit_nano")
     with pytest.raises(UsageError, match="dim 32 is not a multiple of heads 5"):

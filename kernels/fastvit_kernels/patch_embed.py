@@ -303,7 +303,7 @@ def _fwd(
     if out.numel() == 0:
         return out
     M = B * (P + m)
-    config = tuned.gemm(M, N, K, weight.dtype, "none", images.device.index)
+    config = tuned.gemm(M, N, K, weight.dtype, "patch_embed", images.device.index)
     _patch_embed_fwd_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
         images,
         weight,
@@ -402,7 +402,7 @@ def _bwd(
                 num_warps=config.num_warps,
             )
         if needs_images:
-            config = tuned.gemm(B * m, K, N, dtype, "none", dout.device.index)
+            config = tuned.gemm(B * m, K, N, dtype, "patch_embed", dout.device.index)
             grid = (triton.cdiv(B * m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
             _patch_embed_dimages_kernel[grid](
                 dout,

@@ -359,7 +359,7 @@ def load_folder(
     shape = (path.name or "folder", classes, 3, image_size)
     if total > memory_limit:
         return DataSet(*shape, train, val, test, augment)
-    loaded = [split.load() for split in (train, val, test)]
+    loaded = train.load(), val.load(), test.load()
     for name, split in zip(("training", "validation", "test"), loaded, strict=True):
         if not len(split):
             raise UsageError(f"{path}: no image of the {name} split could be read")

@@ -57,4 +57,4 @@ def predict(
 def best(probabilities: Tensor, classes: Sequence[str], top: int) -> list[tuple[str, float]]:
     """The `top` most probable classes, most probable first."""
     values, indices = probabilities.topk(min(top, len(classes)))
-    return [(classes[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
+    return [(classes[int(i)], float(p)) for i, p in zip(indices, values, strict=True)]

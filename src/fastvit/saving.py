@@ -75,8 +75,7 @@ def load_checkpoint(path: Path | str) -> tuple[ViT, dict[str, Any]]:
             f"{path.stat().st_size:,} bytes"
         ) from error
     try:
-        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["model"].items()}
-        model = ViT(**arguments)
+        model = ViT(**config["model"])
     except (TypeError, ValueError) as error:
         raise UsageError(f"checkpoint: {path.with_suffix('.json')}: {error}") from error
     _check_weights(path, model, weights)
@@ -98,7 +97,9 @@ def _load_config(path: Path) -> dict[str, Any]:
             f"checkpoint: {path}: expected version {VERSION} with a 'model', "
             f"got version {config.get('version')!r}"
         )
-    return config
+    # JSON has no tuples: (height, width) comes back as a list.
+    sizes = {k: tuple(v) for k, v in config["model"].items() if isinstance(v, list)}
+    return {**config, "model": {**config["model"], **sizes}}
 
 
 def _check_weights(path: Path, model: ViT, weights: dict[str, torch.Tensor]) -> None:

@@ -62,16 +62,16 @@ class Settings:
 # What each kind of data is trained with unless told otherwise, chosen on validation splits.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": dict(
-        epochs=60,
+        epochs=40,
         batch_size=64,
         lr=2e-3,
         model=dict(image_size=8, patch_size=2, dim=64, depth=4, heads=4, mlp_dim=128),
     ),
     "fashion-mnist": dict(
-        epochs=10,
+        epochs=8,
         batch_size=128,
         lr=3e-3,
-        model=dict(image_size=28, patch_size=7, dim=64, depth=3, heads=2, mlp_dim=256),
+        model=dict(image_size=28, patch_size=7, dim=64, depth=3, heads=2, mlp_dim=128),
     ),
     "folder": dict(
         epochs=50,
