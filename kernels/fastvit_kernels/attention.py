@@ -1,774 +1,387 @@
-"""softmax(q k^T * scale) v, flash style: scores live in registers alone.
+"""Scaled dot-product attention for ViT: short, dense rows; scores never reach memory.
 
-q, k, v: (B, N, H, D) at any strides, or packed (B, N, 3, H, D) -> o: (B, N, H, D).
-Saved for backward: q, k, v, o and lse = log(sum(exp(scores))), (B, H, N) float32.
+o = softmax(q k^T * scale) v; lse = log sum exp of each row of scaled scores
+ds = p * (do v^T - delta), delta = rowsum(o * do)
+dv = p^T do;  dk = scale ds^T q;  dq = scale ds k
 
-    p = exp(scores - lse)   delta = rowsum(o do)     dv = p^T do
-    ds = p (do v^T - delta)  dq = ds k * scale       dk = ds^T q * scale
-
-Rows are cut into full tiles and one tail of its own size (197 keys: 3 x 64 + 16), and a head dim
-such as 72 or 96 into two powers of two (64 + 16, 64 + 32), so that little is computed for nothing.
-Backward is two launches: dq by query tiles, which also writes delta, then dk and dv by key tiles;
-each gradient is summed by one program in a fixed order, straight into the packed dqkv.
-FLOPs: 4 B H N^2 D forward, 14 B H N^2 D backward. Bytes: q, k, v, o once forward (k and v again from
-L2 for each query tile); q, k, v twice, o once, do twice and dqkv once backward.
+q, k, v: (B, N, H, D), any strides, or packed (B, N, 3, H, D) and, for images of different sizes,
+(total, 3, H, D); D a multiple of 8 in 16..128; float32, float16 or bfloat16. o: (B, N, H, D)
+contiguous; lse: (B, H, N) float32.
+Saved for backward: q, k, v (or qkv), o and lse. p is computed again, from lse, in backward.
+Short rows (`attention_resident`): forward one launch, backward one. Long rows (`attention_long`):
+forward one, backward two and a float32 delta of the shape of lse.
+FLOPs: 4 B H N^2 D forward, 10 backward (14 for long rows). Bytes: each of q, k, v, o once forward;
+q, k, v, o, do, dq, dk, dv once backward; repeated reads of long rows come from L2.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import library, tuned
-from fastvit_kernels.common import LN2, LOG2E, dot, exp2
+from fastvit_kernels.attention_long import (
+    _attention_bwd_dkv_kernel,
+    _attention_bwd_dq_kernel,
+    _attention_fwd_kernel,
+)
+from fastvit_kernels.attention_resident import (
+    _attention_bwd_resident_kernel,
+    _attention_fwd_resident_kernel,
+)
 from fastvit_kernels.gemm import precision
 
-
-@triton.jit
-def _load(
-    ptr,
-    rows,
-    stride,
-    N,
-    COL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """Columns COL .. COL + WIDTH of some rows, zeros past D and, in a tail, past row N."""
-    cols = COL + tl.arange(0, WIDTH)
-    ptrs = ptr + rows[:, None] * stride + cols[None, :]
-    if TAIL and COL + WIDTH > D:
-        return tl.load(ptrs, mask=(rows < N)[:, None] & (cols < D)[None, :], other=0.0)
-    elif TAIL:
-        return tl.load(ptrs, mask=(rows < N)[:, None], other=0.0)
-    elif COL + WIDTH > D:
-        return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
-    else:
-        return tl.load(ptrs)
+_LOG2E = 1.4426950408889634
 
 
-@triton.jit
-def _store(ptr, x, rows, stride, N, COL: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    cols = COL + tl.arange(0, WIDTH)
-    mask = (rows < N)[:, None] & (cols < D)[None, :]
-    tl.store(ptr + rows[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a pass: what it is compiled with and how many programs share a head."""
 
+    kernel: Any
+    programs: int
+    constants: dict[str, Any]
+    config: tuned.Config
 
-@triton.jit
-def _fwd_keys(
-    q0,
-    q1,
-    acc0,
-    acc1,
-    m_i,
-    l_i,
-    k_ptr,
-    v_ptr,
-    start,
-    stride_kn,
-    stride_vn,
-    N,
-    scale_log2e,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of keys: scores, the running maximum and sum, and o's accumulator."""
-    offs_n = start + tl.arange(0, BLOCK_N)
-    k = _load(k_ptr, offs_n, stride_kn, N, 0, D0, D, TAIL)
-    s = dot(q0, tl.trans(k), None, PRECISION)
-    if D1:
-        k = _load(k_ptr, offs_n, stride_kn, N, D0, D1, D, TAIL)
-        s = dot(q1, tl.trans(k), s, PRECISION)
-    if TAIL:
-        s += tl.where(offs_n < N, 0.0, float("-inf"))[None, :]
-    m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2e)
-    # A row whose scores are all -inf so far has no maximum to subtract.
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = exp2(s * scale_log2e - shift[:, None])
-    alpha = exp2(m_i - shift)
-    l_i = l_i * alpha + tl.sum(p, axis=1)
-    v = _load(v_ptr, offs_n, stride_vn, N, 0, D0, D, TAIL)
-    p = p.to(v.dtype)
-    acc0 = dot(p, v, acc0 * alpha[:, None], PRECISION)
-    if D1:
-        v = _load(v_ptr, offs_n, stride_vn, N, D0, D1, D, TAIL)
-        acc1 = dot(p, v, acc1 * alpha[:, None], PRECISION)
-    return acc0, acc1, m_new, l_i
-
-
-@triton.jit
-def _fwd_rows(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    lse_ptr,
-    first,
-    stride_qn,
-    stride_kn,
-    stride_vn,
-    stride_on,
-    N,
-    scale_log2e,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """o and lse of BLOCK_M query rows of one head."""
-    offs_m = first + tl.arange(0, BLOCK_M)
-    q0 = _load(q_ptr, offs_m, stride_qn, N, 0, D0, D, True)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
-    q1, acc1 = q0, l_i
-    if D1:
-        q1 = _load(q_ptr, offs_m, stride_qn, N, D0, D1, D, True)
-        acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    full = N // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
-        acc0, acc1, m_i, l_i = _fwd_keys(
-            q0,
-            q1,
-            acc0,
-            acc1,
-            m_i,
-            l_i,
-            k_ptr,
-            v_ptr,
-            start,
-            stride_kn,
-            stride_vn,
-            N,
-            scale_log2e,
-            D,
-            D0,
-            D1,
-            BLOCK_N,
-            False,
-            PRECISION,
-        )
-    if TAIL_N:
-        acc0, acc1, m_i, l_i = _fwd_keys(
-            q0,
-            q1,
-            acc0,
-            acc1,
-            m_i,
-            l_i,
-            k_ptr,
-            v_ptr,
-            full,
-            stride_kn,
-            stride_vn,
-            N,
-            scale_log2e,
-            D,
-            D0,
-            D1,
-            TAIL_N,
-            True,
-            PRECISION,
-        )
-    inverse = 1.0 / l_i
-    _store(o_ptr, acc0 * inverse[:, None], offs_m, stride_on, N, 0, D0, D)
-    if D1:
-        _store(o_ptr, acc1 * inverse[:, None], offs_m, stride_on, N, D0, D1, D)
-    tl.store(lse_ptr + offs_m, (m_i + tl.log2(l_i)) * LN2, mask=offs_m < N)
-
-
-@triton.jit
-def _attention_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    lse_ptr,
-    N,
-    H,
-    scale_log2e,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    num_m = tl.cdiv(N, BLOCK_M)
-    pid_m, bh = tl.program_id(0) % num_m, tl.program_id(0) // num_m
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    o_ptr += (b * N * H + h) * D
-    lse_ptr += bh.to(tl.int64) * N
-    first = pid_m * BLOCK_M
-    if TAIL_M == BLOCK_M or first + BLOCK_M <= N:
-        _fwd_rows(
-            q_ptr,
-            k_ptr,
-            v_ptr,
-            o_ptr,
-            lse_ptr,
-            first,
-            stride_qn,
-            stride_kn,
-            stride_vn,
-            H * D,
-            N,
-            scale_log2e,
-            D,
-            D0,
-            D1,
-            BLOCK_M,
-            BLOCK_N,
-            TAIL_N,
-            PRECISION,
-        )
-    else:
-        _fwd_rows(
-            q_ptr,
-            k_ptr,
-            v_ptr,
-            o_ptr,
-            lse_ptr,
-            first,
-            stride_qn,
-            stride_kn,
-            stride_vn,
-            H * D,
-            N,
-            scale_log2e,
-            D,
-            D0,
-            D1,
-            TAIL_M,
-            BLOCK_N,
-            TAIL_N,
-            PRECISION,
+    def __call__(self, heads: int, batch: int, *args: Any, **constants: Any) -> None:
+        self.kernel[(self.programs, heads, batch)](
+            *args,
+            **self.constants,
+            **constants,
+            num_warps=self.config.num_warps,
+            num_stages=self.config.num_stages,
         )
 
 
-@triton.jit
-def _dq_keys(
-    q0,
-    q1,
-    do0,
-    do1,
-    dq0,
-    dq1,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    start,
-    stride_kn,
-    stride_vn,
-    N,
-    scale_log2e,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """What one tile of keys adds to dq / scale."""
-    offs_n = start + tl.arange(0, BLOCK_N)
-    k0 = _load(k_ptr, offs_n, stride_kn, N, 0, D0, D, TAIL)
-    v = _load(v_ptr, offs_n, stride_vn, N, 0, D0, D, TAIL)
-    s = dot(q0, tl.trans(k0), None, PRECISION)
-    dp = dot(do0, tl.trans(v), None, PRECISION)
-    k1 = k0
-    if D1:
-        k1 = _load(k_ptr, offs_n, stride_kn, N, D0, D1, D, TAIL)
-        v = _load(v_ptr, offs_n, stride_vn, N, D0, D1, D, TAIL)
-        s = dot(q1, tl.trans(k1), s, PRECISION)
-        dp = dot(do1, tl.trans(v), dp, PRECISION)
-    p = exp2(s * scale_log2e - lse[:, None])
-    if TAIL:
-        p = tl.where((offs_n < N)[None, :], p, 0.0)
-    ds = (p * (dp - delta[:, None])).to(k0.dtype)
-    dq0 = dot(ds, k0, dq0, PRECISION)
-    if D1:
-        dq1 = dot(ds, k1, dq1, PRECISION)
-    return dq0, dq1
+def round_up(n: int, pieces: int, largest: int) -> int:
+    """The least multiple of 16 from n up whose part under `largest` has at most `pieces` bits set:
+    what a row of n costs when cut into power-of-two tiles.
+    """
+    n = -(-n // 16) * 16
+    while (n % largest).bit_count() > pieces:
+        n += n & -n
+    return n
 
 
-@triton.jit
-def _attention_bwd_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    dq_ptr,
-    N,
-    H,
-    scale,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_dob,
-    stride_don,
-    stride_doh,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    num_m = tl.cdiv(N, BLOCK_M)
-    pid_m, bh = tl.program_id(0) % num_m, tl.program_id(0) // num_m
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    do_ptr += b * stride_dob + h * stride_doh
-    o_ptr += (b * N * H + h) * D
-    dq_ptr += (b * N * 3 * H + h) * D
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < N
-
-    q0 = _load(q_ptr, offs_m, stride_qn, N, 0, D0, D, True)
-    do0 = _load(do_ptr, offs_m, stride_don, N, 0, D0, D, True)
-    o = _load(o_ptr, offs_m, H * D, N, 0, D0, D, True)
-    delta = tl.sum(o.to(tl.float32) * do0.to(tl.float32), axis=1)
-    dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
-    q1, do1, dq1 = q0, do0, delta
-    if D1:
-        q1 = _load(q_ptr, offs_m, stride_qn, N, D0, D1, D, True)
-        do1 = _load(do_ptr, offs_m, stride_don, N, D0, D1, D, True)
-        o = _load(o_ptr, offs_m, H * D, N, D0, D1, D, True)
-        delta += tl.sum(o.to(tl.float32) * do1.to(tl.float32), axis=1)
-        dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    tl.store(delta_ptr + bh.to(tl.int64) * N + offs_m, delta, mask=mask_m)
-    lse = tl.load(lse_ptr + bh.to(tl.int64) * N + offs_m, mask=mask_m, other=0.0) * LOG2E
-
-    scale_log2e = scale * LOG2E
-    full = N // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
-        dq0, dq1 = _dq_keys(
-            q0,
-            q1,
-            do0,
-            do1,
-            dq0,
-            dq1,
-            lse,
-            delta,
-            k_ptr,
-            v_ptr,
-            start,
-            stride_kn,
-            stride_vn,
-            N,
-            scale_log2e,
-            D,
-            D0,
-            D1,
-            BLOCK_N,
-            False,
-            PRECISION,
-        )
-    if TAIL_N:
-        dq0, dq1 = _dq_keys(
-            q0,
-            q1,
-            do0,
-            do1,
-            dq0,
-            dq1,
-            lse,
-            delta,
-            k_ptr,
-            v_ptr,
-            full,
-            stride_kn,
-            stride_vn,
-            N,
-            scale_log2e,
-            D,
-            D0,
-            D1,
-            TAIL_N,
-            True,
-            PRECISION,
-        )
-    _store(dq_ptr, dq0 * scale, offs_m, 3 * H * D, N, 0, D0, D)
-    if D1:
-        _store(dq_ptr, dq1 * scale, offs_m, 3 * H * D, N, D0, D1, D)
+def plan_fwd(
+    heads: int, N: int, D: int, dtype: torch.dtype, ragged: bool, arch: int, sms: int
+) -> Launch:
+    """How the forward of `heads` = B * H rows of N tokens is launched."""
+    resident = tuned.attention("fwd_resident", D, dtype, arch)
+    if resident and not ragged and N <= resident.BLOCK_N:
+        block_m = resident.BLOCK_M
+        tiles = triton.cdiv(N, block_m)
+        # Few heads: every query tile its own program, though each then loads all keys.
+        splits = tiles if heads * 2 <= sms else 1
+        constants = {
+            "SPLITS": splits,
+            "BLOCK_M": block_m,
+            "HAS_FULL": N >= block_m,
+            "TAIL_M": round_up(N % block_m, 1, block_m),
+            "KEYS": round_up(N, 2, 128),
+        }
+        return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
+    config = tuned.attention("fwd", D, dtype, arch)
+    if heads * triton.cdiv(N, config.BLOCK_M) < sms:
+        config = tuned.attention("fwd_small", D, dtype, arch)
+    return _long(_attention_fwd_kernel, "BLOCK_M", config, N, ragged)
 
 
-@triton.jit
-def _dkdv_queries(
-    k0,
-    k1,
-    v0,
-    v1,
-    dk0,
-    dk1,
-    dv0,
-    dv1,
-    q_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    start,
-    stride_qn,
-    stride_don,
-    N,
-    scale_log2e,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """What one tile of queries adds to dv and dk / scale; scores are held transposed."""
-    offs_m = start + tl.arange(0, BLOCK_M)
-    q0 = _load(q_ptr, offs_m, stride_qn, N, 0, D0, D, TAIL)
-    do0 = _load(do_ptr, offs_m, stride_don, N, 0, D0, D, TAIL)
-    s = dot(k0, tl.trans(q0), None, PRECISION)
-    dp = dot(v0, tl.trans(do0), None, PRECISION)
-    q1, do1 = q0, do0
-    if D1:
-        q1 = _load(q_ptr, offs_m, stride_qn, N, D0, D1, D, TAIL)
-        do1 = _load(do_ptr, offs_m, stride_don, N, D0, D1, D, TAIL)
-        s = dot(k1, tl.trans(q1), s, PRECISION)
-        dp = dot(v1, tl.trans(do1), dp, PRECISION)
-    if TAIL:
-        # Rows past N: exp2(s - inf) = 0, and zeros in q and do.
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < N, other=float("inf"))
-        delta = tl.load(delta_ptr + offs_m, mask=offs_m < N, other=0.0)
-    else:
-        lse = tl.load(lse_ptr + offs_m)
-        delta = tl.load(delta_ptr + offs_m)
-    p = exp2(s * scale_log2e - (lse * LOG2E)[None, :])
-    dv0 = dot(p.to(do0.dtype), do0, dv0, PRECISION)
-    ds = (p * (dp - delta[None, :])).to(q0.dtype)
-    dk0 = dot(ds, q0, dk0, PRECISION)
-    if D1:
-        dv1 = dot(p.to(do1.dtype), do1, dv1, PRECISION)
-        dk1 = dot(ds, q1, dk1, PRECISION)
-    return dk0, dk1, dv0, dv1
+def plan_bwd(
+    heads: int, N: int, D: int, dtype: torch.dtype, ragged: bool, arch: int, sms: int
+) -> list[Launch]:
+    """The backward: one launch where all keys are resident, else dQ and delta, then dK and dV."""
+    resident = tuned.attention("bwd_resident", D, dtype, arch)
+    if resident and not ragged and N <= resident.BLOCK_N and heads * 2 > sms:
+        block_m = resident.BLOCK_M
+        constants = {
+            "BLOCK_M": block_m,
+            "HAS_FULL": N >= block_m,
+            "TAIL_M": round_up(N % block_m, 1, block_m),
+            "KEYS": round_up(N, 2, 128),
+        }
+        return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
+    dq = tuned.attention("dq", D, dtype, arch)
+    dkv = tuned.attention("dkv", D, dtype, arch)
+    return [
+        _long(_attention_bwd_dq_kernel, "BLOCK_M", dq, N, ragged),
+        _long(_attention_bwd_dkv_kernel, "BLOCK_N", dkv, N, ragged),
+    ]
 
 
-@triton.jit
-def _attention_bwd_dkdv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    N,
-    H,
-    scale,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_dob,
-    stride_don,
-    stride_doh,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    num_n = tl.cdiv(N, BLOCK_N)
-    pid_n, bh = tl.program_id(0) % num_n, tl.program_id(0) // num_n
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    do_ptr += b * stride_dob + h * stride_doh
-    dk_ptr += (b * N * 3 * H + h) * D
-    dv_ptr += (b * N * 3 * H + h) * D
-    lse_ptr += bh.to(tl.int64) * N
-    delta_ptr += bh.to(tl.int64) * N
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    k0 = _load(k_ptr, offs_n, stride_kn, N, 0, D0, D, True)
-    v0 = _load(v_ptr, offs_n, stride_vn, N, 0, D0, D, True)
-    dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
-    dv0 = tl.zeros([BLOCK_N, D0], tl.float32)
-    k1, v1, dk1, dv1 = k0, v0, dk0, dv0
-    if D1:
-        k1 = _load(k_ptr, offs_n, stride_kn, N, D0, D1, D, True)
-        v1 = _load(v_ptr, offs_n, stride_vn, N, D0, D1, D, True)
-        dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
-        dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
-
-    scale_log2e = scale * LOG2E
-    full = N // BLOCK_M * BLOCK_M
-    for start in range(0, full, BLOCK_M):
-        dk0, dk1, dv0, dv1 = _dkdv_queries(
-            k0,
-            k1,
-            v0,
-            v1,
-            dk0,
-            dk1,
-            dv0,
-            dv1,
-            q_ptr,
-            do_ptr,
-            lse_ptr,
-            delta_ptr,
-            start,
-            stride_qn,
-            stride_don,
-            N,
-            scale_log2e,
-            D,
-            D0,
-            D1,
-            BLOCK_M,
-            False,
-            PRECISION,
-        )
-    if TAIL_M:
-        dk0, dk1, dv0, dv1 = _dkdv_queries(
-            k0,
-            k1,
-            v0,
-            v1,
-            dk0,
-            dk1,
-            dv0,
-            dv1,
-            q_ptr,
-            do_ptr,
-            lse_ptr,
-            delta_ptr,
-            full,
-            stride_qn,
-            stride_don,
-            N,
-            scale_log2e,
-            D,
-            D0,
-            D1,
-            TAIL_M,
-            True,
-            PRECISION,
-        )
-    _store(dk_ptr, dk0 * scale, offs_n, 3 * H * D, N, 0, D0, D)
-    _store(dv_ptr, dv0, offs_n, 3 * H * D, N, 0, D0, D)
-    if D1:
-        _store(dk_ptr, dk1 * scale, offs_n, 3 * H * D, N, D0, D1, D)
-        _store(dv_ptr, dv1, offs_n, 3 * H * D, N, D0, D1, D)
+def _long(kernel: Any, owned: str, config: tuned.Config, N: int, ragged: bool) -> Launch:
+    """A kernel whose programs each own one tile of `owned` rows and walk over the other side."""
+    blocks = {"M": config.BLOCK_M, "N": config.BLOCK_N}
+    constants = {f"BLOCK_{side}": block for side, block in blocks.items()}
+    for side, block in blocks.items():
+        constants[f"TAIL_{side}"] = block if ragged else round_up(N % block, 2, block)
+    block, tail = constants[owned], constants[owned.replace("BLOCK", "TAIL")]
+    programs = triton.cdiv(N, block)
+    if not ragged:
+        programs = N // block + tail // block + (tail % block).bit_count()
+    return Launch(kernel, programs, constants, config)
 
 
-def head_dim_pieces(D: int) -> tuple[int, int]:
-    """D as one or two powers of two, each at least 16: 64 -> (64, 0), 72 -> (64, 16)."""
-    first = 1 << (D.bit_length() - 1)
-    if first == D:
-        return D, 0
-    second = max(16, triton.next_power_of_2(D - first))
-    return (first, second) if second < first else (2 * first, 0)
+def _plan_facts(q: Tensor, N: int, batch: int, ragged: bool) -> tuple[Any, ...]:
+    device = q.device.index
+    heads = batch * q.shape[2]
+    return heads, N, q.shape[3], q.dtype, ragged, tuned.arch(device), tuned.num_sms(device)
 
 
-def tail(N: int, block: int) -> int:
-    """Size of the tile that takes the rows behind the last full tile; 0 where there are none."""
-    left = N % block
-    return max(16, triton.next_power_of_2(left)) if left else 0
+def _constants(*tensors: Tensor) -> dict[str, Any]:
+    """What every kernel is compiled with: head dim, common divisor of strides, precision."""
+    aligned = all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1])
+    return {
+        "D": tensors[0].shape[-1],
+        "ALIGN": 8 if aligned else 1,
+        "PRECISION": precision(tensors[0].dtype),
+    }
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for t in tensors for stride in t.stride()[:3]]
+@dataclass(frozen=True)
+class _Layout:
+    """Where the sequences lie: a batch of rows of N, or one row of packed sequences."""
+
+    batch: int
+    longest: int
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+
+    @property
+    def ragged(self) -> bool:
+        return self.lengths is not None or self.cu_seqlens is not None
+
+    def outer(self, stride: int) -> int:
+        """The stride between sequences, which cu_seqlens replaces in a packed batch."""
+        return stride if self.cu_seqlens is None else 0
+
+    def strides(self, t: Tensor) -> tuple[int, ...]:
+        return self.outer(t.stride(0)), *t.stride()[1:]
+
+    @property
+    def constants(self) -> dict[str, bool]:
+        return {"PACKED": self.cu_seqlens is not None, "HAS_LENGTHS": self.lengths is not None}
 
 
-def _fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _layout(
+    q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int
+) -> _Layout:
+    if cu_seqlens is None:
+        return _Layout(q.shape[0], q.shape[1], lengths, None)
+    return _Layout(len(cu_seqlens) - 1, max_seqlen, lengths, cu_seqlens)
+
+
+def _fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+) -> tuple[Tensor, Tensor]:
     B, N, H, D = q.shape
-    o = torch.empty((B, N, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
-    if o.numel() == 0:
+    o = q.new_empty((B, N, H, D))
+    lse = q.new_empty((B, H, N), dtype=torch.float32)
+    if q.numel() == 0:
         return o, lse
-    D0, D1 = head_dim_pieces(D)
-    config = tuned.attention("fwd", D, q.dtype, q.device.index)
-    _attention_fwd_kernel[(triton.cdiv(N, config.BLOCK_M) * B * H,)](
-        q,
-        k,
-        v,
-        o,
-        lse,
-        N,
+    at = _layout(q, lengths, cu_seqlens, max_seqlen)
+    launch = plan_fwd(*_plan_facts(q, at.longest, at.batch, at.ragged))
+    strides = (*at.strides(q), *at.strides(k), *at.strides(v))
+    constants = _constants(q, k, v)
+    if launch.kernel is _attention_fwd_resident_kernel:
+        launch(H, B, q, k, v, o, lse, *strides, H, N, scale * _LOG2E, **constants)
+        return o, lse
+    launch(
         H,
-        scale * LOG2E.value,
-        *_strides(q, k, v),
-        D=D,
-        D0=D0,
-        D1=D1,
-        BLOCK_M=config.BLOCK_M,
-        TAIL_M=tail(N, config.BLOCK_M) or config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        TAIL_N=tail(N, config.BLOCK_N),
-        PRECISION=precision(q.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        at.batch,
+        *(q, k, v, o, lse, cu_seqlens, lengths),
+        *strides,
+        at.outer(o.stride(0)),
+        at.outer(lse.stride(0)),
+        lse.stride(1),
+        *(H, N, scale * _LOG2E),
+        **at.constants,
+        **constants,
     )
     return o, lse
 
 
-def _fwd_fake(q, k, v, scale):
-    B, N, H, D = q.shape
-    return q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
+def _fwd_fake(q, k, v, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
+    B, N, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
+
+
+def _bwd_into(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+) -> None:
+    """Write dq, dk and dv, whose strides are alike and whose heads lie side by side."""
+    if q.numel() == 0:
+        return
+    B, N, H, _ = q.shape
+    at = _layout(q, lengths, cu_seqlens, max_seqlen)
+    launches = plan_bwd(*_plan_facts(q, at.longest, at.batch, at.ragged))
+    strides = [at.strides(t) for t in (q, k, v, do)]
+    strides = [stride for group in strides for stride in group]
+    constants = _constants(q, k, v, do, dq)
+    dq_strides = (at.outer(dq.stride(0)), dq.stride(1))
+    scales = (scale, scale * _LOG2E)
+    if len(launches) == 1:
+        args = (q, k, v, o, do, lse, dq, dk, dv, *strides, *dq_strides, H, N, *scales)
+        launches[0](H, B, *args, **constants)
+        return
+    delta = torch.empty_like(lse)
+    lse_strides = (at.outer(lse.stride(0)), lse.stride(1))
+    constants |= at.constants
+    sequences = (cu_seqlens, lengths)
+    to_dq, to_dkv = launches
+    o_stride = at.outer(o.stride(0))
+    sizes = (*dq_strides, *lse_strides, H, N, *scales)
+    args = (q, k, v, o, do, lse, delta, dq, *sequences, *strides[:12], o_stride, *strides[12:])
+    to_dq(H, at.batch, *args, *sizes, **constants)
+    args = (q, k, v, do, lse, delta, dk, dv, *sequences, *strides)
+    to_dkv(H, at.batch, *args, *sizes, **constants)
 
 
 def _bwd(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    args = (do, q, k, v, o, lse, scale, lengths, cu_seqlens, max_seqlen)
+    _bwd_into(dq, dk, dv, *args)
+    return dq, dk, dv
+
+
+def _bwd_fake(do, q, k, v, o, lse, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _bwd_qkv(
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
 ) -> Tensor:
-    """dq, dk, dv packed: (B, N, 3, H, D)."""
-    B, N, H, D = q.shape
-    dqkv = torch.empty((B, N, 3, H, D), dtype=q.dtype, device=q.device)
-    if dqkv.numel() == 0:
-        return dqkv
-    delta = torch.empty_like(lse)
-    D0, D1 = head_dim_pieces(D)
-    dq, dk, dv = dqkv.unbind(2)
-    head = {"D": D, "D0": D0, "D1": D1, "PRECISION": precision(q.dtype)}
-    strides = _strides(q, k, v, do)
-    config = tuned.attention("bwd_dq", D, q.dtype, q.device.index)
-    _attention_bwd_dq_kernel[(triton.cdiv(N, config.BLOCK_M) * B * H,)](
-        q,
-        k,
-        v,
-        o,
-        do,
-        lse,
-        delta,
-        dq,
-        N,
-        H,
-        scale,
-        *strides,
-        **head,
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        TAIL_N=tail(N, config.BLOCK_N),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    config = tuned.attention("bwd_dkdv", D, q.dtype, q.device.index)
-    _attention_bwd_dkdv_kernel[(triton.cdiv(N, config.BLOCK_N) * B * H,)](
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        dk,
-        dv,
-        N,
-        H,
-        scale,
-        *strides,
-        **head,
-        BLOCK_M=config.BLOCK_M,
-        TAIL_M=tail(N, config.BLOCK_M),
-        BLOCK_N=config.BLOCK_N,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    dqkv = qkv.new_empty(qkv.shape)
+    args = (do, *qkv.unbind(2), o, lse, scale, lengths, cu_seqlens, max_seqlen)
+    _bwd_into(*dqkv.unbind(2), *args)
     return dqkv
 
 
-def _bwd_fake(do, q, k, v, o, lse, scale):
-    B, N, H, D = q.shape
-    return q.new_empty((B, N, 3, H, D))
+def _bwd_qkv_fake(do, qkv, o, lse, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
+    return qkv.new_empty(qkv.shape)
 
 
 attention_fwd = library.register("attention_fwd", _fwd_fake)(_fwd)
 attention_bwd = library.register("attention_bwd", _bwd_fake)(_bwd)
+attention_qkv_bwd = library.register("attention_qkv_bwd", _bwd_qkv_fake)(_bwd_qkv)
 
 
 class AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q, k, v = (_dense_rows(t) for t in (q, k, v))
-        o, lse = attention_fwd(q, k, v, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.scale = scale
-        return o
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = attention_fwd(q, k, v, scale, lengths, cu_seqlens, max_seqlen)
+        ctx.save_for_backward(q, k, v, o, lse, lengths, cu_seqlens)
+        ctx.scale, ctx.max_seqlen = scale, max_seqlen
+        ctx.mark_non_differentiable(lse)
+        return o, lse
 
     @staticmethod
     @library.first_order
-    def backward(ctx: Any, do: Tensor) -> Any:
-        dqkv = attention_bwd(_dense_rows(do), *ctx.saved_tensors, ctx.scale)
-        return *dqkv.unbind(2), None
+    def backward(ctx: Any, do: Tensor, _: Any) -> Any:
+        *saved, lengths, cu_seqlens = ctx.saved_tensors
+        grads = attention_bwd(do, *saved, ctx.scale, lengths, cu_seqlens, ctx.max_seqlen)
+        return *grads, None, None, None, None
 
 
-class AttentionQkvFunction(torch.autograd.Function):
+class AttentionQKVFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, scale: float) -> Tensor:
-        qkv = _dense_rows(qkv)
-        o, lse = attention_fwd(*qkv.unbind(2), scale)
-        ctx.save_for_backward(qkv, o, lse)
-        ctx.scale = scale
-        return o
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        scale: float,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = qkv.unbind(2)
+        o, lse = attention_fwd(q, k, v, scale, lengths, cu_seqlens, max_seqlen)
+        ctx.save_for_backward(qkv, o, lse, lengths, cu_seqlens)
+        ctx.scale, ctx.max_seqlen = scale, max_seqlen
+        ctx.mark_non_differentiable(lse)
+        return o, lse
 
     @staticmethod
     @library.first_order
-    def backward(ctx: Any, do: Tensor) -> Any:
-        qkv, o, lse = ctx.saved_tensors
-        return attention_bwd(_dense_rows(do), *qkv.unbind(2), o, lse, ctx.scale), None
+    def backward(ctx: Any, do: Tensor, _: Any) -> Any:
+        *saved, lengths, cu_seqlens = ctx.saved_tensors
+        dqkv = attention_qkv_bwd(do, *saved, ctx.scale, lengths, cu_seqlens, ctx.max_seqlen)
+        return dqkv, None, None, None, None
 
 
-def _dense_rows(t: Tensor) -> Tensor:
-    """t itself where the head dim is dense, as the kernels read it; else a copy."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """o and lse of softmax(q k^T * scale) v. q, k, v: (B, N, H, D), any strides.
+
+    lengths: (B,) integers; keys from lengths[b] on are left out. lse carries no gradient.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return AttentionFunction.apply(q, k, v, scale, lengths, None, 0)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(q k^T * scale) v. q, k, v: (B, N, H, D) -> (B, N, H, D); scale is D**-0.5."""
-    return AttentionFunction.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+def attention_qkv(
+    qkv: Tensor, scale: float | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention` of a packed projection, (B, N, 3, H, D); its gradient is one tensor likewise."""
+    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    return AttentionQKVFunction.apply(qkv, scale, lengths, None, 0)
 
 
-def attention_qkv(qkv: Tensor, scale: float | None = None) -> Tensor:
-    """The same on a packed projection. qkv: (B, N, 3, H, D) -> (B, N, H, D)."""
-    return AttentionQkvFunction.apply(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)
+def attention_packed(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention within each of the sequences packed in qkv, (total, 3, H, D).
+
+    cu_seqlens: (B + 1,) int32, from 0 to total: sequence b is rows cu_seqlens[b] up to
+    cu_seqlens[b + 1], at most max_seqlen of them. o: (total, H, D); lse: (H, total).
+    """
+    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    o, lse = AttentionQKVFunction.apply(qkv[None], scale, None, cu_seqlens, max_seqlen)
+    return o[0], lse[0]

@@ -29,6 +29,16 @@ def exp2(x):
 
 
 @triton.jit
+def mul_rn(x, y):
+    """x * y, rounded: never contracted with a following addition."""
+    if INTERPRET:
+        return x * y
+    return tl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x by one MUFU.RCP, exact to a unit in the last place."""
     if INTERPRET:

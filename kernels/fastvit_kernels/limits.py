@@ -10,7 +10,9 @@ def dtype(dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"dtype {dtype} is not float32, float16 or bfloat16"
 
 
-def attention(head_dim: int) -> str | None:
+def attention(head_dim: int, scale: float | None = None) -> str | None:
+    if scale is not None and not 0 < scale < float("inf"):
+        return f"scale {scale} is not positive and finite"
     if head_dim % 8 or not HEAD_DIM_MIN <= head_dim <= HEAD_DIM_MAX:
         return f"head dim {head_dim} is not a multiple of 8 in {HEAD_DIM_MIN}..{HEAD_DIM_MAX}"
     return None

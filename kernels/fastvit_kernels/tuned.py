@@ -73,7 +73,7 @@ def look_up(table: dict[int, T], arch: int) -> T:
 DEFAULT = 80
 
 # Forward and dX products. "wide": enough 128 x 256 tiles for every SM; "square": enough 128 x 128;
-# "small": few rows; "float32": four bytes an element. A heavy epilogue takes two subtiles.
+# "small": few rows; "float32": four bytes an element. An epilogue may have its own "square" line.
 GEMM: dict[int, dict[str, Config]] = {
     0: {name: Config(128, 128, 128) for name in ("wide", "square", "small", "float32")},
     80: {
@@ -89,16 +89,17 @@ GEMM: dict[int, dict[str, Config]] = {
         "float32": Config(128, 128, 32, num_warps=8, num_stages=3),
     },
     100: {
-        "wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=2),
+        "wide": Config(128, 128, 64, num_warps=8, num_stages=4),
         "square": Config(128, 128, 64, num_warps=8, num_stages=4),
-        "small": Config(64, 64, 64, num_warps=4, num_stages=4),
+        "patch_embed": Config(128, 64, 64, num_warps=8, num_stages=4),
+        "small": Config(64, 64, 32, num_warps=4, num_stages=4),
         "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
     },
     120: {
-        "wide": Config(128, 128, 32, num_warps=8, num_stages=4),
-        "square": Config(128, 128, 32, num_warps=8, num_stages=4),
+        "wide": Config(128, 128, 64, num_warps=8, num_stages=2),
+        "square": Config(128, 128, 64, num_warps=8, num_stages=2),
         "small": Config(64, 64, 64, num_warps=4, num_stages=3),
-        "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
+        "float32": Config(64, 32, 32, num_warps=4, num_stages=2),
     },
 }
 
@@ -107,19 +108,19 @@ GEMM_DW: dict[int, dict[str, Config]] = {
     0: {"16-bit": Config(64, 128, 128), "float32": Config(64, 128, 128)},
     80: {
         "16-bit": Config(32, 128, 128, num_warps=8, num_stages=4),
-        "float32": Config(32, 64, 64, num_warps=4, num_stages=3),
+        "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
     },
     90: {
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
-        "float32": Config(32, 64, 64, num_warps=4, num_stages=3),
+        "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
     },
     100: {
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
-        "float32": Config(32, 64, 64, num_warps=4, num_stages=3),
+        "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
     },
     120: {
         "16-bit": Config(32, 128, 128, num_warps=8, num_stages=3),
-        "float32": Config(32, 64, 64, num_warps=4, num_stages=3),
+        "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
     },
 }
 
@@ -132,15 +133,17 @@ def gemm(
     M: int, N: int, K: int, dtype: torch.dtype, epilogue: str, device_index: int | None
 ) -> Config:
     """The configuration of one forward or dX product."""
+    table = look_up(GEMM, arch(device_index))
     name = gemm_class(M, N, dtype, epilogue, num_sms(device_index))
-    return look_up(GEMM, arch(device_index))[name]
+    return table[epilogue] if name == "square" and epilogue in table else table[name]
 
 
 def gemm_class(M: int, N: int, dtype: torch.dtype, epilogue: str, sms: int) -> str:
     if dtype == torch.float32:
         return "float32"
-    # dGELU with a scaled operand spills on 128 x 256.
-    classes = (("wide", 256), ("square", 128)) if epilogue != "dgelu" else (("square", 128),)
+    # dGELU with a scaled operand and the address arithmetic of pixels spill on 128 x 256.
+    heavy = epilogue in ("dgelu", "patch_embed")
+    classes = (("square", 128),) if heavy else (("wide", 256), ("square", 128))
     for name, block_n in classes:
         if -(-M // 128) * -(-N // block_n) >= sms:
             return name
@@ -177,33 +180,8 @@ def layernorm_bwd(M: int, C: int, device_index: int | None) -> tuple[Config, int
     return config, min(-(-M // config.BLOCK_M), 4 * num_sms(device_index))
 
 
-# Attention: (rows of queries, rows of keys) per tile, by the head dim padded to its pieces.
-ATTENTION: dict[int, dict[str, dict[int, Config]]] = {
-    0: {name: {128: Config(64, 64)} for name in ("fwd", "bwd_dq", "bwd_dkdv", "float32")},
-    80: {
-        "fwd": {64: Config(64, 64), 128: Config(64, 32)},
-        "bwd_dq": {64: Config(64, 64), 128: Config(64, 32)},
-        "bwd_dkdv": {64: Config(64, 64), 128: Config(32, 64)},
-        "float32": {64: Config(32, 32), 128: Config(16, 32)},
-    },
-    90: {
-        "fwd": {64: Config(64, 64), 128: Config(64, 64)},
-        "bwd_dq": {64: Config(64, 64), 128: Config(64, 64)},
-        "bwd_dkdv": {64: Config(64, 64), 128: Config(64, 64, num_warps=8)},
-        "float32": {64: Config(32, 32), 128: Config(16, 32)},
-    },
-}
-
-
-def attention(name: str, D: int, dtype: torch.dtype, device_index: int | None) -> Config:
-    """name: 'fwd', 'bwd_dq' or 'bwd_dkdv'. The line of the narrowest width that holds D."""
-    table = look_up(ATTENTION, arch(device_index))
-    lines = table["float32" if dtype == torch.float32 else name]
-    return lines[min(width for width in lines if width >= D)]
-
-
-# "resident" holds every key of a row, at most BLOCK_N of them (0: never); the others walk over the
-# keys (fwd, dq) or the queries (dkv) in blocks. "_128" serves head dims over 64.
+# Attention. "resident" holds every key of a row, at most BLOCK_N of them; the others walk over the
+# keys (fwd, dq) or over the queries (dkv) in blocks. "_128" serves head dims over 64.
 ATTENTION: dict[int, dict[str, Config]] = {
     0: {
         "fwd_resident": Config(64, 256),
@@ -213,22 +191,41 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "dq": Config(128, 128),
         "dkv": Config(128, 128),
     },
-    90: {
+    80: {
         "fwd_resident": Config(64, 256, num_warps=4, num_stages=1),
+        "fwd_resident_128": Config(64, 128, num_warps=4, num_stages=1),
         "bwd_resident": Config(64, 128, num_warps=8, num_stages=1),
-        "fwd": Config(128, 128, num_warps=8, num_stages=2),
+        "bwd_resident_128": Config(64, 64, num_warps=8, num_stages=1),
+        "fwd": Config(128, 64, num_warps=4, num_stages=2),
+        "fwd_128": Config(128, 64, num_warps=8, num_stages=2),
         "fwd_small": Config(64, 64, num_warps=4, num_stages=2),
         "dq": Config(64, 64, num_warps=4, num_stages=2),
+        "dq_128": Config(64, 64, num_warps=8, num_stages=1),
         "dkv": Config(64, 64, num_warps=4, num_stages=2),
+        "dkv_128": Config(64, 64, num_warps=8, num_stages=1),
+        "float32": Config(32, 32, num_warps=4, num_stages=1),
+    },
+    90: {
+        "fwd_resident": Config(64, 256, num_warps=4, num_stages=1),
+        "fwd_resident_128": Config(64, 128, num_warps=4, num_stages=1),
+        "bwd_resident": Config(64, 128, num_warps=8, num_stages=1),
+        "bwd_resident_128": Config(64, 64, num_warps=8, num_stages=1),
+        "fwd": Config(128, 128, num_warps=8, num_stages=2),
+        "fwd_128": Config(128, 64, num_warps=8, num_stages=2),
+        "fwd_small": Config(64, 64, num_warps=4, num_stages=2),
+        "dq": Config(64, 64, num_warps=4, num_stages=2),
+        "dq_128": Config(64, 64, num_warps=4, num_stages=1),
+        "dkv": Config(64, 64, num_warps=4, num_stages=2),
+        "dkv_128": Config(64, 64, num_warps=8, num_stages=1),
+        "float32": Config(32, 32, num_warps=4, num_stages=1),
     },
 }
 
 
-def attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
-    """The configuration of one attention kernel at head dim D."""
+def attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config | None:
+    """The configuration of one attention kernel at head dim D; None where it does not serve."""
     table = look_up(ATTENTION, arch)
-    suffixes = ("_float32",) if dtype == torch.float32 else ("_128",) if D > 64 else ()
-    for suffix in suffixes:
-        if kernel + suffix in table:
-            return table[kernel + suffix]
-    return table[kernel]
+    if dtype == torch.float32 and arch != 0:
+        return None if "resident" in kernel else table["float32"]
+    wide = f"{kernel}_128"
+    return table[wide if D > 64 and wide in table else kernel]

@@ -76,34 +76,75 @@ def layernorm_linear(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key_padding: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale) v. q, k, v: (B, N, H, D), any strides -> (B, N, H, D)."""
+    """softmax(q k^T * scale) v. q, k, v: (B, N, H, D), any strides -> (B, N, H, D).
+
+    key_padding: (B,) int32 or int64, how many keys of each sample are real; the rest are left out,
+    and a sample without any gives zeros.
+    """
     op = "attention"
     _rank(op, "q", q, 4)
     _shaped(op, "k", k, tuple(q.shape))
     _shaped(op, "v", v, tuple(q.shape))
+    _integers(op, "key_padding", key_padding, q, q.shape[0])
     dtype = _compute_dtype(op, "q", q, k=k, v=v)
-    unsupported = limits.attention(q.shape[-1]) or (_NO_DROPOUT if dropout else None)
+    unsupported = limits.attention(q.shape[-1], scale) or (_NO_DROPOUT if dropout else None)
     if choose_triton(op, q, dtype, unsupported):
         from fastvit_kernels.attention import attention as kernel
 
-        return kernel(q.to(dtype), k.to(dtype), v.to(dtype), scale)
-    return reference.attention(q, k, v, scale, dropout)
+        return kernel(q.to(dtype), k.to(dtype), v.to(dtype), scale, key_padding)[0]
+    return reference.attention(q, k, v, scale, dropout, key_padding)
 
 
-def attention_qkv(qkv: Tensor, scale: float | None = None, dropout: float = 0.0) -> Tensor:
-    """Attention on a packed projection. qkv: (B, N, 3, H, D) -> (B, N, H, D)."""
+def attention_qkv(
+    qkv: Tensor,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key_padding: Tensor | None = None,
+) -> Tensor:
+    """`attention` on a packed projection. qkv: (B, N, 3, H, D) -> (B, N, H, D)."""
     op = "attention"
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
+    _integers(op, "key_padding", key_padding, qkv, qkv.shape[0])
     dtype = _compute_dtype(op, "qkv", qkv)
-    unsupported = limits.attention(qkv.shape[-1]) or (_NO_DROPOUT if dropout else None)
+    unsupported = limits.attention(qkv.shape[-1], scale) or (_NO_DROPOUT if dropout else None)
     if choose_triton(op, qkv, dtype, unsupported):
         from fastvit_kernels.attention import attention_qkv as kernel
 
-        return kernel(qkv.to(dtype), scale)
-    return reference.attention_qkv(qkv, scale, dropout)
+        return kernel(qkv.to(dtype), scale, key_padding)[0]
+    return reference.attention_qkv(qkv, scale, dropout, key_padding)
+
+
+def attention_packed(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+) -> Tensor:
+    """Attention within each of the sequences that lie end to end in qkv, (total, 3, H, D).
+
+    cu_seqlens: (B + 1,) int32, from 0 to total, their bounds; max_seqlen: the longest of them, or
+    more. Images of different sizes make one batch, without padding. Returns (total, H, D).
+    """
+    op = "attention"
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"{op}: qkv must be (total, 3, H, D), got {_shape(qkv)}")
+    _rank(op, "cu_seqlens", cu_seqlens, 1)
+    if len(cu_seqlens) < 1:
+        raise ValueError(f"{op}: cu_seqlens must be (B + 1,), got {_shape(cu_seqlens)}")
+    _integers(op, "cu_seqlens", cu_seqlens, qkv, len(cu_seqlens))
+    if max_seqlen < 1:
+        raise ValueError(f"{op}: max_seqlen must be at least 1, got {max_seqlen}")
+    dtype = _compute_dtype(op, "qkv", qkv)
+    if choose_triton(op, qkv, dtype, limits.attention(qkv.shape[-1], scale)):
+        from fastvit_kernels.attention import attention_packed as kernel
+
+        return kernel(qkv.to(dtype), cu_seqlens, max_seqlen, scale)[0]
+    return reference.attention_packed(qkv, cu_seqlens, max_seqlen, scale)
 
 
 def linear_residual(
@@ -207,6 +248,14 @@ def _rank(op: str, name: str, t: Tensor, rank: int) -> None:
 def _last(op: str, name: str, t: Tensor, size: int) -> None:
     if t.shape[-1] != size:
         raise ValueError(f"{op}: {name} must end in {size}, got {_shape(t)}")
+
+
+def _integers(op: str, name: str, t: Tensor | None, like: Tensor, size: int) -> None:
+    _shaped(op, name, t, (size,))
+    if t is not None and t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {t.dtype}")
+    if t is not None and t.device != like.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device}")
 
 
 def _shaped(op: str, name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:

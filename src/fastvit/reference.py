@@ -48,19 +48,50 @@ def layernorm_linear(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key_padding: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) v. q, k, v: (B, N, H, D) -> (B, N, H, D); scale is D**-0.5.
 
     dropout: rate at which probabilities are zeroed, the rest scaled by 1 / (1 - dropout).
+    key_padding: (B,) integers, how many keys of each sample are real; the rest are left out, and a
+    sample without any gives zeros.
     """
+    mask = None
+    if key_padding is not None:
+        mask = torch.arange(q.shape[1], device=q.device) < key_padding[:, None]
+        v = v * mask[:, :, None, None]
+        # Without keys, attend to zeros.
+        mask = (mask | (key_padding == 0)[:, None])[:, None, None]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale).transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)
+    return o.transpose(1, 2)
 
 
-def attention_qkv(qkv: Tensor, scale: float | None = None, dropout: float = 0.0) -> Tensor:
+def attention_qkv(
+    qkv: Tensor,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key_padding: Tensor | None = None,
+) -> Tensor:
     """Attention on the packed output of a QKV projection. qkv: (B, N, 3, H, D) -> (B, N, H, D)."""
-    return attention(*qkv.unbind(2), scale=scale, dropout=dropout)
+    return attention(*qkv.unbind(2), scale, dropout, key_padding)
+
+
+def attention_packed(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+) -> Tensor:
+    """Attention within each of the sequences that lie end to end in qkv, (total, 3, H, D).
+
+    cu_seqlens: (B + 1,) int32, from 0 to total, their bounds; max_seqlen: the longest. Returns
+    (total, H, D).
+    """
+    lengths = cu_seqlens.diff().tolist()
+    return torch.cat([attention_qkv(x[None], scale)[0] for x in qkv.split(lengths)])
 
 
 def attention_rows(
