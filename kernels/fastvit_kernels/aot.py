@@ -10,7 +10,7 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,54 +66,70 @@ class Case:
 
 
 @contextlib.contextmanager
-def record(arch: int) -> Iterator[list[Case]]:
-    """Collect the launches that the body would make on a GPU of `arch`; nothing is launched."""
+def intercept(arch: int, keep: Callable[..., None]) -> Iterator[None]:
+    """Hand every launch of the body to `keep` as a GPU of `arch` would get it; launch nothing.
+
+    keep(kernel, values, num_warps, num_stages, grid), values by argument name.
+    """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
-    cases: list[Case] = []
 
-    def keep(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
-        names = [p.name for p in kernel.params]
-        values = {**dict(zip(names, args, strict=False)), **kwargs}
-        constexprs = {p.name for p in kernel.params if p.is_constexpr}
-        types, constants = [], []
-        for name in names:
-            kind = None if name in constexprs else _type(values[name])
-            if kind is None:
-                constants.append((name, values[name]))
-            else:
-                types.append((name, kind))
-        cases.append(
-            Case(
-                kernel.fn.__name__.strip("_").removesuffix("_kernel"),
-                kernel,
-                tuple(types),
-                tuple(constants),
-                options.get("num_warps", 4),
-                options.get("num_stages", 3),
-                math.prod(grid),
-            )
-        )
+    def kept(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        options = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3)
+        names = (p.name for p in kernel.params)
+        keep(kernel, {**dict(zip(names, args, strict=False)), **kwargs}, *options, grid)
 
-    run, JITFunction.run = JITFunction.run, keep
+    run, JITFunction.run = JITFunction.run, kept
     try:
         with tuned.target(arch, LIMITS[arch].sms):
-            yield cases
+            yield
     finally:
         JITFunction.run = run
 
 
-def _type(value: Any) -> str | None:
+@contextlib.contextmanager
+def record(arch: int) -> Iterator[list[Case]]:
+    """Collect the launches that the body would make on a GPU of `arch`."""
+    cases: list[Case] = []
+
+    def keep(
+        kernel: Any,
+        values: dict[str, Any],
+        num_warps: int,
+        num_stages: int,
+        grid: tuple[int, ...],
+    ) -> None:
+        types, constants = [], []
+        for p in kernel.params:
+            value = values[p.name]
+            kind = None if p.is_constexpr else _type(value, not p.do_not_specialize)
+            if kind is None:
+                constants.append((p.name, value))
+            else:
+                types.append((p.name, kind))
+        name = kernel_name(kernel)
+        types, constants = tuple(types), tuple(constants)
+        cases.append(Case(name, kernel, types, constants, num_warps, num_stages, math.prod(grid)))
+
+    with intercept(arch, keep):
+        yield cases
+
+
+def kernel_name(kernel: Any) -> str:
+    """`gemm_dw` of `_gemm_dw_kernel`."""
+    return kernel.fn.__name__.strip("_").removesuffix("_kernel")
+
+
+def _type(value: Any, specialize: bool = True) -> str | None:
     """The type that triton gives an argument; None where it becomes a constant (None and 1)."""
     if isinstance(value, torch.Tensor):
         return "*" + _POINTEES[value.dtype]
     if isinstance(value, float):
         return "fp32"
-    if value is None or value == 1:
+    if value is None or (value == 1 and specialize):
         return None
     kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-    return f"{kind}:16" if value % 16 == 0 else kind
+    return f"{kind}:16" if value % 16 == 0 and specialize else kind
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Scaled dot-product attention for ViT: short, dense rows; scores never reach memory.
 
-o = softmax(q k^T * scale) v; lse = log sum exp of each row of scaled scores
+o = softmax(q k^T * scale) v; lse = log sum exp of each row of scaled scores, inside in base 2:
+p = exp2(q k^T * scale * log2(e) - lse2), so that p of backward is p of forward to the last bits
 ds = p * (do v^T - delta), delta = rowsum(o * do)
 dv = p^T do;  dk = scale ds^T q;  dq = scale ds k
 
 q, k, v: (B, N, H, D), any strides, or packed (B, N, 3, H, D) and, for images of different sizes,
 (total, 3, H, D); D a multiple of 8 in 16..128; float32, float16 or bfloat16. o: (B, N, H, D)
 contiguous; lse: (B, H, N) float32.
-Saved for backward: q, k, v (or qkv), o and lse. p is computed again, from lse, in backward.
+Saved for backward: q, k, v (or qkv), o and lse2. p is computed again, from lse, in backward.
 Short rows (`attention_resident`): forward one launch, backward one. Long rows (`attention_long`):
 forward one, backward two and a float32 delta of the shape of lse.
 FLOPs: 4 B H N^2 D forward, 10 backward (14 for long rows). Bytes: each of q, k, v, o once forward;
@@ -33,7 +34,7 @@ from fastvit_kernels.attention_resident import (
 )
 from fastvit_kernels.gemm import precision
 
-_LOG2E = 1.4426950408889634
+_LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,10 @@ def plan_fwd(
 ) -> Launch:
     """How the forward of `heads` = B * H rows of N tokens is launched."""
     resident = tuned.attention("fwd_resident", D, dtype, arch)
-    if resident and not ragged and N <= resident.BLOCK_N:
-        block_m = resident.BLOCK_M
-        tiles = triton.cdiv(N, block_m)
+    if not ragged and N <= resident.BLOCK_N:
         # Few heads: every query tile its own program, though each then loads all keys.
-        splits = tiles if heads * 2 <= sms else 1
-        constants = {
-            "SPLITS": splits,
-            "BLOCK_M": block_m,
-            "HAS_FULL": N >= block_m,
-            "TAIL_M": round_up(N % block_m, 1, block_m),
-            "KEYS": round_up(N, 2, 128),
-        }
+        splits = triton.cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
+        constants = _resident(N, resident) | {"SPLITS": splits}
         return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
     config = tuned.attention("fwd", D, dtype, arch)
     if heads * triton.cdiv(N, config.BLOCK_M) < sms:
@@ -93,22 +86,27 @@ def plan_bwd(
     heads: int, N: int, D: int, dtype: torch.dtype, ragged: bool, arch: int, sms: int
 ) -> list[Launch]:
     """The backward: one launch where all keys are resident, else dQ and delta, then dK and dV."""
-    resident = tuned.attention("bwd_resident", D, dtype, arch)
-    if resident and not ragged and N <= resident.BLOCK_N and heads * 2 > sms:
-        block_m = resident.BLOCK_M
-        constants = {
-            "BLOCK_M": block_m,
-            "HAS_FULL": N >= block_m,
-            "TAIL_M": round_up(N % block_m, 1, block_m),
-            "KEYS": round_up(N, 2, 128),
-        }
-        return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
+    for kernel in () if ragged or heads * 2 <= sms else ("bwd_64_keys", "bwd_128_keys"):
+        resident = tuned.attention(kernel, D, dtype, arch)
+        if N <= resident.BLOCK_N:
+            constants = _resident(N, resident)
+            return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
     dq = tuned.attention("dq", D, dtype, arch)
     dkv = tuned.attention("dkv", D, dtype, arch)
     return [
         _long(_attention_bwd_dq_kernel, "BLOCK_M", dq, N, ragged),
         _long(_attention_bwd_dkv_kernel, "BLOCK_N", dkv, N, ragged),
     ]
+
+
+def _resident(N: int, config: tuned.Config) -> dict[str, Any]:
+    block_m = config.BLOCK_M
+    return {
+        "HAS_FULL": N >= block_m,
+        "BLOCK_M": block_m,
+        "TAIL_M": round_up(N % block_m, 1, block_m),
+        "KEYS": round_up(N, 2, 128),
+    }
 
 
 def _long(kernel: Any, owned: str, config: tuned.Config, N: int, ragged: bool) -> Launch:
@@ -130,14 +128,16 @@ def _plan_facts(q: Tensor, N: int, batch: int, ragged: bool) -> tuple[Any, ...]:
     return heads, N, q.shape[3], q.dtype, ragged, tuned.arch(device), tuned.num_sms(device)
 
 
+def strides_divisor(*tensors: Tensor) -> int:
+    """8 where it divides every stride but the last: the loads of a row are then of 16 bytes."""
+    return 8 if all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1]) else 1
+
+
 def _constants(*tensors: Tensor) -> dict[str, Any]:
-    """What every kernel is compiled with: head dim, common divisor of strides, precision."""
-    aligned = all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1])
-    return {
-        "D": tensors[0].shape[-1],
-        "ALIGN": 8 if aligned else 1,
-        "PRECISION": precision(tensors[0].dtype),
-    }
+    """What every kernel is compiled with."""
+    q = tensors[0]
+    divisor = strides_divisor(*tensors)
+    return {"D": q.shape[-1], "ALIGN": divisor, "PRECISION": precision(q.dtype)}
 
 
 @dataclass(frozen=True)
@@ -184,29 +184,29 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:
     B, N, H, D = q.shape
     o = q.new_empty((B, N, H, D))
-    lse = q.new_empty((B, H, N), dtype=torch.float32)
+    lse2 = q.new_empty((B, H, N), dtype=torch.float32)
     if q.numel() == 0:
-        return o, lse
+        return o, lse2
     at = _layout(q, lengths, cu_seqlens, max_seqlen)
     launch = plan_fwd(*_plan_facts(q, at.longest, at.batch, at.ragged))
     strides = (*at.strides(q), *at.strides(k), *at.strides(v))
     constants = _constants(q, k, v)
     if launch.kernel is _attention_fwd_resident_kernel:
-        launch(H, B, q, k, v, o, lse, *strides, H, N, scale * _LOG2E, **constants)
-        return o, lse
+        launch(H, B, q, k, v, o, lse2, *strides, H, N, scale * _LOG2E, **constants)
+        return o, lse2
     launch(
         H,
         at.batch,
-        *(q, k, v, o, lse, cu_seqlens, lengths),
+        *(q, k, v, o, lse2, cu_seqlens, lengths),
         *strides,
         at.outer(o.stride(0)),
-        at.outer(lse.stride(0)),
-        lse.stride(1),
+        at.outer(lse2.stride(0)),
+        lse2.stride(1),
         *(H, N, scale * _LOG2E),
         **at.constants,
         **constants,
     )
-    return o, lse
+    return o, lse2
 
 
 def _fwd_fake(q, k, v, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
@@ -223,7 +223,7 @@ def _bwd_into(
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     scale: float,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -241,19 +241,19 @@ def _bwd_into(
     dq_strides = (at.outer(dq.stride(0)), dq.stride(1))
     scales = (scale, scale * _LOG2E)
     if len(launches) == 1:
-        args = (q, k, v, o, do, lse, dq, dk, dv, *strides, *dq_strides, H, N, *scales)
+        args = (q, k, v, o, do, lse2, dq, dk, dv, *strides, *dq_strides, H, N, *scales)
         launches[0](H, B, *args, **constants)
         return
-    delta = torch.empty_like(lse)
-    lse_strides = (at.outer(lse.stride(0)), lse.stride(1))
+    delta = torch.empty_like(lse2)
+    lse_strides = (at.outer(lse2.stride(0)), lse2.stride(1))
     constants |= at.constants
     sequences = (cu_seqlens, lengths)
     to_dq, to_dkv = launches
     o_stride = at.outer(o.stride(0))
     sizes = (*dq_strides, *lse_strides, H, N, *scales)
-    args = (q, k, v, o, do, lse, delta, dq, *sequences, *strides[:12], o_stride, *strides[12:])
+    args = (q, k, v, o, do, lse2, delta, dq, *sequences, *strides[:12], o_stride, *strides[12:])
     to_dq(H, at.batch, *args, *sizes, **constants)
-    args = (q, k, v, do, lse, delta, dk, dv, *sequences, *strides)
+    args = (q, k, v, do, lse2, delta, dk, dv, *sequences, *strides)
     to_dkv(H, at.batch, *args, *sizes, **constants)
 
 
@@ -263,19 +263,19 @@ def _bwd(
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     scale: float,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    args = (do, q, k, v, o, lse, scale, lengths, cu_seqlens, max_seqlen)
+    args = (do, q, k, v, o, lse2, scale, lengths, cu_seqlens, max_seqlen)
     _bwd_into(dq, dk, dv, *args)
     return dq, dk, dv
 
 
-def _bwd_fake(do, q, k, v, o, lse, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
+def _bwd_fake(do, q, k, v, o, lse2, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
@@ -283,19 +283,19 @@ def _bwd_qkv(
     do: Tensor,
     qkv: Tensor,
     o: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     scale: float,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
 ) -> Tensor:
     dqkv = qkv.new_empty(qkv.shape)
-    args = (do, *qkv.unbind(2), o, lse, scale, lengths, cu_seqlens, max_seqlen)
+    args = (do, *qkv.unbind(2), o, lse2, scale, lengths, cu_seqlens, max_seqlen)
     _bwd_into(*dqkv.unbind(2), *args)
     return dqkv
 
 
-def _bwd_qkv_fake(do, qkv, o, lse, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
+def _bwd_qkv_fake(do, qkv, o, lse2, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
     return qkv.new_empty(qkv.shape)
 
 
@@ -307,27 +307,18 @@ attention_qkv_bwd = library.register("attention_qkv_bwd", _bwd_qkv_fake)(_bwd_qk
 class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        lengths: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int,
-    ) -> tuple[Tensor, Tensor]:
-        o, lse = attention_fwd(q, k, v, scale, lengths, cu_seqlens, max_seqlen)
-        ctx.save_for_backward(q, k, v, o, lse, lengths, cu_seqlens)
-        ctx.scale, ctx.max_seqlen = scale, max_seqlen
-        ctx.mark_non_differentiable(lse)
-        return o, lse
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None
+    ) -> Tensor:
+        o, lse2 = attention_fwd(q, k, v, scale, lengths)
+        ctx.save_for_backward(q, k, v, o, lse2, lengths)
+        ctx.scale = scale
+        return o
 
     @staticmethod
     @library.first_order
-    def backward(ctx: Any, do: Tensor, _: Any) -> Any:
-        *saved, lengths, cu_seqlens = ctx.saved_tensors
-        grads = attention_bwd(do, *saved, ctx.scale, lengths, cu_seqlens, ctx.max_seqlen)
-        return *grads, None, None, None, None
+    def backward(ctx: Any, do: Tensor) -> Any:
+        *saved, lengths = ctx.saved_tensors
+        return *attention_bwd(do, *saved, ctx.scale, lengths), None, None
 
 
 class AttentionQKVFunction(torch.autograd.Function):
@@ -339,17 +330,15 @@ class AttentionQKVFunction(torch.autograd.Function):
         lengths: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = qkv.unbind(2)
-        o, lse = attention_fwd(q, k, v, scale, lengths, cu_seqlens, max_seqlen)
-        ctx.save_for_backward(qkv, o, lse, lengths, cu_seqlens)
+    ) -> Tensor:
+        o, lse2 = attention_fwd(*qkv.unbind(2), scale, lengths, cu_seqlens, max_seqlen)
+        ctx.save_for_backward(qkv, o, lse2, lengths, cu_seqlens)
         ctx.scale, ctx.max_seqlen = scale, max_seqlen
-        ctx.mark_non_differentiable(lse)
-        return o, lse
+        return o
 
     @staticmethod
     @library.first_order
-    def backward(ctx: Any, do: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, do: Tensor) -> Any:
         *saved, lengths, cu_seqlens = ctx.saved_tensors
         dqkv = attention_qkv_bwd(do, *saved, ctx.scale, lengths, cu_seqlens, ctx.max_seqlen)
         return dqkv, None, None, None, None
@@ -357,31 +346,38 @@ class AttentionQKVFunction(torch.autograd.Function):
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, lengths: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """o and lse of softmax(q k^T * scale) v. q, k, v: (B, N, H, D), any strides.
+) -> Tensor:
+    """softmax(q k^T * scale) v. q, k, v: (B, N, H, D), any strides -> (B, N, H, D).
 
-    lengths: (B,) integers; keys from lengths[b] on are left out. lse carries no gradient.
+    lengths: (B,) integers; keys from lengths[b] on are left out.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return AttentionFunction.apply(q, k, v, scale, lengths, None, 0)
+    return AttentionFunction.apply(q, k, v, _scale(q, scale), lengths)
 
 
-def attention_qkv(
-    qkv: Tensor, scale: float | None = None, lengths: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def attention_qkv(qkv: Tensor, scale: float | None = None, lengths: Tensor | None = None) -> Tensor:
     """`attention` of a packed projection, (B, N, 3, H, D); its gradient is one tensor likewise."""
-    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    return AttentionQKVFunction.apply(qkv, scale, lengths, None, 0)
+    return AttentionQKVFunction.apply(qkv, _scale(qkv, scale), lengths, None, 0)
 
 
 def attention_packed(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention within each of the sequences packed in qkv, (total, 3, H, D).
+) -> Tensor:
+    """Attention within each of the sequences that lie end to end in qkv, (total, 3, H, D).
 
-    cu_seqlens: (B + 1,) int32, from 0 to total: sequence b is rows cu_seqlens[b] up to
-    cu_seqlens[b + 1], at most max_seqlen of them. o: (total, H, D); lse: (H, total).
+    cu_seqlens: (B + 1,) integers, from 0 to total: sequence b is rows cu_seqlens[b] up to
+    cu_seqlens[b + 1], at most max_seqlen of them. Returns (total, H, D).
     """
-    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, lse = AttentionQKVFunction.apply(qkv[None], scale, None, cu_seqlens, max_seqlen)
-    return o[0], lse[0]
+    scale = _scale(qkv, scale)
+    return AttentionQKVFunction.apply(qkv[None], scale, None, cu_seqlens, max_seqlen)[0]
+
+
+def attention_lse(
+    q: Tensor, k: Tensor, scale: float | None = None, lengths: Tensor | None = None
+) -> Tensor:
+    """log sum exp of each row of q k^T * scale: (B, H, N) float32, without a gradient."""
+    q, k = q.detach(), k.detach()
+    return attention_fwd(q, k, k, _scale(q, scale), lengths)[1] * _LN2
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

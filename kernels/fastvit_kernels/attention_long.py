@@ -31,7 +31,7 @@ from fastvit_kernels.attention_tiles import (
     store_tile,
     zero_tile,
 )
-from fastvit_kernels.common import LN2, LOG2E, exp2, mul_rn
+from fastvit_kernels.common import exp2, mul_rn
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def _fwd_rows(
         inverse = tl.where(keys > 0, inverse, 0.0)
     acc = finish_tile(acc, spread(inverse, T), T)
     store_tile(o_rows, acc, offs_m, N, MASK_M, D, ALIGN)
-    tl.store(lse_ptr + offs_m, (shift + tl.log2(row_sum)) * LN2, mask=offs_m < N)
+    tl.store(lse_ptr + offs_m, shift + tl.log2(row_sum), mask=offs_m < N)
 
 
 @triton.jit(do_not_specialize=["H", "N"])
@@ -286,7 +286,7 @@ def _dq_rows(
     do = load_tile(do_rows, offs_m, N, MASK_M, D, ALIGN)
     delta = row_dots(load_tile(o_rows, offs_m, N, MASK_M, D, ALIGN), do)
     tl.store(delta_ptr + offs_m, delta, mask=offs_m < N)
-    lse = tl.load(lse_ptr + offs_m, mask=offs_m < N, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < N, other=float("inf"))
     dq = zero_tile(BLOCK_M, D, T)
     args = (q, do, lse, delta, k_rows, v_rows, keys, scale_log2)
     full = keys // BLOCK_N * BLOCK_N
@@ -430,7 +430,7 @@ def _dkv_rows(
     q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
     do = load_tile(do_rows, offs_m, N, MASK_M, D, ALIGN)
     # Rows past N take lse = +inf, hence p = 0.
-    lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
     delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
     # Keys x queries: p and ds are then the left operands of dV and dK, still in registers.
     p = exp2(mul_rn(dot_rows(k, q, PRECISION, T), scale_log2) - spread(lse, not T))

@@ -26,7 +26,7 @@ from fastvit_kernels.attention_tiles import (
     store_tile,
     zero_tile,
 )
-from fastvit_kernels.common import LN2, LOG2E, exp2, mul_rn
+from fastvit_kernels.common import exp2, mul_rn
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _fwd_rows(
         acc = dot_tile(acc, p, v[i], PRECISION, T)
     acc = finish_tile(acc, spread(1.0 / row_sum, T), T)
     store_tile(o_rows, acc, offs_m, N, MASK_M, D, ALIGN)
-    tl.store(lse_ptr + offs_m, (shift + tl.log2(row_sum)) * LN2, mask=offs_m < N)
+    tl.store(lse_ptr + offs_m, shift + tl.log2(row_sum), mask=offs_m < N)
 
 
 @triton.jit(do_not_specialize=["H", "N"])
@@ -192,7 +192,7 @@ def _bwd_rows(
     do = load_tile(do_rows, offs_m, N, MASK_M, D, ALIGN)
     delta = row_dots(load_tile(o_rows, offs_m, N, MASK_M, D, ALIGN), do)
     # Rows past N take lse = +inf, hence p = 0.
-    lse = tl.load(lse_ptr + offs_m, mask=offs_m < N, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < N, other=float("inf"))
     # dQ is summed transposed for any BLOCK_M.
     dq = zero_tile(BLOCK_M, D, True)
     new_dk = ()

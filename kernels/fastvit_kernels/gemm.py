@@ -105,7 +105,7 @@ def _epilogue(
     tl.store(c_ptr + offs, acc.to(c_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tokens"])
 def _gemm_kernel(
     a_ptr,
     b_ptr,
@@ -236,7 +236,7 @@ def _gemm_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tokens", "slab"])
 def _gemm_dw_kernel(
     g_ptr,
     x_ptr,
@@ -314,7 +314,7 @@ def _gemm_dw_kernel(
         tl.store(db_ptr + pid_s * N + offs_n, db, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _reduce_slabs_kernel(
     slabs_ptr,
     db_slabs_ptr,

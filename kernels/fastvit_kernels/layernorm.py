@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvit_kernels import tuned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _row_stats_kernel(
     x_ptr,
     mean_ptr,
@@ -44,7 +44,7 @@ def _row_stats_kernel(
     tl.store(rstd_ptr + offs_m, 1.0 / tl.sqrt(var + eps), mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_program"])
 def _layernorm_bwd_kernel(
     dy_ptr,
     x_ptr,
@@ -98,7 +98,7 @@ def _layernorm_bwd_kernel(
         tl.store(db_ptr + pid * C + offs_c, db, mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _sum_rows_kernel(
     x_ptr,
     out_ptr,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 _library = torch.library.Library("fastvit", "FRAGMENT")
+launchers: dict[str, Callable[..., Any]] = {}  # what `torch.ops.fastvit.<name>` runs on a GPU
 
 
 def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -16,6 +17,7 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         schema = torch.library.infer_schema(launch, mutates_args=())
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, launch, "CompositeExplicitAutograd")
+        launchers[name] = launch
         torch.library.register_fake(f"fastvit::{name}", fake, lib=_library)
         return getattr(torch.ops.fastvit, name).default
 

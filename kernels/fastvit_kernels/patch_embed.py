@@ -6,11 +6,12 @@ both are address arithmetic on the image, so there is no unfolded or permuted co
 adds bias and positions and writes the prefix rows into the one token buffer (B, P + m, dim).
 Saved for backward: images and weight.
 Backward: dW and db over fixed slabs of rows and a sum in order, dpos and dprefix by one pass over
-dout along the batch, dimages (only where asked) scattered straight to its pixels: no atomics.
+dout along the batch, dimages scattered straight to its pixels: no atomics, and only what is asked.
 FLOPs: 2 B m K dim forward, K = C p_h p_w; as many again for dW, and for dimages.
 Bytes: images and tokens once forward; images once and dout twice backward (three with dimages).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,11 +48,11 @@ def _patch_offsets(
     """Offset of the first pixel of a patch, by its row in (B, tokens)."""
     b, t = row // tokens, row % tokens
     offs = b.to(tl.int64) * stride_b
-    offs += (t // grid_w) * P_H * stride_h + (t % grid_w) * P_W * stride_w
+    offs += (t // grid_w).to(tl.int64) * P_H * stride_h + (t % grid_w) * P_W * stride_w
     return tl.multiple_of(offs, VEC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "m", "P", "grid_w"])
 def _patch_embed_fwd_kernel(
     images_ptr,
     weight_ptr,
@@ -110,7 +111,9 @@ def _patch_embed_fwd_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        acc += tl.where(is_patch[:, None], bias[None, :], 0.0)
+        acc += bias[None, :]
+    # A NaN or infinite weight or bias must not reach the prefix, though its rows are zeros so far.
+    acc = tl.where(is_patch[:, None], acc, 0.0)
     if HAS_POS:
         offs = (token - P)[:, None] * N + offs_n[None, :]
         acc += tl.load(pos_ptr + offs, mask=is_patch[:, None] & mask, other=0.0).to(tl.float32)
@@ -122,7 +125,7 @@ def _patch_embed_fwd_kernel(
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "m", "P", "grid_w", "slab"])
 def _patch_embed_dw_kernel(
     dout_ptr,
     images_ptr,
@@ -179,7 +182,7 @@ def _patch_embed_dw_kernel(
         tl.store(db_ptr + pid_s * N + offs_n, db, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "m", "P"])
 def _patch_embed_dtokens_kernel(
     dout_ptr,
     dpos_ptr,
@@ -214,7 +217,7 @@ def _patch_embed_dtokens_kernel(
             tl.store(dpos_ptr + (token - P) * N + offs_n, dpos, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "m", "P", "grid_w"])
 def _patch_embed_dimages_kernel(
     dout_ptr,
     weight_ptr,
@@ -347,16 +350,21 @@ def _bwd(
     bias: Tensor | None,
     pos: Tensor | None,
     prefix: Tensor | None,
-    needs_images: bool,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    """dweight, then dbias, dpos, dprefix, dimages as far as they are asked for."""
+    """The gradients of images, weight, bias, pos and prefix that `needs` marks, in this order."""
     grid_h, grid_w = _grid_size(images, weight)
     B, m, P, N = len(images), grid_h * grid_w, 0 if prefix is None else len(prefix), len(weight)
     K, dtype = weight[0].numel(), weight.dtype
-    geometry = _geometry(images, weight)
-    grads = [None if p is None else torch.zeros_like(p) for p in (param, bias, pos, prefix)]
-    dimages = torch.empty(images.shape, dtype=dtype, device=images.device)
-    if dout.numel():
+    inputs = (images, param, bias, pos, prefix)
+    if dout.numel() == 0:
+        return [t.new_zeros(t.shape) for t in _marked(inputs, needs)]
+    needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
+    dimages = images.new_empty(images.shape) if needs_images else None
+    dpos = torch.empty_like(pos) if needs_pos and pos is not None else None
+    dprefix = torch.empty_like(prefix) if needs_prefix and prefix is not None else None
+    dw = db = None
+    if needs_weight or needs_bias:
         config, splits = tuned.gemm_dw(B * m, N, K, dtype, dout.device.index)
         slab = triton.cdiv(triton.cdiv(B * m, splits), config.BLOCK_M) * config.BLOCK_M
         slabs, db_slabs = gemm.new_slabs(triton.cdiv(B * m, slab), N, K, dout.device)
@@ -374,7 +382,7 @@ def _bwd(
             grid_w,
             slab,
             *images.stride(),
-            **geometry,
+            **_geometry(images, weight),
             COMPUTE=gemm.TL_DTYPE[dtype],
             PRECISION=gemm.precision(dtype),
             BLOCK_M=config.BLOCK_M,
@@ -384,54 +392,57 @@ def _bwd(
             num_stages=config.num_stages,
         )
         dw, db, _ = gemm.reduce_slabs(slabs, db_slabs, param.flatten(1), bias)
-        grads[:2] = dw.view(param.shape), db
-        if pos is not None or prefix is not None:
-            config = tuned.SUM_BATCH
-            _patch_embed_dtokens_kernel[(P + m, triton.cdiv(N, config.BLOCK_N))](
-                dout,
-                grads[2],
-                grads[3],
-                B,
-                m,
-                P,
-                N,
-                HAS_POS=pos is not None,
-                HAS_PREFIX=prefix is not None,
-                BLOCK_B=config.BLOCK_M,
-                BLOCK_N=config.BLOCK_N,
-                num_warps=config.num_warps,
-            )
-        if needs_images:
-            config = tuned.gemm(B * m, K, N, dtype, "patch_embed", dout.device.index)
-            grid = (triton.cdiv(B * m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
-            _patch_embed_dimages_kernel[grid](
-                dout,
-                weight,
-                dimages,
-                B,
-                m,
-                P,
-                N,
-                K,
-                grid_w,
-                *dimages.stride()[:3],
-                **_geometry(dimages, weight),
-                PRECISION=gemm.precision(dtype),
-                BLOCK_M=config.BLOCK_M,
-                BLOCK_N=config.BLOCK_N,
-                BLOCK_K=config.BLOCK_K,
-                GROUP_M=config.GROUP_M,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
-    return [g for g in (*grads, dimages if needs_images else None) if g is not None]
+        dw = dw.view(param.shape)
+    if dpos is not None or dprefix is not None:
+        config = tuned.SUM_BATCH
+        _patch_embed_dtokens_kernel[(P + m, triton.cdiv(N, config.BLOCK_N))](
+            dout,
+            dpos,
+            dprefix,
+            B,
+            m,
+            P,
+            N,
+            HAS_POS=dpos is not None,
+            HAS_PREFIX=dprefix is not None,
+            BLOCK_B=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            num_warps=config.num_warps,
+        )
+    if dimages is not None:
+        config = tuned.gemm(B * m, K, N, dtype, "patch_embed", dout.device.index)
+        _patch_embed_dimages_kernel[
+            (triton.cdiv(B * m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
+        ](
+            dout,
+            weight,
+            dimages,
+            B,
+            m,
+            P,
+            N,
+            K,
+            grid_w,
+            *dimages.stride()[:3],
+            **_geometry(dimages, weight),
+            PRECISION=gemm.precision(dtype),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            GROUP_M=config.GROUP_M,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return _marked((dimages, dw, db, dpos, dprefix), needs)
 
 
-def _bwd_fake(dout, images, weight, param, bias, pos, prefix, needs_images):
-    grads = [p.new_empty(p.shape) for p in (param, bias, pos, prefix) if p is not None]
-    if needs_images:
-        grads.append(images.new_empty(images.shape, dtype=weight.dtype))
-    return grads
+def _marked(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    pairs = zip(tensors, needs, strict=True)
+    return [t for t, needed in pairs if needed and t is not None]
+
+
+def _bwd_fake(dout, images, weight, param, bias, pos, prefix, needs):
+    return [t.new_empty(t.shape) for t in _marked((images, param, bias, pos, prefix), needs)]
 
 
 patch_embed_fwd = library.register("patch_embed_fwd", _fwd_fake)(_fwd)
@@ -450,7 +461,7 @@ class PatchEmbedFunction(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         w = weight.to(dtype).contiguous()
-        pos, prefix = (None if t is None else t.contiguous() for t in (pos, prefix))
+        bias, pos, prefix = (None if t is None else t.contiguous() for t in (bias, pos, prefix))
         out_dtype = dtype
         for t in (pos, prefix):
             out_dtype = out_dtype if t is None else torch.promote_types(out_dtype, t.dtype)
@@ -460,11 +471,9 @@ class PatchEmbedFunction(torch.autograd.Function):
     @staticmethod
     @library.first_order
     def backward(ctx: Any, dout: Tensor) -> Any:
-        images, _, weight, bias, pos, prefix = ctx.saved_tensors
-        needs_images = ctx.needs_input_grad[0]
-        left = iter(patch_embed_bwd(dout.contiguous(), *ctx.saved_tensors, needs_images))
-        grads = [None if p is None else next(left) for p in (weight, bias, pos, prefix)]
-        return next(left).to(images.dtype) if needs_images else None, *grads, None
+        needs = ctx.needs_input_grad[:5]
+        grads = iter(patch_embed_bwd(dout.contiguous(), *ctx.saved_tensors, needs))
+        return *(next(grads) if needed else None for needed in needs), None
 
 
 def patch_embed(

@@ -39,6 +39,7 @@ class Workload:
     dtype: torch.dtype = torch.bfloat16
     residual_dtype: torch.dtype = torch.bfloat16
     branch: bool = False  # LayerScale and drop path
+    tf32: bool = False  # torch.backends.cuda.matmul.allow_tf32
 
 
 MODELS = (
@@ -53,9 +54,10 @@ MODELS = (
     Workload("S/16 float32", 384, 6, 1536, dtype=torch.float32, residual_dtype=torch.float32),
     Workload("H/14 float32", 1280, 16, 5120, 32, 14, 224, torch.float32, torch.float32),
     Workload("7B/16 float32", 4096, 32, 8192, 4, 16, 256, torch.float32, torch.float32),
+    Workload("B/16 TF32", 768, 12, 3072, 256, 16, 224, torch.float32, torch.float32, tf32=True),
 )
 # What CI compiles at each change; the rest is one command away.
-CI = ("B/16", "B/16 autocast", "Ti/16 batch 1", "H/14", "S/16 float32")
+CI = ("B/16 autocast", "S/16 float32")
 
 
 def run(w: Workload) -> None:
@@ -67,12 +69,13 @@ def run(w: Workload) -> None:
     side = w.image // w.patch
     N, D, M = side * side + 1, w.dim // w.heads, w.batch * (side * side + 1)
     master = w.residual_dtype
-    images, pos = new(w.batch, 3, w.image, w.image), new(side * side, w.dim, dtype=master)
+    images = new(w.batch, 3, w.image, w.image, dtype=master)
+    pos = new(side * side, w.dim, dtype=master)
     conv = new(w.dim, 3, w.patch, w.patch)
     vector, prefix = new(w.dim, dtype=master), new(1, w.dim, dtype=master)
     patch_embed._fwd(images, conv, vector, pos, prefix, master)
     tokens = new(w.batch, N, w.dim, dtype=master)
-    patch_embed._bwd(tokens, images, conv, conv, vector, pos, prefix, True)
+    patch_embed._bwd(tokens, images, conv, conv.to(master), vector, pos, prefix, [True] * 5)
 
     x, rows = new(M, w.dim, dtype=master), new(M, dtype=torch.float32)
     qkv_w, qkv_b = new(3 * w.dim, w.dim), new(3 * w.dim, dtype=master)
@@ -106,32 +109,63 @@ def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
     for workload in MODELS:
         if names is not None and workload.name not in names:
             continue
-        with aot.record(arch) as launches:
-            run(workload)
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = workload.tf32
+        try:
+            with aot.record(arch) as launches:
+                run(workload)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
         for case in launches:
-            name = f"{case.name} {describe(case)}"
-            found.setdefault(name, dataclasses.replace(case, name=name))
+            case = dataclasses.replace(case, name=f"{case.name} {describe(case)}", programs=0)
+            if found.setdefault(case.name, case) != case:
+                raise RuntimeError(f"two launches are both called {case.name!r}; see `describe`")
     return list(found.values())
 
 
+# Constants whose value, where it is neither False nor None, is a word of the case's name.
+_WORDS = {
+    "PROLOGUE": "{}",
+    "EPILOGUE": "{}",
+    "D": "D{}",
+    "KEYS": "keys {}",
+    "TAIL_M": "tail_m {}",
+    "TAIL_N": "tail_n {}",
+    "SPLITS": "splits {}",
+    "P_H": "patch {}",
+    "VEC": "vec {}",
+    "TANH": "tanh",
+    "HAS_RESIDUAL": "residual",
+    "HAS_LAYER_SCALE": "ls",
+    "HAS_PATH_SCALE": "path",
+}
+_ALWAYS_FLOAT32 = {"mean", "rstd", "lse", "delta", "path_scale", "slabs", "db_slabs"}
+
+
 def describe(case: aot.Case) -> str:
-    """The constants that tell one case of a kernel from another, on one line."""
+    """What tells one case of a kernel from another, on one line."""
     constants = dict(case.constants)
-    words = [constants.get("PROLOGUE"), constants.get("EPILOGUE")]
-    words += [f"D{constants['D']}"] if "D" in constants else []
-    words += [f"tails {constants[t]}" for t in ("TAIL_M", "TAIL_N") if constants.get(t)]
-    words += ["tanh"] if constants.get("TANH") else []
-    words += ["ragged K"] if constants.get("EVEN_K") is False else []
-    words += [
-        label
-        for flag, label in (("HAS_LAYER_SCALE", "ls"), ("HAS_PATH_SCALE", "path"))
-        if constants.get(flag)
-    ]
-    blocks = [constants.get(f"BLOCK_{x}") for x in ("M", "N", "K", "C")]
+    words = [word.format(constants[k]) for k, word in _WORDS.items() if constants.get(k)]
+    specialized = {p.name for p in case.kernel.params if not p.do_not_specialize}
+    ragged = {name for name, kind in case.types if kind == "i32"} & specialized & {"N", "K", "C"}
+    ragged |= {"K"} if constants.get("EVEN_K") is False else set()
+    words += [f"ragged {name}" for name in sorted(ragged)]
+    blocks = [constants.get(f"BLOCK_{x}") for x in ("B", "M", "N", "K", "C")]
     words.append("x".join(str(b) for b in blocks if b))
-    pointees = sorted({kind[1:] for _, kind in case.types if kind.startswith("*")})
-    words += ["+".join(pointees), f"{case.num_warps}w", f"{case.num_stages}s"]
-    return " ".join(str(w) for w in words if w)
+    pointers: dict[str, list[str]] = {}
+    for name, kind in case.types:
+        name = name.removesuffix("_ptr")
+        if kind.startswith("*") and name not in _ALWAYS_FLOAT32:
+            pointers.setdefault(kind[1:], []).append(name)
+    if len(pointers) == 1:
+        words += pointers
+    else:
+        words += [" ".join([kind, *names]) for kind, names in sorted(pointers.items())]
+    if constants.get("PRECISION") == "tf32":
+        words.append("tf32")
+    if "COMPUTE" in constants:
+        words.append(f"in {constants['COMPUTE']}")
+    return " ".join([*words, f"{case.num_warps}w", f"{case.num_stages}s"])
 
 
 def costs(selected: list[tuple[aot.Case, int]], jobs: int) -> list[aot.Cost]:

@@ -124,7 +124,7 @@ GEMM_DW: dict[int, dict[str, Config]] = {
     },
 }
 
-REDUCE_SLABS = Config(BLOCK_M=0, BLOCK_N=4, BLOCK_K=1024, num_warps=4)
+REDUCE_SLABS = Config(BLOCK_M=0, BLOCK_N=4, BLOCK_K=256, num_warps=4)
 SUM_ROWS = Config(BLOCK_M=64, BLOCK_N=32, num_warps=4)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
@@ -180,52 +180,61 @@ def layernorm_bwd(M: int, C: int, device_index: int | None) -> tuple[Config, int
     return config, min(-(-M // config.BLOCK_M), 4 * num_sms(device_index))
 
 
-# Attention. "resident" holds every key of a row, at most BLOCK_N of them; the others walk over the
-# keys (fwd, dq) or over the queries (dkv) in blocks. "_128" serves head dims over 64.
+# Attention. "fwd_resident" and "bwd_.._keys" hold every key of a row, at most BLOCK_N of them; the
+# others walk over the keys (fwd, dq) or over the queries (dkv) in blocks. "_128" serves head dims
+# over 64, "_112" those that are three blocks of columns.
+_ATTENTION_MMA = {
+    "fwd_resident": Config(32, 256, num_warps=4, num_stages=1),
+    "fwd_resident_128": Config(64, 64, num_warps=4, num_stages=1),
+    "fwd": Config(128, 64, num_warps=8, num_stages=2),
+    "fwd_128": Config(128, 32, num_warps=8, num_stages=2),
+    "fwd_small": Config(64, 32, num_warps=4, num_stages=2),
+    "dq": Config(64, 32, num_warps=4, num_stages=2),
+    "dq_128": Config(64, 32, num_warps=8, num_stages=2),
+    "dkv": Config(32, 64, num_warps=4, num_stages=2),
+    "dkv_112": Config(16, 32, num_warps=4, num_stages=2),
+    "dkv_128": Config(32, 64, num_warps=8, num_stages=2),
+    "float32": Config(16, 16, num_warps=4, num_stages=1),
+}
+_ATTENTION_WGMMA = {
+    "fwd_resident": Config(64, 256, num_warps=4, num_stages=1),
+    "fwd_resident_128": Config(64, 128, num_warps=4, num_stages=1),
+    "bwd_64_keys": Config(64, 64, num_warps=4, num_stages=1),
+    "bwd_128_keys": Config(64, 128, num_warps=8, num_stages=1),
+    "bwd_64_keys_128": Config(64, 64, num_warps=8, num_stages=1),
+    "bwd_128_keys_128": Config(0, 0),
+    "fwd": Config(128, 128, num_warps=8, num_stages=2),
+    "fwd_128": Config(128, 64, num_warps=8, num_stages=2),
+    "fwd_small": Config(64, 64, num_warps=4, num_stages=2),
+    "dq": Config(64, 64, num_warps=4, num_stages=2),
+    "dq_128": Config(64, 64, num_warps=4, num_stages=1),
+    "dkv": Config(64, 64, num_warps=4, num_stages=2),
+    "dkv_128": Config(32, 64, num_warps=8, num_stages=1),
+    "float32": Config(16, 32, num_warps=8, num_stages=1),
+}
 ATTENTION: dict[int, dict[str, Config]] = {
     0: {
         "fwd_resident": Config(64, 256),
-        "bwd_resident": Config(64, 128),
+        "bwd_64_keys": Config(64, 64),
+        "bwd_128_keys": Config(64, 128),
         "fwd": Config(128, 128),
         "fwd_small": Config(64, 128),
         "dq": Config(128, 128),
         "dkv": Config(128, 128),
     },
-    80: {
-        "fwd_resident": Config(64, 256, num_warps=4, num_stages=1),
-        "fwd_resident_128": Config(64, 128, num_warps=4, num_stages=1),
-        "bwd_resident": Config(64, 128, num_warps=8, num_stages=1),
-        "bwd_resident_128": Config(64, 64, num_warps=8, num_stages=1),
-        "fwd": Config(128, 64, num_warps=4, num_stages=2),
-        "fwd_128": Config(128, 64, num_warps=8, num_stages=2),
-        "fwd_small": Config(64, 64, num_warps=4, num_stages=2),
-        "dq": Config(64, 64, num_warps=4, num_stages=2),
-        "dq_128": Config(64, 64, num_warps=8, num_stages=1),
-        "dkv": Config(64, 64, num_warps=4, num_stages=2),
-        "dkv_128": Config(64, 64, num_warps=8, num_stages=1),
-        "float32": Config(32, 32, num_warps=4, num_stages=1),
-    },
-    90: {
-        "fwd_resident": Config(64, 256, num_warps=4, num_stages=1),
-        "fwd_resident_128": Config(64, 128, num_warps=4, num_stages=1),
-        "bwd_resident": Config(64, 128, num_warps=8, num_stages=1),
-        "bwd_resident_128": Config(64, 64, num_warps=8, num_stages=1),
-        "fwd": Config(128, 128, num_warps=8, num_stages=2),
-        "fwd_128": Config(128, 64, num_warps=8, num_stages=2),
-        "fwd_small": Config(64, 64, num_warps=4, num_stages=2),
-        "dq": Config(64, 64, num_warps=4, num_stages=2),
-        "dq_128": Config(64, 64, num_warps=4, num_stages=1),
-        "dkv": Config(64, 64, num_warps=4, num_stages=2),
-        "dkv_128": Config(64, 64, num_warps=8, num_stages=1),
-        "float32": Config(32, 32, num_warps=4, num_stages=1),
-    },
+    80: _ATTENTION_MMA,
+    90: _ATTENTION_WGMMA,
+    100: _ATTENTION_WGMMA | {"fwd_128": Config(128, 64, num_warps=8, num_stages=1)},
+    120: _ATTENTION_MMA,
 }
 
 
-def attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config | None:
-    """The configuration of one attention kernel at head dim D; None where it does not serve."""
+def attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
+    """The configuration of one attention kernel at head dim D; BLOCK_N 0 where it never serves."""
     table = look_up(ATTENTION, arch)
+    resident = "resident" in kernel or "keys" in kernel
     if dtype == torch.float32 and arch != 0:
-        return None if "resident" in kernel else table["float32"]
-    wide = f"{kernel}_128"
-    return table[wide if D > 64 and wide in table else kernel]
+        return Config(0, 0) if resident else table["float32"]
+    widths = ("_112",) * (96 < D <= 112) + ("_128",) * (D > 64) + ("",)
+    names = (kernel + width for width in widths)
+    return next((table[name] for name in names if name in table), Config(0, 0))

@@ -5,6 +5,8 @@ backend is chosen. Kernels are imported when first needed, so that `import fastv
 works without Triton.
 """
 
+from collections.abc import Sequence
+
 import torch
 from fastvit_kernels import limits
 from torch import Tensor
@@ -98,7 +100,7 @@ def attention(
     if choose_triton(op, q, dtype, unsupported):
         from fastvit_kernels.attention import attention as kernel
 
-        return kernel(q.to(dtype), k.to(dtype), v.to(dtype), scale, key_padding)[0]
+        return kernel(q.to(dtype), k.to(dtype), v.to(dtype), scale, key_padding)
     return reference.attention(q, k, v, scale, dropout, key_padding)
 
 
@@ -118,7 +120,7 @@ def attention_qkv(
     if choose_triton(op, qkv, dtype, unsupported):
         from fastvit_kernels.attention import attention_qkv as kernel
 
-        return kernel(qkv.to(dtype), scale, key_padding)[0]
+        return kernel(qkv.to(dtype), scale, key_padding)
     return reference.attention_qkv(qkv, scale, dropout, key_padding)
 
 
@@ -143,8 +145,55 @@ def attention_packed(
     if choose_triton(op, qkv, dtype, limits.attention(qkv.shape[-1], scale)):
         from fastvit_kernels.attention import attention_packed as kernel
 
-        return kernel(qkv.to(dtype), cu_seqlens, max_seqlen, scale)[0]
+        return kernel(qkv.to(dtype), cu_seqlens, max_seqlen, scale)
     return reference.attention_packed(qkv, cu_seqlens, max_seqlen, scale)
+
+
+def attention_lse(
+    q: Tensor, k: Tensor, scale: float | None = None, key_padding: Tensor | None = None
+) -> Tensor:
+    """log sum exp of each row of q k^T * scale, no gradient. q, k: (B, N, H, D) -> (B, H, N)."""
+    op = "attention"
+    _rank(op, "q", q, 4)
+    _shaped(op, "k", k, tuple(q.shape))
+    _integers(op, "key_padding", key_padding, q, q.shape[0])
+    dtype = _compute_dtype(op, "q", q, k=k)
+    if choose_triton(op, q, dtype, limits.attention(q.shape[-1], scale)):
+        from fastvit_kernels.attention import attention_lse as kernel
+
+        return kernel(q.to(dtype), k.to(dtype), scale, key_padding)
+    return reference.attention_lse(q.detach(), k.detach(), scale, key_padding)
+
+
+def attention_maps(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    rows: Sequence[int] = (0,),
+    scale: float | None = None,
+) -> Tensor:
+    """Chosen rows of softmax(q k^T * scale), without the other rows and without a gradient.
+
+    q, k: (B, N, H, D); lse: (B, H, N), of `attention_lse`, made here where it is not given; rows:
+    indices into N, negative ones from the end. Returns (B, H, len(rows), N) float32.
+    """
+    op = "attention_maps"
+    _rank(op, "q", q, 4)
+    _shaped(op, "k", k, tuple(q.shape))
+    B, N, H, D = q.shape
+    wrong = [row for row in rows if not -N <= row < N]
+    if wrong:
+        raise ValueError(f"{op}: rows {wrong} are out of range for {N} tokens")
+    rows = [row % N for row in rows]
+    lse = attention_lse(q, k, scale) if lse is None else lse
+    _shaped(op, "lse", lse, (B, H, N))
+    dtype = _compute_dtype(op, "q", q, k=k)
+    if choose_triton(op, q, dtype, limits.attention(D, scale)):
+        from fastvit_kernels.attention_maps import attention_maps as kernel
+
+        index = torch.tensor(rows, dtype=torch.int32, device=q.device)
+        return kernel(q.to(dtype), k.to(dtype), lse, index, scale)
+    return reference.attention_maps(q.detach(), k.detach(), lse, rows, scale)
 
 
 def linear_residual(

@@ -63,10 +63,10 @@ def attention(
     """
     mask = None
     if key_padding is not None:
-        mask = torch.arange(q.shape[1], device=q.device) < key_padding[:, None]
-        v = v * mask[:, :, None, None]
-        # Without keys, attend to zeros.
-        mask = (mask | (key_padding == 0)[:, None])[:, None, None]
+        real = torch.arange(q.shape[1], device=q.device) < key_padding[:, None]
+        k, v = (t.masked_fill(~real[:, :, None, None], 0) for t in (k, v))
+        # A sample without keys attends to zeros.
+        mask = (real | (key_padding == 0)[:, None])[:, None, None]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)
     return o.transpose(1, 2)
@@ -92,6 +92,30 @@ def attention_packed(
     """
     lengths = cu_seqlens.diff().tolist()
     return torch.cat([attention_qkv(x[None], scale)[0] for x in qkv.split(lengths)])
+
+
+def attention_lse(
+    q: Tensor, k: Tensor, scale: float | None = None, key_padding: Tensor | None = None
+) -> Tensor:
+    """log sum exp of each row of q k^T * scale. q, k: (B, N, H, D) -> (B, H, N) float32."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bmhd,bnhd->bhmn", q, k).float() * scale
+    if key_padding is not None:
+        keys = torch.arange(k.shape[1], device=k.device) < key_padding[:, None]
+        scores = scores.masked_fill(~keys[:, None, None], -torch.inf)
+    return scores.logsumexp(-1)
+
+
+def attention_maps(
+    q: Tensor, k: Tensor, lse: Tensor, rows: Sequence[int] = (0,), scale: float | None = None
+) -> Tensor:
+    """Chosen rows of the probabilities whose log sum exp is lse: exp(q[rows] k^T * scale - lse).
+
+    q, k: (B, N, H, D); lse: (B, H, N), as attention gives it -> (B, H, len(rows), N) float32.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("brhd,bnhd->bhrn", q[:, list(rows)], k) * scale
+    return (scores - lse[:, :, list(rows), None]).exp().float()
 
 
 def attention_rows(

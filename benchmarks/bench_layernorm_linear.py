@@ -1,0 +1,44 @@
+"""LayerNorm and the QKV projection, (B, 197, C) -> (B, 197, 3C)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import front_door, peers, workloads
+from benchmarks.harness import Case, Work
+from fastvit import reference
+
+N = 197
+
+
+def cases(device: torch.device) -> list[Case]:
+    dtype = workloads.op_dtype(device)
+    return [
+        case(device, name, b, c, dtype, backward)
+        for name, b, c in workloads.row_shapes(device)
+        for backward in (False, True)
+    ]
+
+
+def case(
+    device: torch.device, name: str, b: int, c: int, dtype: torch.dtype, backward: bool
+) -> Case:
+    def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(backward)
+
+        return draw(b, N, c), draw(c), draw(c), draw(3 * c, c, scale=c**-0.5), draw(3 * c)
+
+    flops = 2 * b * N * c * 3 * c
+    moved = (b * N * 4 * c + 3 * c * c) * dtype.itemsize
+    # Backward: dx and dW, each reading dy; x is read again, and dx and dW are written.
+    more = (b * N * 5 * c + 6 * c * c) * dtype.itemsize
+    work = Work(3 * flops, moved + more) if backward else Work(flops, moved)
+    reference_op, providers = reference.layernorm_linear, peers.layernorm_linear(device)
+    shape = f"{name} M{b * N}"
+    return Case("layernorm_linear", shape, dtype, inputs, reference_op, providers, work, backward)
+
+
+@pytest.mark.parametrize(("case", "provider"), front_door.parameters(cases))
+def bench_layernorm_linear(benchmark, case: Case, provider: str) -> None:
+    front_door.replay(benchmark, case, provider)

@@ -1,0 +1,71 @@
+"""fastvit's reference backend against timm eager on a CPU: `python benchmarks/cpu.py`.
+
+Both models hold the same weights and take turns in one process; results/cpu.json keeps the medians.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
+
+import torch
+import torchvision_shim
+
+torchvision_shim.install()
+
+from benchmarks import harness, machine, models, report
+from benchmarks.gpu import write_json
+from benchmarks.models import Task
+from benchmarks.workloads import SIZES
+
+CPU = torch.device("cpu")
+BATCHES = {"Ti/16": 4, "B/16": 1}
+
+
+def measure(seconds: float, names: tuple[str, ...] = ("Ti/16", "B/16")) -> list[dict]:
+    rows = []
+    limits = machine.ceilings(CPU)
+    pair = models.entries(CPU)[:2]
+    for name in names:
+        for kind in ("infer", "train"):
+            for dtype in (torch.float32, torch.bfloat16):
+                task = Task(kind, SIZES[name], BATCHES[name], dtype)
+                ours, timm = sorted(
+                    models.run(task, CPU, limits, seconds, pair),
+                    key=lambda r: not r["provider"].startswith("fastvit"),
+                )
+                for row in (ours, timm):
+                    if row["status"] != "ok":
+                        raise RuntimeError(f"{task.key}: {row['provider']}: {row['reason']}")
+                rows.append(
+                    {
+                        "model": name,
+                        "kind": kind,
+                        "batch": task.batch,
+                        "dtype": harness.dtype_name(dtype),
+                        "fastvit_ms": ours["median_ms"],
+                        "fastvit_iqr_ms": ours["iqr_ms"],
+                        "timm_ms": timm["median_ms"],
+                        "timm_iqr_ms": timm["iqr_ms"],
+                        "rounds": ours["rounds"],
+                    }
+                )
+                ratio = timm["median_ms"] / ours["median_ms"]
+                print(f"{task.key}: {ratio:.3f}x of timm", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=20.0, help="per comparison")
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "cpu.json")
+    args = parser.parse_args()
+    rows = measure(args.seconds)
+    write_json(args.out, {"environment": machine.environment(CPU), "rows": rows})
+    print(report.cpu_table({"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

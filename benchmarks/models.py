@@ -1,0 +1,435 @@
+"""Whole models: what is compared, and one row each for inference or a training step."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastvit
+from benchmarks import harness, peers
+from benchmarks.machine import Ceilings, Energy
+from benchmarks.workloads import Size
+
+CLASSES = 1000
+PARITY_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model to measure: `build` makes the eager module; `mode` is torch.compile's, if any."""
+
+    name: str
+    build: Callable[[Size], nn.Module]
+    mode: str | None = None
+    graph: bool = False
+    absent: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """'infer' (weights and images in dtype) or 'train' (float32 weights, autocast to dtype)."""
+
+    kind: str
+    size: Size
+    batch: int
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind} {self.size.name} batch {self.batch} {harness.dtype_name(self.dtype)}"
+
+    @property
+    def flops(self) -> float:
+        return (3 if self.kind == "train" else 1) * self.batch * self.size.flops
+
+
+def entries(device: torch.device, autotune: bool = False) -> list[Entry]:
+    """Ours and the peers; without `autotune` leave out what takes minutes to compile."""
+    gpu = peers.missing(device=device)
+    name = peers.ours_name(device)
+    timm, vp = (peers.missing(m, device=device, gpu=False) for m in ("timm", "vit_pytorch"))
+    tv, hf = (peers.missing(m, device=device, gpu=False) for m in ("torchvision", "transformers"))
+    late = gpu or (None if autotune else "left out: compiles for minutes; --only autotune")
+    return [
+        Entry(name, _fastvit),
+        Entry("timm eager (SDPA)", _timm, absent=timm),
+        Entry(f"{name} + torch.compile", _fastvit, "default", absent=gpu),
+        Entry("timm + torch.compile", _timm, "default", absent=gpu or timm),
+        Entry(f"{name} + CUDA graph", _fastvit, graph=True, absent=gpu),
+        Entry("timm + torch.compile max-autotune", _timm, "max-autotune", absent=late or timm),
+        Entry("Hugging Face ViT (sdpa)", _hugging_face, absent=hf),
+        Entry("torchvision", _torchvision, absent=tv),
+        Entry("vit-pytorch", _vit_pytorch, absent=vp),
+        Entry("timm + torchao int8", _torchao, absent=peers.missing("torchao", device=device)),
+    ]
+
+
+def run(
+    task: Task,
+    device: torch.device,
+    ceilings: Ceilings,
+    seconds: float,
+    chosen: list[Entry] | None = None,
+) -> list[dict]:
+    """One row per entry: parity on a small batch, then steps timed interleaved, then memory."""
+    harness.release(device)
+    rows: dict[str, dict] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    modules: dict[str, nn.Module] = {}
+    used: dict[str, Entry] = {}
+    tolerance: float | None = None
+    for entry in _timm_first(entries(device) if chosen is None else chosen):
+        row = rows[entry.name] = _row(task, entry)
+        if entry.absent:
+            row |= {"status": "absent", "reason": entry.absent}
+            continue
+        try:
+            # Everybody's error is measured against the float64 model of their own weights; ours
+            # has timm's weights, so its truth is timm's.
+            module = _seeded(entry.build, task.size).to(device)
+            error = _error(module, _truth_of(entry, module, task), task, device)
+            row["relative_error"] = error
+            if tolerance is None and entry.build is _timm:
+                tolerance = 2 * error + torch.finfo(task.dtype).eps
+            allowed = tolerance if tolerance is not None else 4 * torch.finfo(task.dtype).eps
+            if not error <= allowed:
+                reason = f"relative error {error:.2e}, allowed {allowed:.2e}"
+                row |= {"status": "failed parity", "reason": reason}
+                continue
+            steps[entry.name] = make_step(module, task, device, entry.mode, entry.graph)
+            modules[entry.name], used[entry.name] = module, entry
+            reason = _differs(steps[entry.name], module, task, device, allowed)
+            if reason:
+                row |= {"status": "failed parity", "reason": reason}
+        except torch.OutOfMemoryError as oom:
+            row |= {"status": "out of memory", "reason": str(oom)[:200]}
+        except Exception as failure:
+            row |= {"status": "error", "reason": harness.describe(failure)}
+        if "status" in row:
+            steps.pop(entry.name, None)
+            harness_free(device)
+    samples = harness.measure(steps, device, seconds, rounds=(3, 60))
+    for name, step in steps.items():
+        rows[name] |= _timed(task, samples[name], ceilings)
+        # A captured graph allocates once, before; compiled code keeps other tensors.
+        entry = used[name]
+        whole = entry.graph or entry.mode == "max-autotune"
+        rows[name]["peak_mb"] = None if whole else harness.peak_mb(step, device)
+        rows[name]["joules_per_image"] = joules_per_image(step, task, device, rows[name])
+        if task.kind == "train" and not (entry.graph or entry.mode):
+            rows[name]["saved_mb"] = _saved_mb(modules[name], task, device)
+    return list(rows.values())
+
+
+def _differs(
+    step: Callable[[], Any], module: nn.Module, task: Task, device: torch.device, allowed: float
+) -> str | None:
+    """Why the step as it is timed (compiled, captured) gives other logits or loss than its module.
+
+    Compiles it as a side effect, so that a failure is this entry's alone.
+    """
+    for _ in range(2):
+        got = step()
+    images, labels = _batch(task, task.batch, device)
+    backend, kind = peers.backend(device), device.type
+    train = task.kind == "train"
+    autocast = train and task.dtype != torch.float32
+    images = images if train else images.to(task.dtype)
+    with torch.no_grad(), fastvit.use_backend(backend), torch.autocast(kind, task.dtype, autocast):
+        want = _logits(module(images))
+        want = F.cross_entropy(want, labels) if train else want
+    error = float((got.detach().double() - want.double()).norm() / want.double().norm())
+    return None if error <= 2 * allowed else f"as timed: off by {error:.2e}, allowed {allowed:.2e}"
+
+
+def make_step(
+    module: nn.Module,
+    task: Task,
+    device: torch.device,
+    mode: str | None = None,
+    graph: bool = False,
+) -> Callable[[], Any]:
+    """A callable that runs one batch of inference, or one whole training step, on random images."""
+    images, labels = _batch(task, task.batch, device)
+    backend = peers.backend(device)
+    if task.kind == "infer":
+        module = module.to(task.dtype).eval()
+        images = images.to(task.dtype)
+    model = torch.compile(module, mode=mode, dynamic=False) if mode else module
+
+    @torch.no_grad()
+    def infer() -> Any:
+        if mode:
+            torch.compiler.cudagraph_mark_step_begin()
+        with fastvit.use_backend(backend):
+            return _logits(model(images))
+
+    if task.kind == "infer":
+        return _graphed(infer) if graph else infer
+    module.train()
+    parameters = list(module.parameters())
+    # At rate 0 the optimizer does all its work and the weights stay, so that every step's loss is
+    # the first one's and can be checked.
+    optimizer = torch.optim.AdamW(
+        parameters, lr=0.0, weight_decay=0.0, fused=True, capturable=graph
+    )
+    autocast = task.dtype != torch.float32
+
+    def train() -> Any:
+        if mode:
+            torch.compiler.cudagraph_mark_step_begin()
+        with fastvit.use_backend(backend), torch.autocast(device.type, task.dtype, autocast):
+            loss = F.cross_entropy(_logits(model(images)), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return _graphed(train) if graph else train
+
+
+def largest_batch(
+    entry: Entry, size: Size, dtype: torch.dtype, device: torch.device, limit: int = 1 << 14
+) -> int:
+    """The largest batch, to an eighth, whose training step fits in memory; 0 if not even one."""
+    module = _seeded(entry.build, size).to(device)
+
+    def fits(batch: int) -> bool:
+        try:
+            make_step(module, Task("train", size, batch, dtype), device)()
+            harness.synchronize(device)
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            module.zero_grad(set_to_none=True)
+            harness_free(device)
+
+    best = 0
+    while best < limit and fits(max(1, 2 * best)):
+        best = max(1, 2 * best)
+    step = best // 2
+    while best < limit and step >= max(1, best // 8):
+        if fits(best + step):
+            best += step
+        step //= 2
+    return best
+
+
+def harness_free(device: torch.device) -> None:
+    """Give back cached memory, but keep compiled code."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def joules_per_image(
+    step: Callable[[], Any], task: Task, device: torch.device, row: dict
+) -> float | None:
+    """Mean over about a second of steps; None where NVML does not tell."""
+    meter = Energy(device)
+    if meter.joules() is None:
+        return None
+    count = max(1, int(1000 / row["median_ms"]))
+    harness.synchronize(device)
+    before = meter.joules()
+    for _ in range(count):
+        step()
+    harness.synchronize(device)
+    after = meter.joules()
+    if before is None or after is None:
+        return None
+    return (after - before) / (count * task.batch)
+
+
+def _graphed(step: Callable[[], Any]) -> Callable[[], Any]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def _batch(task: Task, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    side = task.size.image
+    images = torch.randn(batch, 3, side, side, generator=generator)
+    labels = torch.randint(CLASSES, (batch,), generator=generator)
+    return images.to(device), labels.to(device)
+
+
+def _logits(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def _seeded(build: Callable[[Size], nn.Module], size: Size) -> nn.Module:
+    torch.manual_seed(0)
+    return build(size)
+
+
+def _truth_of(entry: Entry, module: nn.Module, task: Task) -> nn.Module:
+    if entry.build is _fastvit:
+        return _seeded(_timm, task.size)
+    return copy.deepcopy(module)
+
+
+def _error(module: nn.Module, truth: nn.Module, task: Task, device: torch.device) -> float:
+    """Relative L2 error of the logits, and in training of all gradients, against float64."""
+    images, labels = _batch(task, min(PARITY_BATCH, task.batch), device)
+    truth = truth.to(device).double()
+    backend = peers.backend(device)
+    if task.kind == "infer":
+        copied = copy.deepcopy(module).to(task.dtype).eval()
+        # The weights as rounded are the model; what is judged is the arithmetic.
+        rounded = truth.to(task.dtype).double().eval()
+        with torch.no_grad(), fastvit.use_backend(backend):
+            got = _logits(copied(images.to(task.dtype))).double()
+        with torch.no_grad(), fastvit.use_backend("reference"):
+            want = _logits(rounded(images.to(task.dtype).double()))
+        return float((got - want).norm() / want.norm())
+    autocast = task.dtype != torch.float32
+    with fastvit.use_backend(backend), torch.autocast(device.type, task.dtype, autocast):
+        loss = F.cross_entropy(_logits(module(images)), labels)
+    loss.backward()
+    with fastvit.use_backend("reference"):
+        F.cross_entropy(_logits(truth(images.double())), labels).backward()
+    square = error = 0.0
+    for name, want in _gradients(truth):
+        got = module.get_parameter(name).grad
+        assert got is not None, f"{name} got no gradient"
+        error += float((got.double() - want).square().sum())
+        square += float(want.square().sum())
+    module.zero_grad(set_to_none=True)
+    return (error / square) ** 0.5
+
+
+def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            yield name, parameter.grad
+
+
+def _saved_mb(module: nn.Module, task: Task, device: torch.device) -> float:
+    images, labels = _batch(task, task.batch, device)
+    autocast = task.dtype != torch.float32
+
+    def forward() -> Tensor:
+        with (
+            fastvit.use_backend(peers.backend(device)),
+            torch.autocast(device.type, task.dtype, autocast),
+        ):
+            return F.cross_entropy(_logits(module(images)), labels)
+
+    return harness.saved_mb(forward, list(module.parameters()))
+
+
+def _row(task: Task, entry: Entry) -> dict:
+    return {
+        "kind": task.kind,
+        "model": task.size.name,
+        "batch": task.batch,
+        "dtype": harness.dtype_name(task.dtype),
+        "provider": entry.name,
+    }
+
+
+def _timed(task: Task, samples: harness.Samples, ceilings: Ceilings) -> dict:
+    row: dict[str, Any] = {"status": "ok", **harness.spread(samples.seconds)}
+    ms = row["median_ms"]
+    floor = 1e3 * task.flops / ceilings.flops[harness.dtype_name(task.dtype)]
+    return row | {
+        "seconds": samples.seconds,
+        "launch_us": samples.launch_us,
+        "images_per_s": 1e3 * task.batch / ms,
+        "tflops": task.flops / ms / 1e9,
+        "floor_ms": floor,
+        "times_floor": ms / floor,
+        "mfu_of_measured": floor / ms,
+    }
+
+
+def _timm_first(chosen: list[Entry]) -> list[Entry]:
+    """timm eager is the yardstick of parity, so it is built first."""
+    return sorted(chosen, key=lambda e: not (e.build is _timm and e.mode is None))
+
+
+def _timm(size: Size) -> nn.Module:
+    vit: Any = import_module("timm.models.vision_transformer").VisionTransformer
+    module = vit(
+        img_size=size.image,
+        patch_size=size.patch,
+        embed_dim=size.dim,
+        depth=size.depth,
+        num_heads=size.heads,
+        init_values=size.layer_scale,
+        num_classes=CLASSES,
+    )
+    return _lively(module)
+
+
+def _fastvit(size: Size) -> nn.Module:
+    module = fastvit.ViT(num_classes=CLASSES, **size.arguments())
+    if peers.missing("timm", device=torch.device("cpu"), gpu=False):
+        return _lively(module)
+    torch.manual_seed(0)
+    module.load_state_dict(_timm(size).state_dict(), strict=True)
+    return module
+
+
+def _hugging_face(size: Size) -> nn.Module:
+    transformers: Any = import_module("transformers")
+    config = transformers.ViTConfig(
+        image_size=size.image,
+        patch_size=size.patch,
+        hidden_size=size.dim,
+        num_hidden_layers=size.depth,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.dim,
+        num_labels=CLASSES,
+        attn_implementation="sdpa",
+    )
+    return _lively(transformers.ViTForImageClassification(config))
+
+
+def _torchvision(size: Size) -> nn.Module:
+    vit: Any = import_module("torchvision.models").VisionTransformer
+    return _lively(vit(size.image, size.patch, size.depth, size.heads, size.dim, 4 * size.dim))
+
+
+def _vit_pytorch(size: Size) -> nn.Module:
+    vit: Any = import_module("vit_pytorch").ViT
+    arguments = {k: v for k, v in size.arguments().items() if k != "layer_scale"}
+    return _lively(vit(num_classes=CLASSES, dim_head=size.dim // size.heads, **arguments))
+
+
+def _torchao(size: Size) -> nn.Module:
+    quantization: Any = import_module("torchao.quantization")
+    module = _timm(size)
+    quantization.quantize_(module, quantization.Int8DynamicActivationInt8WeightConfig())
+    return module
+
+
+@torch.no_grad()
+def _lively(module: nn.Module) -> nn.Module:
+    """No zero head, bias or tiny LayerScale that would hide a wrong branch."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1 and not name.endswith("weight"):
+            gain = 0.5 if name.endswith("gamma") else 0.0
+            parameter.copy_(gain + 0.02 * torch.randn_like(parameter))
+        elif "head" in name and not bool(parameter.any()):
+            parameter.normal_(std=0.02)
+    return module

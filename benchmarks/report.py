@@ -1,0 +1,278 @@
+"""Tables and plots from committed results: `python benchmarks/report.py` rewrites the README's.
+
+Every figure in the README between the markers comes from the JSON files in results/; a test
+compares the two.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+NOTHING = (
+    "No GPU has been measured yet; `python benchmarks/gpu.py` on a machine with one writes the "
+    "figures that belong here."
+)
+
+
+def rows(result: dict, part: str) -> list[dict]:
+    """All rows of the steps of one part that went through."""
+    found: dict[Any, dict] = {}
+    for step in result["steps"].values():
+        if step["part"] == part and step["status"] == "ok":
+            for row in step["rows"]:
+                # A step of compiled models times the eager ones again: the later rows count.
+                names = tuple(row.get(k) for k in ("kind", "model", "batch", "provider"))
+                found[names if "images_per_s" in row else len(found)] = row
+    return list(found.values())
+
+
+def table(header: Sequence[str], lines: list[list[str]]) -> str:
+    out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(out + ["| " + " | ".join(line) + " |" for line in lines])
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits; thousands as they are; '-' for nothing."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def _state(row: dict) -> str:
+    return f"{row['status']}: {row.get('reason', '')}".rstrip(": ")
+
+
+def models_table(found: list[dict]) -> str:
+    """Whole models; a provider that is absent says nothing here, one that failed says why."""
+    lines = []
+    for r in found:
+        if "images_per_s" in r:
+            lines.append(
+                [
+                    r["model"],
+                    str(r["batch"]),
+                    r["provider"],
+                    number(r["median_ms"]),
+                    number(r["iqr_ms"], 2),
+                    number(r["images_per_s"]),
+                    number(r["mfu_of_measured"], 2),
+                    number(r["times_floor"]),
+                    number(r["peak_mb"]),
+                    number(r.get("saved_mb")),
+                    number(r["joules_per_image"]),
+                ]
+            )
+        elif r.get("status") not in (None, "absent"):
+            lines.append([r["model"], str(r["batch"]), r["provider"], _state(r), *["-"] * 7])
+    header: str = (
+        "model,batch,provider,ms,IQR,images/s,of matmul rate,x floor,peak MB,saved MB,J/image"
+    )
+    return table(header.split(","), lines)
+
+
+def ops_table(found: list[dict]) -> str:
+    lines = []
+    for r in found:
+        name = [r["op"], f"{r['shape']} {r['pass']}", r["provider"]]
+        if r["status"] == "ok":
+            figures = [number(r[k]) for k in ("median_ms", "tflops", "gbps", "times_floor")]
+            figures += [number(r["launch_us"]), number(r["peak_mb"])]
+            lines.append(name + figures)
+        elif r["status"] != "absent":
+            lines.append([*name, _state(r), *["-"] * 5])
+    header: str = "op,shape,provider,ms,TFLOP/s,GB/s,x floor,launch us,peak MB"
+    return table(header.split(","), lines)
+
+
+def parity_table(result: dict) -> str:
+    lines = []
+    for key, step in result["steps"].items():
+        if step["part"] != "parity":
+            continue
+        if step["status"] != "ok":
+            lines.append([key, step["status"], step.get("error", "")])
+        for r in step.get("rows", ()):
+            if r.get("kind") == "pytest":
+                words = ("passed", "failed", "skipped", "error", "errors")
+                counts = ", ".join(f"{r[w]} {w}" for w in words if w in r)
+                lines.append([key, r["status"], counts])
+            else:
+                lines.append([key, r["status"], str(r.get("reason", ""))])
+    return table(["check", "status", "detail"], lines)
+
+
+def failures(result: dict) -> list[str]:
+    """Steps that did not go through."""
+    return [
+        f"{key}: {step.get('error', step['status'])}"
+        for key, step in result["steps"].items()
+        if step["status"] != "ok"
+    ]
+
+
+def provenance(result: dict) -> str:
+    e = result["environment"]
+    known = [f"{k} {e[k]}" for k in ("driver", "cuda", "torch", "triton", "timm") if e.get(k)]
+    return f"{e['device']}, {', '.join(known)}, commit {e['commit']}"
+
+
+def ceilings_line(result: dict) -> str:
+    c = result["ceilings"]
+    rates = ", ".join(f"{k} {number(v / 1e12)} TFLOP/s" for k, v in c["flops"].items())
+    return (
+        f"Measured in the same run: matrix products {rates}; copy {c['bandwidth'] / 1e9:.0f} GB/s."
+    )
+
+
+def device_report(result: dict) -> str:
+    """The whole story of one GPU as Markdown."""
+    from benchmarks import numerics
+
+    out = [f"# {result['environment']['device']}", provenance(result), ceilings_line(result)]
+    out += ["## Parity", parity_table(result)]
+    for title, part in (("Training step", "train"), ("max-autotune", "autotune")):
+        steps = [r for r in rows(result, part) if r.get("kind") == "train"]
+        out += [f"## {title}", models_table(steps)] if steps else []
+    if rows(result, "infer"):
+        out += ["## Inference", models_table(rows(result, "infer"))]
+    batches = [r for r in rows(result, "train") if r.get("kind") == "largest batch"]
+    if batches:
+        lines = [[r["model"], r["provider"], str(r["batch"])] for r in batches]
+        out += ["## Largest training batch", table(["model", "provider", "batch"], lines)]
+    if rows(result, "ops"):
+        out += ["## Ops", ops_table(rows(result, "ops"))]
+    profile = [r for r in rows(result, "train") if r.get("kind") == "profile"]
+    if profile:
+        lines = [[r["provider"], number(r["us"]), str(r["calls"]), r["kernel"]] for r in profile]
+        lines = [[*line[:3], f"`{line[3].replace('|', ' ')}`"] for line in lines]
+        out += [
+            "## One training step by kernel",
+            table(["provider", "us", "calls", "kernel"], lines),
+        ]
+    if rows(result, "numerics"):
+        out += ["## Error against float64, ours / eager", numerics.table(rows(result, "numerics"))]
+    bad = failures(result)
+    out += ["## Steps that failed", "\n".join(f"- {line}" for line in bad)] if bad else []
+    return "\n\n".join(out) + "\n"
+
+
+def write_device_report(path: Path) -> None:
+    """<gpu>.md and its plots beside <gpu>.json."""
+    result = json.loads(path.read_text())
+    path.with_suffix(".md").write_text(device_report(result))
+    if find_spec("matplotlib") is not None:
+        from benchmarks import figures
+
+        figures.draw(result, path)
+
+
+def summary(result: dict) -> str:
+    """What to print last: a line per comparison, ours over the best peer."""
+    out = [provenance(result), ceilings_line(result), ""]
+    groups: dict[str, list[dict]] = {}
+    for part in ("train", "infer", "autotune", "ops"):
+        for r in rows(result, part):
+            if "provider" in r and "status" in r:
+                name = (
+                    f"{r['kind']} {r['model']} b{r['batch']}"
+                    if "model" in r
+                    else (f"{r['op']} {r['shape']} {r['pass']}")
+                )
+                groups.setdefault(f"{part} {name}", []).append(r)
+    for name, group in groups.items():
+        ours = [r for r in group if r["provider"].startswith("fastvit")]
+        own = min((r["median_ms"] for r in ours if r["status"] == "ok"), default=None)
+        peers = [r for r in group if r["status"] == "ok" and r not in ours]
+        best = min(peers, key=lambda r: r["median_ms"], default=None)
+        if own is None:
+            out.append(f"{name[:52]:52}  {'; '.join(_state(r) for r in ours)[:90]}")
+        elif best is None:
+            out.append(f"{name[:52]:52}  {own:9.3f} ms")
+        else:
+            ratio = best["median_ms"] / own
+            out.append(
+                f"{name[:52]:52}  {own:9.3f} ms  {ratio:5.2f}x of {best['provider']}"
+                f" ({best['median_ms']:.3f} ms)"
+            )
+    checks = [
+        r
+        for step in result["steps"].values()
+        if step["part"] == "parity"
+        for r in step.get("rows", [step])
+    ]
+    good = sum(r["status"] == "ok" for r in checks)
+    out += ["", f"parity: {good} of {len(checks)} checks pass"]
+    out += [
+        f"  {r.get('op', '')} {r.get('shape', r.get('kind', ''))} {r.get('dtype', '')}: {_state(r)}"
+        for r in checks
+        if r["status"] != "ok"
+    ]
+    return "\n".join(out + [f"FAILED {line}" for line in failures(result)])
+
+
+def cpu_table(result: dict) -> str:
+    """fastvit's reference backend over timm eager, measured interleaved."""
+    lines = [
+        [
+            r["model"],
+            r["kind"],
+            r["dtype"],
+            number(r["fastvit_ms"]),
+            number(r["timm_ms"]),
+            f"{r['timm_ms'] / r['fastvit_ms']:.2f}x",
+        ]
+        for r in result["rows"]
+    ]
+    return table(["model", "pass", "dtype", "fastvit ms", "timm ms", "timm / fastvit"], lines)
+
+
+def readme(results: Path = RESULTS) -> str:
+    """What stands between the README's markers."""
+    out = []
+    gpus = [p for p in sorted(results.glob("*.json")) if not p.name.startswith("cpu")]
+    if not gpus:
+        out.append(NOTHING)
+    for path in gpus:
+        result = json.loads(path.read_text())
+        own = ("train", "infer")
+        found = [r for part in own for r in rows(result, part) if "images_per_s" in r]
+        out += [f"{provenance(result)}. {ceilings_line(result)}", models_table(found)]
+        out.append(f"All figures: `benchmarks/results/{path.stem}.md`.")
+    cpu = results / "cpu.json"
+    if cpu.exists():
+        result = json.loads(cpu.read_text())
+        e = result["environment"]
+        threads = "CPU time of one thread" if e["threads"] == 1 else f"{e['threads']} threads"
+        out.append(
+            f"Without a GPU the eager reference runs. On {e['device']} ({threads}, torch "
+            f"{e['torch']}), interleaved with timm {e['timm']} in one process:"
+        )
+        out.append(cpu_table(result))
+    return "\n\n".join(out)
+
+
+def fill(text: str, block: str) -> str:
+    """`text` with what is between the markers replaced."""
+    if START not in text or END not in text:
+        raise ValueError(f"the README has no {START} ... {END}")
+    head, rest = text.split(START, 1)
+    return f"{head}{START}\n{block}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    path.write_text(fill(path.read_text(), readme()))
+    for result in RESULTS.glob("*.json"):
+        if not result.name.startswith("cpu"):
+            write_device_report(result)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
+    main()

@@ -1,0 +1,89 @@
+"""Which shapes are measured: the sizes of ViT-Ti to H, on a GPU as they are, on a CPU small."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model: fastvit's arguments, and the batch of its training step."""
+
+    name: str
+    dim: int
+    depth: int
+    heads: int
+    batch: int
+    patch: int = 16
+    image: int = 224
+    layer_scale: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return (self.image // self.patch) ** 2 + 1
+
+    @property
+    def flops(self) -> float:
+        """Of one image's forward pass: matrix products on real tokens, the head included."""
+        n, d = self.tokens, self.dim
+        block = 2 * n * 12 * d * d + 4 * n * n * d
+        return self.depth * block + 2 * (n - 1) * 3 * self.patch**2 * d + 2000 * d
+
+    def arguments(self) -> dict:
+        return {
+            "image_size": self.image,
+            "patch_size": self.patch,
+            "dim": self.dim,
+            "depth": self.depth,
+            "heads": self.heads,
+            "mlp_dim": 4 * self.dim,
+            "layer_scale": self.layer_scale,
+        }
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("Ti/16", 192, 12, 3, 1024),
+        Size("S/16", 384, 12, 6, 512),
+        Size("B/16", 768, 12, 12, 256),
+        Size("L/16", 1024, 24, 16, 128),
+        Size("H/14", 1280, 32, 16, 64, patch=14),
+        Size("B/16 384", 768, 12, 12, 64, image=384),
+        Size("DINOv2-L/14 518", 1024, 24, 16, 16, patch=14, image=518, layer_scale=1e-5),
+    )
+}
+# A model that every code path runs in a second on a CPU.
+TOY = Size("toy", 64, 2, 2, 4, image=32)
+
+# Tokens of batch 256 and of one image, for the GEMM-like ops.
+WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024, "H": 1280}
+BATCHES = (256, 1)
+ATTENTION_TOKENS = (50, 197, 257, 577, 1029, 1370)
+ATTENTION_HEAD_DIMS = (64, 80, 128)
+INFERENCE_BATCHES = (1, 8, 64, 256)
+
+
+def row_shapes(device: torch.device) -> list[tuple[str, int, int]]:
+    """(name, images, width) of the ops on (images * 197, width) rows, most telling first."""
+    if device.type != "cuda":
+        return [("Ti", 2, 192)]
+    order = ("B", "L", "S", "H", "Ti")
+    return [(name, batch, WIDTHS[name]) for batch in BATCHES for name in order]
+
+
+def attention_shapes(device: torch.device) -> list[tuple[int, int, int, int]]:
+    """(B, N, H, D), about as many tokens whatever N; ViT-B's and ViT-L's own first."""
+    if device.type != "cuda":
+        return [(2, 197, 3, 64), (2, 50, 2, 80)]
+    shapes = [
+        (max(1, 50_432 // n), n, 768 // d if d == 64 else 1280 // d, d)
+        for d in ATTENTION_HEAD_DIMS
+        for n in ATTENTION_TOKENS
+    ]
+    first = [s for s in shapes if s[1:] == (197, 12, 64)]
+    return [*first, *(s for s in shapes if s not in first), (1, 197, 12, 64)]
+
+
+def op_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

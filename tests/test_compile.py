@@ -1,0 +1,74 @@
+"""Every launch compiles for every architecture, with no GPU: no spills, wgmma on sm_90."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+# Products on sm_90 that may use HMMA beside HGMMA: a tile of fewer than 64 rows has no wgmma.
+HMMA_ALLOWED = {"attention": "tail tiles of 16 or 32 query rows, and of keys where rows are owned"}
+
+
+def report(*args: str, path: Path) -> list[dict]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastvit_kernels.report", "--json", str(path), *args]
+    env["PYTHONPATH"] = str(ROOT / "kernels")
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert path.exists(), run.stdout[-2000:] + run.stderr[-4000:]
+    rows = json.loads(path.read_text())["rows"]
+    # A Config whose launcher vanished from the report would pass unseen.
+    kernels = {row["name"].split()[0].split("_")[0] for row in rows}
+    assert kernels == {"patch", "row", "gemm", "attention", "reduce", "layernorm", "sum"}
+    return rows
+
+
+def check_rows(rows: list[dict]) -> None:
+    from fastvit_kernels.aot import LIMITS
+
+    for row in rows:
+        label = f"sm_{row['arch']} {row['name']}"
+        assert row["spills"] == 0, f"{label}: spills {row['spills']} bytes a thread"
+        limit = LIMITS[row["arch"]].shared_block
+        assert row["shared"] <= limit, f"{label}: {row['shared']} bytes shared, limit {limit}"
+        assert row["ctas_per_sm"] >= 1, f"{label}: no CTA fits an SM"
+        kind = row["name"].split()[0]
+        products = kind.startswith(("gemm", "attention", "patch_embed")) and "dtokens" not in kind
+        if row["arch"] == 90 and products and "bf16" in row["name"]:
+            assert row["hgmma"], f"{label}: no wgmma"
+            if not any(kind.startswith(k) for k in HMMA_ALLOWED):
+                assert not row["hmma"], f"{label}: {row['hmma']} HMMA beside wgmma"
+
+
+def test_what_ci_compiles(tmp_path: Path) -> None:
+    check_rows(report("--ci", path=tmp_path / "report.json"))
+
+
+@pytest.mark.slow
+def test_every_launch(tmp_path: Path) -> None:
+    check_rows(report(path=tmp_path / "report.json"))
+
+
+def test_the_interpreter_is_refused() -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
+    command = [sys.executable, "-m", "fastvit_kernels.report", "--ci", "--arch", "90"]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode and "TRITON_INTERPRET is set" in run.stderr
+
+
+def test_recorded_launches_are_typed_as_triton_types_them() -> None:
+    from fastvit_kernels.aot import _type
+
+    assert _type(torch.empty(2, dtype=torch.bfloat16)) == "*bf16"
+    assert [_type(v) for v in (2**31, 48, 3, 1, None, 0.5)] == [
+        "i64:16",
+        "i32:16",
+        "i32",
+        None,
+        None,
+        "fp32",
+    ]
