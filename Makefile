@@ -1,5 +1,5 @@
 # make train   set up and train a small ViT on the images inside scikit-learn
-# make test    set up and run the tests
+# make test    set up and run the tests but the slow ones; make test-all runs those too
 # make lint    ruff and pyright
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,12 +7,15 @@ ARGS ?=
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test lint bench clean
+.PHONY: train test test-all lint bench clean
 
 train: $(VENV)/.train
 	$(PY) -m fastvit train $(ARGS)
 
 test: $(VENV)/.test
+	$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test
 	$(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.lint
