@@ -41,7 +41,7 @@ def read_json(path: Path, default: Any) -> Any:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
     parser.add_argument("--only", default="", help="parts, comma-separated; see --list")
     parser.add_argument("--match", default="", help="only steps whose key matches this pattern")

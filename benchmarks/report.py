@@ -32,6 +32,12 @@ def rows(result: dict, part: str) -> list[dict]:
     return list(found.values())
 
 
+def measured(results: Path) -> dict[Path, dict]:
+    """What gpu.py wrote, by file; other tables lie in the same folder."""
+    found = {path: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    return {path: result for path, result in found.items() if "steps" in result}
+
+
 def table(header: Sequence[str], lines: list[list[str]]) -> str:
     out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(out + ["| " + " | ".join(line) + " |" for line in lines])
@@ -225,21 +231,22 @@ def cpu_table(result: dict) -> str:
             r["dtype"],
             number(r["fastvit_ms"]),
             number(r["timm_ms"]),
-            f"{r['timm_ms'] / r['fastvit_ms']:.2f}x",
+            "{median:.2f}x ({low:.2f} to {high:.2f})".format(**r["ratio"]),
         ]
         for r in result["rows"]
     ]
-    return table(["model", "pass", "dtype", "fastvit ms", "timm ms", "timm / fastvit"], lines)
+    return table(
+        ["model", "pass", "dtype", "fastvit ms", "timm ms", "timm / fastvit (quartiles)"], lines
+    )
 
 
 def readme(results: Path = RESULTS) -> str:
     """What stands between the README's markers."""
     out = []
-    gpus = [p for p in sorted(results.glob("*.json")) if not p.name.startswith("cpu")]
+    gpus = measured(results)
     if not gpus:
         out.append(NOTHING)
-    for path in gpus:
-        result = json.loads(path.read_text())
+    for path, result in gpus.items():
         own = ("train", "infer")
         found = [r for part in own for r in rows(result, part) if "images_per_s" in r]
         out += [f"{provenance(result)}. {ceilings_line(result)}", models_table(found)]
@@ -268,9 +275,8 @@ def fill(text: str, block: str) -> str:
 def main() -> None:
     path = ROOT / "README.md"
     path.write_text(fill(path.read_text(), readme()))
-    for result in RESULTS.glob("*.json"):
-        if not result.name.startswith("cpu"):
-            write_device_report(result)
+    for result in measured(RESULTS):
+        write_device_report(result)
 
 
 if __name__ == "__main__":

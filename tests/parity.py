@@ -63,7 +63,9 @@ def results(
     out = function(**args)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     out.backward(dout.to(dout_dtype or out.dtype).to(out))
-    grads = {f"d{k}": v.grad for k, v in args.items() if isinstance(v, Tensor) and v.requires_grad}
+    leaves = {k: v for k, v in args.items() if isinstance(v, Tensor) and v.requires_grad}
+    grads = {f"d{k}": v.grad for k, v in leaves.items() if v.grad is not None}
+    assert len(grads) == len(leaves), f"of {set(leaves)} only {set(grads)} got a gradient"
     return {"out": out, **grads}
 
 

@@ -202,13 +202,27 @@ def test_cheap_erf_is_under_half_a_rounding_of_16_bits(device: torch.device) -> 
     """The 16-bit GELU's formula against float64, value and slope, over all it can be given."""
     x = torch.linspace(-12, 12, 1 << 14, device=device)
     y, dy = torch.empty_like(x), torch.empty_like(x)
-    _gelu_kernel[(1,)](x, y, dy, BLOCK=x.numel())
+    _gelu_kernel[(1,)](x, y, dy, BLOCK=x.numel())  # pyright: ignore[reportArgumentType]
     truth = x.double().requires_grad_()
     value = torch.nn.functional.gelu(truth)
     value.sum().backward()
     assert truth.grad is not None
     assert float((y.double() - value.detach()).abs().max()) < 1e-6
     assert float((dy.double() - truth.grad).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
+def test_what_the_kernel_lacks_runs_in_eager_and_says_so(op: str) -> None:
+    args = OPS[op](2, 5, 16, 24)
+    choices = [{"norm_kind": "rmsnorm"}]
+    choices += [{"activation": "quick_gelu"}, {"dropout": 0.5}] if op == "layernorm_mlp" else []
+    for extra in choices:
+        getattr(ops, op)(**args, **extra)
+        with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="not in the kernel"):
+            getattr(ops, op)(**args, **extra)
+    x = args["x"].detach()
+    got = ops.layernorm_linear(x, None, None, torch.eye(16), norm_kind="rmsnorm")
+    torch.testing.assert_close(got, x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
 
 
 def _names(f: Callable) -> set[str]:
@@ -220,4 +234,4 @@ def test_every_argument_of_the_ops_is_tested() -> None:
 
     for op, make in OPS.items():
         arguments = set(inspect.signature(getattr(ops, op)).parameters)
-        assert arguments - _names(make) <= {"eps", "activation", "dropout"}
+        assert arguments - _names(make) <= {"eps", "activation", "dropout", "norm_kind"}

@@ -116,7 +116,7 @@ def test_whole_model_on_the_kernels(dtype: torch.dtype, device: torch.device) ->
             logits = twin(images.to(device, dtype))
             loss = F.cross_entropy(logits, labels.to(device))
             loss.backward()
-        grads = {n: p.grad for n, p in twin.named_parameters()}
+        grads = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
         return {"logits": logits, "loss": loss, **grads}
 
     got = run(dtype, "triton", device)
@@ -185,7 +185,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
     model.set_grad_checkpointing(True)
     model(images).sum().backward()
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.grad, expected[name]), name
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0, msg=name)
 
 
 def test_attention_maps_are_timms() -> None:
@@ -239,8 +239,8 @@ def test_vit_pytorch_arguments_and_small_head() -> None:
         head_hidden_dim=20,
     )
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
-    assert model.blocks[0].attn.qkv.weight.shape == (3 * 64, 48)
-    assert [type(m) for m in model.head] == [nn.Linear, nn.GELU, nn.Linear]
+    assert model.state_dict()["blocks.0.attn.qkv.weight"].shape == (3 * 64, 48)
+    assert [type(m) for m in model.head.children()] == [nn.Linear, nn.GELU, nn.Linear]
     assert tiny(num_classes=0)(torch.randn(2, 3, 16, 16)).shape == (2, 32)
 
 
@@ -251,7 +251,7 @@ def test_empty_batch(backend: str, device: torch.device) -> None:
         logits = model(torch.randn(0, 3, 16, 16, device=device))
         logits.sum().backward()
     assert logits.shape == (0, 10)
-    assert not any(p.grad.any() for p in model.parameters())
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,63 @@ def test_layouts(device: torch.device) -> None:
         check_parity("patch_embed", {**args, "images": layout.requires_grad_()}, device=device)
 
 
+def test_channels_last_is_read_in_place_by_whole_runs(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastvit_kernels import patch_embed
+
+    given = []
+
+    def launch(images: torch.Tensor, *args: object) -> torch.Tensor:
+        given.append(images)
+        return patch_embed._fwd(images, *args)
+
+    monkeypatch.setattr(patch_embed, "patch_embed_fwd", launch)
+    args = {k: v.detach().to(device) for k, v in arguments(2, 3, 16, 32, 8, 8, 16, 1).items()}
+    args["images"] = args["images"].contiguous(memory_format=torch.channels_last)
+    patch_embed.patch_embed(**args, dtype=torch.float32)
+    assert given[0].data_ptr() == args["images"].data_ptr()
+    assert patch_embed.vector_width(given[0], 8 * 3) == 8
+
+
 def test_images_without_gradient(device: torch.device) -> None:
     args = arguments(2, 3, 8, 8, 4, 4, 16, 1)
     check_parity("patch_embed", {**args, "images": args["images"].detach()}, device=device)
+
+
+def test_frozen_parameters_get_no_gradient(device: torch.device) -> None:
+    args = arguments(2, 3, 8, 8, 4, 4, 16, 1)
+    for frozen in (
+        ("weight", "bias"),
+        ("weight",),
+        ("pos",),
+        ("prefix", "images"),
+        ("bias", "pos"),
+    ):
+        some = {k: v.detach() if k in frozen else v for k, v in args.items()}
+        check_parity("patch_embed", some, device=device)
+
+
+def test_parameters_at_any_strides(device: torch.device) -> None:
+    args = arguments(2, 3, 8, 12, 4, 4, 16, 2)
+    args["weight"] = args["weight"].detach().contiguous(memory_format=torch.channels_last)
+    args["bias"] = leaf(16, 2, grad=False)[:, 1]
+    args["pos"], args["prefix"] = leaf(16, 6, grad=False).t(), leaf(16, 2, grad=False).t()
+    check_parity("patch_embed", {k: v.requires_grad_() for k, v in args.items()}, device=device)
+
+
+def test_bytes_are_cast_as_they_are_loaded(device: torch.device) -> None:
+    from fastvit_kernels.patch_embed import patch_embed
+
+    args = {k: v.detach().to(device) for k, v in arguments(2, 3, 8, 12, 4, 4, 16, 1).items()}
+    args["images"] = torch.randint(256, (2, 3, 8, 12), dtype=torch.uint8, device=device)
+    weight = args["weight"].requires_grad_()
+    outs = []
+    for images in (args["images"], args["images"].float()):
+        out = patch_embed(**{**args, "images": images}, dtype=torch.bfloat16)
+        outs.append((out, *torch.autograd.grad(out.square().sum(), weight)))
+    for got, expected in zip(*outs, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_empty_batch(device: torch.device) -> None:
@@ -88,6 +142,14 @@ def test_nan_stays_in_its_patch(device: torch.device) -> None:
     with fastvit.use_backend("triton"):
         nan = ops.patch_embed(**args).isnan()
     assert nan[1, 4].all() and int(nan.sum()) == 16
+
+
+def test_nan_weight_spares_the_prefix(device: torch.device) -> None:
+    args = {k: v.detach().to(device) for k, v in arguments(2, 3, 8, 8, 4, 4, 16, 2).items()}
+    args["weight"][3, 0, 1, 1] = float("nan")
+    with fastvit.use_backend("triton"):
+        nan = ops.patch_embed(**args).isnan()
+    assert nan[:, 2:, 3].all() and int(nan.sum()) == 2 * 4
 
 
 def test_repeatable_compiled_and_first_order(device: torch.device) -> None:

@@ -16,7 +16,14 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     def wrap(launch: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(launch, mutates_args=())
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, launch, "CompositeExplicitAutograd")
+
+        @functools.wraps(launch)
+        def on_its_device(first: torch.Tensor, *args: Any) -> Any:
+            # Triton launches on the current GPU, which need not be the one that holds the tensors.
+            with torch.cuda.device_of(first):
+                return launch(first, *args)
+
+        _library.impl(name, on_its_device, "CompositeExplicitAutograd")
         launchers[name] = launch
         torch.library.register_fake(f"fastvit::{name}", fake, lib=_library)
         return getattr(torch.ops.fastvit, name).default

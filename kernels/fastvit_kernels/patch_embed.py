@@ -52,6 +52,13 @@ def _patch_offsets(
     return tl.multiple_of(offs, VEC)
 
 
+@triton.jit
+def _cast(pixels, dtype: tl.constexpr):
+    if pixels.dtype.is_int():
+        pixels = pixels.to(tl.float32)  # the interpreter has no way from bytes to bfloat16
+    return pixels.to(dtype)
+
+
 @triton.jit(do_not_specialize=["B", "m", "P", "grid_w"])
 def _patch_embed_fwd_kernel(
     images_ptr,
@@ -106,7 +113,7 @@ def _patch_embed_fwd_kernel(
         w = tl.load(
             weight_ptr + cols[None, :] * K + (k + offs_k)[:, None], mask=mask_k[:, None], other=0.0
         )
-        acc = dot(a.to(w.dtype), w, acc, PRECISION)
+        acc = dot(_cast(a, w.dtype), w, acc, PRECISION)
 
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_BIAS:
@@ -175,7 +182,7 @@ def _patch_embed_dw_kernel(
         )
         if pid_k == 0:
             db += tl.sum(g.to(tl.float32), axis=0)
-        acc = dot(tl.trans(g.to(COMPUTE)), x.to(COMPUTE), acc, PRECISION)
+        acc = dot(tl.trans(g.to(COMPUTE)), _cast(x, COMPUTE), acc, PRECISION)
     offs = (pid_s * N + offs_n).to(tl.int64)[:, None] * K + offs_k[None, :]
     tl.store(dw_ptr + offs, acc, mask=mask_n[:, None] & mask_k[None, :])
     if pid_k == 0:
@@ -306,7 +313,9 @@ def _fwd(
     if out.numel() == 0:
         return out
     M = B * (P + m)
-    config = tuned.gemm(M, N, K, weight.dtype, "patch_embed", images.device.index)
+    geometry = _geometry(images, weight)
+    pixels = "patch_embed" if geometry["VEC"] > 1 else "patch_gather"
+    config = tuned.gemm(M, N, K, weight.dtype, pixels, images.device.index)
     _patch_embed_fwd_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
         images,
         weight,
@@ -321,7 +330,7 @@ def _fwd(
         K,
         grid_w,
         *images.stride(),
-        **_geometry(images, weight),
+        **geometry,
         HAS_BIAS=bias is not None,
         HAS_POS=pos is not None,
         HAS_PREFIX=prefix is not None,
@@ -485,4 +494,7 @@ def patch_embed(
     dtype: torch.dtype,
 ) -> Tensor:
     """[prefix; patches(images) weight^T + bias + pos], multiplied in `dtype`: (B, P + m, dim)."""
+    if images.stride(1) == 1 and images.stride(3) == images.shape[1] > 1:
+        # channels_last is one channel of C times the width, with the weight's columns to match.
+        images, weight = (t.permute(0, 2, 3, 1).flatten(2)[:, None] for t in (images, weight))
     return PatchEmbedFunction.apply(images, weight, bias, pos, prefix, dtype)

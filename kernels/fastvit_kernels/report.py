@@ -2,6 +2,8 @@
 
 The cases are the launches of real models: one encoder block and stem, forward and backward, at each
 width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves.
+`--traffic MODEL` counts launches, bytes and FLOPs instead, beside eager PyTorch's.
+`--update` writes both into benchmarks/results: what the tests hold later kernels to.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +25,7 @@ from fastvit_kernels import (
     layernorm_mlp,
     linear_residual,
     patch_embed,
+    traffic,
 )
 
 
@@ -73,9 +77,11 @@ def run(w: Workload) -> None:
     pos = new(side * side, w.dim, dtype=master)
     conv = new(w.dim, 3, w.patch, w.patch)
     vector, prefix = new(w.dim, dtype=master), new(1, w.dim, dtype=master)
-    patch_embed._fwd(images, conv, vector, pos, prefix, master)
     tokens = new(w.batch, N, w.dim, dtype=master)
-    patch_embed._bwd(tokens, images, conv, conv.to(master), vector, pos, prefix, [True] * 5)
+    for pixels in (images, images.transpose(2, 3)):
+        patch_embed._fwd(pixels, conv, vector, pos, prefix, master)
+        params = conv.to(master), vector, pos, prefix
+        patch_embed._bwd(tokens, pixels, conv, *params, [True] * 5)
 
     x, rows = new(M, w.dim, dtype=master), new(M, dtype=torch.float32)
     qkv_w, qkv_b = new(3 * w.dim, w.dim), new(3 * w.dim, dtype=master)
@@ -209,6 +215,53 @@ def table(rows: list[aot.Cost]) -> str:
     )
 
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+COMPILE_TABLE = RESULTS / "compile_report.json"
+TRAFFIC_TABLE = RESULTS / "traffic.json"
+# Models to hold to their traffic, in plain bf16 (False) or under autocast (True).
+TRAFFIC = {"vit_base_patch16_224": (False, True), "vit_large_patch16_224": (True,)}
+
+
+def to_json(rows: list[aot.Cost]) -> str:
+    """One line a row, so that a diff of the committed table reads well."""
+    lines = ",\n".join(json.dumps(dataclasses.asdict(c)) for c in rows)
+    return f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n'
+
+
+def worse(rows: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
+    """What `rows` cost more than the committed table says, a line each.
+
+    Nothing where the table is of another triton, whose compiler differs.
+    """
+    if committed["triton"] != triton.__version__:
+        return []
+    before = {(row["arch"], row["name"]): row for row in committed["rows"]}
+    lines = []
+    for row in rows:
+        label = f"sm_{row['arch']} {row['name']}"
+        old = before.get((row["arch"], row["name"]))
+        if old is None:
+            lines.append(f"{label}: not in the table")
+            continue
+        lines += [
+            f"{label}: {cost} {old[cost]} -> {row[cost]}"
+            for cost in ("registers", "spills", "shared")
+            if row[cost] > old[cost]
+        ]
+    return lines
+
+
+def traffic_summary() -> dict[str, Any]:
+    """Totals of the models in `TRAFFIC`, batch 256."""
+    return {
+        f"{model}{' autocast' if autocast else ''}": traffic.summary(
+            traffic.sizes(model, 256, autocast)
+        )
+        for model, modes in TRAFFIC.items()
+        for autocast in modes
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastvit_kernels.report", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=aot.ARCHS)
@@ -216,7 +269,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ci", action="store_true", help=f"only {', '.join(CI)}")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    parser.add_argument("--update", action="store_true", help="write the committed tables anew")
+    parser.add_argument("--traffic", metavar="MODEL", help="such as vit_base_patch16_224")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--autocast", action="store_true", help="float32 residual stream")
+    parser.add_argument("--part", choices=traffic.PARTS, default="H100")
     args = parser.parse_args(argv)
+    if args.traffic:
+        part = traffic.PARTS[args.part]
+        print(traffic.table(args.traffic, args.batch, args.autocast, part))
+        return 0
+    if args.update and (args.arch or args.only or args.ci):
+        parser.error("--update writes every row; it goes with none of --arch, --only and --ci")
+    if args.update and not RESULTS.is_dir():
+        parser.error(f"--update needs a checkout: there is no {RESULTS}")
     selected = [
         (case, arch)
         for arch in args.arch or aot.ARCHS
@@ -227,8 +293,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"triton {triton.__version__}, {len(rows)} cases; spills and shared memory in bytes")
     print(table(rows))
     if args.json:
-        report = {"triton": triton.__version__, "rows": [dataclasses.asdict(c) for c in rows]}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.write_text(to_json(rows))
+    if args.update:
+        COMPILE_TABLE.write_text(to_json(rows))
+        TRAFFIC_TABLE.write_text(json.dumps(traffic_summary(), indent=1) + "\n")
     return 1 if any(c.spills for c in rows) else 0
 
 

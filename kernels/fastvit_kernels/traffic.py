@@ -139,12 +139,16 @@ WRITES = {
 _ATTENTION_PRODUCTS = {"fwd": 2, "fwd_resident": 2, "bwd_resident": 5, "bwd_dq": 3, "bwd_dkv": 4}
 
 
+def written_by(name: str, values: dict[str, Any]) -> set[str]:
+    """Names of the tensors that a launch writes."""
+    is_gelu = name == "gemm" and values["EPILOGUE"] == "gelu"
+    return {*WRITES[name], *(("u",) if is_gelu else ())}
+
+
 def launch_cost(name: str, values: dict[str, Any]) -> Pass:
     """Of one Triton launch, from the arguments it was given."""
     tensors = {k.removesuffix("_ptr"): v for k, v in values.items() if isinstance(v, Tensor)}
-    writes = set(WRITES[name])
-    if name == "gemm" and values["EPILOGUE"] == "gelu":
-        writes.add("u")
+    writes = written_by(name, values)
     if name == "reduce_slabs" and not values["HAS_LAYER_SCALE"]:
         tensors = {k: v for k, v in tensors.items() if k not in ("weight", "bias")}
     written = sum(_bytes(t) for k, t in tensors.items() if k in writes)
@@ -157,7 +161,10 @@ def launch_cost(name: str, values: dict[str, Any]) -> Pass:
         flops = 2 * _ATTENTION_PRODUCTS[name.removeprefix("attention_")] * B * H * N * N * D
     elif name.startswith("patch_embed") and "K" in values:
         flops = 2 * values["B"] * values["m"] * values["N"] * values["K"]
-    words = [name, *(values[k] for k in ("PROLOGUE", "EPILOGUE") if values.get(k, "none") != "none")]
+    words = [
+        name,
+        *(values[k] for k in ("PROLOGUE", "EPILOGUE") if values.get(k, "none") != "none"),
+    ]
     return Pass(" ".join(words), 1, read, written, flops)
 
 
@@ -176,7 +183,7 @@ def _layer_norm_backward(inputs: list[Tensor], outputs: list[Tensor]) -> tuple[i
 
 def _flash_backward(inputs: list[Tensor], outputs: list[Tensor]) -> tuple[int, int, int]:
     """delta = rowsum(o do) with the float32 sum of dq cleared; the products; dq cast."""
-    do, _, _, _, o, lse = inputs[:6]
+    do, lse = inputs[0], inputs[5]
     dq_sum = 4 * do.numel()
     read = sum(map(_bytes, inputs)) + _bytes(do) + _bytes(lse) + dq_sum
     return 3, read, sum(map(_bytes, outputs)) + _bytes(lse) + dq_sum
@@ -213,7 +220,9 @@ class Counter(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.numel()]
         if not _moves_nothing(func, inputs, outputs):
-            self.passes.append(replace(_op_cost(func, args, kwargs, out, inputs, outputs), op=self.op))
+            self.passes.append(
+                replace(_op_cost(func, args, kwargs, out, inputs, outputs), op=self.op)
+            )
         return out
 
 
@@ -329,8 +338,8 @@ def stem(
     s: Sizes, images: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor
 ) -> Tensor:
     """The stem on our kernels: <cls> meets its position outside, as in `fastvit.ViT`."""
-    prefix = (cls + pos[:, :1])[0]
-    return patch_embed.patch_embed(images, weight, bias, pos[0, 1:], prefix, s.dtype)
+    prefix, pos = pos[0].split([1, s.tokens - 1])
+    return patch_embed.patch_embed(images, weight, bias, pos, cls[0] + prefix, s.dtype)
 
 
 def stem_eager(
@@ -344,9 +353,31 @@ def stem_eager(
 
 def steps(s: Sizes, arch: int = 90) -> dict[str, tuple[Step, Step]]:
     """(fastvit, eager) of the block and of the stem."""
+
+    def both(
+        ours: Callable[..., Tensor], eager: Callable[..., Tensor], shapes: dict
+    ) -> tuple[Step, Step]:
+        return count(ours, shapes, s, arch), count(eager, shapes, s, arch)
+
     return {
-        "block": tuple(count(f, block_shapes(s), s, arch) for f in (block, block_eager)),
-        "stem": tuple(count(f, stem_shapes(s), s, arch) for f in (stem, stem_eager)),
+        "block": both(block, block_eager, block_shapes(s)),
+        "stem": both(stem, stem_eager, stem_shapes(s)),
+    }
+
+
+def summary(s: Sizes, arch: int = 90) -> dict[str, dict[str, dict[str, int]]]:
+    """What `steps` comes to: block and stem, ours and eager, each as plain numbers."""
+    return {
+        where: {
+            who: {
+                "launches_forward": step.launches[0],
+                "launches_backward": step.launches[1],
+                "bytes": step.bytes,
+                "saved": step.saved,
+            }
+            for who, step in zip(("fastvit", "eager"), pair, strict=True)
+        }
+        for where, pair in steps(s, arch).items()
     }
 
 

@@ -103,6 +103,9 @@ GEMM: dict[int, dict[str, Config]] = {
     },
 }
 
+# Images whose pixels are loaded one by one: an address for each leaves few registers.
+PATCH_GATHER = Config(64, 64, 32, num_warps=4, num_stages=3)
+
 # dW: BLOCK_M is the step along the reduction, BLOCK_N x BLOCK_K the tile of dW.
 GEMM_DW: dict[int, dict[str, Config]] = {
     0: {"16-bit": Config(64, 128, 128), "float32": Config(64, 128, 128)},
@@ -120,7 +123,7 @@ GEMM_DW: dict[int, dict[str, Config]] = {
     },
     120: {
         "16-bit": Config(32, 128, 128, num_warps=8, num_stages=3),
-        "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
+        "float32": Config(32, 64, 32, num_warps=8, num_stages=3),
     },
 }
 
@@ -134,6 +137,8 @@ def gemm(
 ) -> Config:
     """The configuration of one forward or dX product."""
     table = look_up(GEMM, arch(device_index))
+    if epilogue == "patch_gather" and arch(device_index):
+        return PATCH_GATHER
     name = gemm_class(M, N, dtype, epilogue, num_sms(device_index))
     return table[epilogue] if name == "square" and epilogue in table else table[name]
 
@@ -182,7 +187,7 @@ def layernorm_bwd(M: int, C: int, device_index: int | None) -> tuple[Config, int
 
 # Attention. "fwd_resident" and "bwd_.._keys" hold every key of a row, at most BLOCK_N of them; the
 # others walk over the keys (fwd, dq) or over the queries (dkv) in blocks. "_128" serves head dims
-# over 64, "_112" those that are three blocks of columns.
+# over 64, "_112" those over 80 that are several blocks of columns.
 _ATTENTION_MMA = {
     "fwd_resident": Config(32, 256, num_warps=4, num_stages=1),
     "fwd_resident_128": Config(64, 64, num_warps=4, num_stages=1),
@@ -235,6 +240,6 @@ def attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
     resident = "resident" in kernel or "keys" in kernel
     if dtype == torch.float32 and arch != 0:
         return Config(0, 0) if resident else table["float32"]
-    widths = ("_112",) * (96 < D <= 112) + ("_128",) * (D > 64) + ("",)
+    widths = ("_112",) * (80 < D <= 112) + ("_128",) * (D > 64) + ("",)
     names = (kernel + width for width in widths)
     return next((table[name] for name in names if name in table), Config(0, 0))

@@ -1,124 +1,32 @@
 """The Vision Transformer: stem, pre-norm encoder, head. State-dict names and shapes are timm's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvit import ops, reference
+from fastvit import ops
+from fastvit.layers import (
+    MLPS,
+    NORMS,
+    Attention,
+    AttentionPool,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    SwiGlu,
+    Tables,
+    make_norm,
+    pair,
+)
+from fastvit.pos_embed import Grid, Resample, resample_positions
+from fastvit.rope import Rope
 
-POOLS = ("cls", "mean")
-
-
-def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """An int or a (height, width) pair as a pair of positive ints."""
-    sizes = (value, value) if isinstance(value, int) else tuple(value)
-    if len(sizes) != 2 or not all(isinstance(s, int) and s > 0 for s in sizes):
-        raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
-    return sizes
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each projected to `dim`. Holds the weights of one convolution."""
-
-    def __init__(
-        self, image_size: tuple[int, int], patch_size: tuple[int, int], channels: int, dim: int
-    ) -> None:
-        super().__init__()
-        for side, name in enumerate(("height", "width")):
-            if image_size[side] % patch_size[side]:
-                raise ValueError(
-                    f"image_size {image_size} is not a multiple of patch_size {patch_size} "
-                    f"in {name}"
-                )
-        self.img_size, self.patch_size = image_size, patch_size
-        self.grid_size = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
-        """images: (B, C, H, W); pos: (m, dim); prefix: (P, dim) -> (B, P + m, dim)."""
-        channels = self.proj.in_channels
-        if images.ndim != 4 or images.shape[1:] != (channels, *self.img_size):
-            raise ValueError(
-                f"images must be (B, {channels}, {self.img_size[0]}, {self.img_size[1]}), "
-                f"got {tuple(images.shape)}"
-            )
-        return ops.patch_embed(images, self.proj.weight, self.proj.bias, pos, prefix)
-
-
-class LayerScale(nn.Module):
-    """A learned factor per channel on a residual branch."""
-
-    def __init__(self, dim: int, init: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
-
-
-class Attention(nn.Module):
-    """x + Attention(norm(x)), heads side by side in one packed projection."""
-
-    def __init__(
-        self, dim: int, heads: int, dim_head: int, qkv_bias: bool = True, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.heads, self.dim_head, self.dropout = heads, dim_head, dropout
-        self.qkv = nn.Linear(dim, 3 * heads * dim_head, bias=qkv_bias)
-        self.proj = nn.Linear(heads * dim_head, dim)
-
-    def project(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """q, k, v of norm(x), packed: (B, N, C) -> (B, N, 3, H, D)."""
-        qkv = ops.layernorm_linear(
-            x, norm.weight, norm.bias, self.qkv.weight, self.qkv.bias, norm.eps
-        )
-        return qkv.unflatten(-1, (3, self.heads, self.dim_head))
-
-    def forward(
-        self,
-        x: Tensor,
-        norm: nn.LayerNorm,
-        layer_scale: Tensor | None = None,
-        path_scale: Tensor | None = None,
-    ) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        o = ops.attention_qkv(self.project(x, norm), dropout=dropout)
-        return ops.linear_residual(
-            o.flatten(2), self.proj.weight, self.proj.bias, x, layer_scale, path_scale, dropout
-        )
-
-
-class Mlp(nn.Module):
-    """x + MLP(norm(x)), MLP = fc2(GELU(fc1(.)))."""
-
-    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(
-        self,
-        x: Tensor,
-        norm: nn.LayerNorm,
-        layer_scale: Tensor | None = None,
-        path_scale: Tensor | None = None,
-    ) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
-        return ops.layernorm_mlp(
-            x,
-            norm.weight,
-            norm.bias,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            layer_scale,
-            path_scale,
-            norm.eps,
-            dropout=self.dropout if self.training else 0.0,
-        )
+POOLS = ("cls", "mean", "max", "avgmax", "cls_mean", "map", "none")
+POS_EMBEDS = ("learned", "none")
+HEAD_ACTIVATIONS = {"gelu": nn.GELU, "tanh": nn.Tanh}
 
 
 class Block(nn.Module):
@@ -130,24 +38,42 @@ class Block(nn.Module):
         heads: int,
         dim_head: int,
         mlp_dim: int,
-        qkv_bias: bool = True,
+        qkv_bias: bool | str = True,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         norm_eps: float = 1e-6,
+        *,
+        proj_dropout: float | None = None,
+        mlp_dropout: float | None = None,
+        proj_bias: bool = True,
+        mlp_bias: bool = True,
+        qk_norm: bool = False,
+        norm: str = "layernorm",
+        mlp: str = "mlp",
+        activation: str = "gelu",
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(dim, norm_eps)
-        self.attn = Attention(dim, heads, dim_head, qkv_bias, dropout)
+        proj_dropout, mlp_dropout = (
+            dropout if rate is None else rate for rate in (proj_dropout, mlp_dropout)
+        )
+        self.norm1 = make_norm(norm, dim, norm_eps)
+        head_norm = make_norm(norm, dim_head, norm_eps) if qk_norm else None
+        self.attn = Attention(
+            dim, heads, dim_head, qkv_bias, dropout, proj_dropout, proj_bias, head_norm
+        )
         self.ls1 = None if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, norm_eps)
-        self.mlp = Mlp(dim, mlp_dim, dropout)
+        self.norm2 = make_norm(norm, dim, norm_eps)
+        if mlp == "mlp":
+            self.mlp = Mlp(dim, mlp_dim, mlp_dropout, mlp_bias, activation)
+        else:
+            self.mlp = SwiGlu(dim, mlp_dim, mlp_dropout, mlp_bias, packed=mlp == "swiglu_packed")
         self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tables | None = None) -> Tensor:
         gamma1, gamma2 = (None if ls is None else ls.gamma for ls in (self.ls1, self.ls2))
-        x = self.attn(x, self.norm1, gamma1, self.path_scale(x))
+        x = self.attn(x, self.norm1, gamma1, self.path_scale(x), rope)
         return self.mlp(x, self.norm2, gamma2, self.path_scale(x))
 
     def path_scale(self, x: Tensor) -> Tensor | None:
@@ -163,13 +89,34 @@ class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929).
 
     Defaults are ViT-B/16. `image_size` and `patch_size` are ints or (height, width). `dim_head`
-    None means dim / heads. `pool`: "cls" classifies the <cls> vector after the final norm; "mean"
-    averages the patch vectors, then norms (timm's avg with fc_norm). `dropout` acts on attention
-    probabilities, after the output projection and twice in the MLP; `emb_dropout` after the
-    position embedding. `drop_path` is stochastic depth's rate at the last block, rising linearly
-    from 0. `layer_scale`: LayerScale's initial value. `registers`: learned tokens behind <cls>.
-    `config` holds these arguments, so that `ViT(**model.config)` is the same architecture.
-    `num_classes` 0 leaves the head out; `head_hidden_dim` makes it Linear, GELU, Linear.
+    None means dim / heads. `num_classes` 0 leaves the head out; `head_hidden_dim` makes it Linear,
+    `head_activation` ("gelu" or "tanh"), Linear.
+
+    `pool`: "cls" classifies the <cls> vector after the final norm; "mean", "max" and "avgmax" (half
+    their sum) take the patch vectors, then norm (`fc_norm` False: norm, then pool); "cls_mean"
+    joins <cls> and the mean (DINOv2's classifiers); "map" is attention pooling (SigLIP); "none"
+    keeps all vectors.
+
+    Tokens: `class_token`; `registers`, learned tokens behind it; `pos_embed` "learned" or "none",
+    with `no_embed_class` for the patches alone. `rope` turns q and k of the patches by their place:
+    "eva" (theta 10000; `rope_grid`: the grid its indices are measured on) or "dinov3" (theta 100).
+    `dynamic_img_size` takes images of any whole number of patches; the table is then resampled by
+    `resample`: a mapping of mode, antialias, align_corners, offset (`fastvit.pos_embed.Resample`).
+    `crop_remainder` leaves out the pixels beyond the last whole patch, as a convolution does.
+
+    Blocks: `norm` "layernorm" or "rmsnorm" of `norm_eps`; `pre_norm`, a norm ahead of the first
+    (then without a patch bias, unless `patch_bias` says so); `final_norm`; `qk_norm`;
+    `layer_scale`, its initial value; `mlp` "mlp", "swiglu" or "swiglu_packed", `mlp_dim` wide per
+    branch; `activation` "gelu", "gelu_tanh" or "quick_gelu"; `qkv_bias` True, False or "qv";
+    `proj_bias`; `mlp_bias`.
+
+    Rates: `dropout` acts on attention probabilities, after the output projection and twice in the
+    MLP, unless `attn_dropout`, `proj_dropout`, `mlp_dropout` say otherwise; `emb_dropout` after the
+    position embedding, `head_dropout` before the head; `patch_dropout` leaves that share of the
+    patches out; `drop_path` is stochastic depth's rate at the last block, rising linearly from 0.
+
+    `config` holds these arguments, so that `ViT(**model.config)` is the same architecture;
+    `default_cfg` says how images are to be prepared, under timm's names.
     """
 
     def __init__(
@@ -187,12 +134,37 @@ class ViT(nn.Module):
         dim_head: int | None = None,
         dropout: float = 0.0,
         emb_dropout: float = 0.0,
-        qkv_bias: bool = True,
+        qkv_bias: bool | str = True,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         registers: int = 0,
         norm_eps: float = 1e-6,
         head_hidden_dim: int | None = None,
+        head_activation: str = "gelu",
+        class_token: bool = True,
+        pos_embed: str = "learned",
+        no_embed_class: bool = False,
+        fc_norm: bool | None = None,
+        final_norm: bool = True,
+        pre_norm: bool = False,
+        patch_bias: bool | None = None,
+        norm: str = "layernorm",
+        qk_norm: bool = False,
+        mlp: str = "mlp",
+        activation: str = "gelu",
+        proj_bias: bool = True,
+        mlp_bias: bool = True,
+        rope: str | None = None,
+        rope_theta: float | None = None,
+        rope_grid: int | tuple[int, int] | None = None,
+        attn_dropout: float | None = None,
+        proj_dropout: float | None = None,
+        mlp_dropout: float | None = None,
+        head_dropout: float = 0.0,
+        patch_dropout: float = 0.0,
+        dynamic_img_size: bool = False,
+        resample: Mapping[str, Any] | None = None,
+        crop_remainder: bool = False,
     ) -> None:
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -201,8 +173,19 @@ class ViT(nn.Module):
         _check_sizes(1, channels=channels, **sizes)
         _check_sizes(0, num_classes=num_classes, registers=registers)
         _check_rates(dropout=dropout, emb_dropout=emb_dropout, drop_path=drop_path)
-        if pool not in POOLS:
-            raise ValueError(f"pool must be one of {POOLS}, got {pool!r}")
+        _check_rates(head_dropout=head_dropout, patch_dropout=patch_dropout)
+        own_rates = dict(attn_dropout=attn_dropout, proj_dropout=proj_dropout)
+        own_rates["mlp_dropout"] = mlp_dropout
+        _check_rates(**{k: v for k, v in own_rates.items() if v is not None})
+        _check_choice(POOLS, pool=pool)
+        _check_choice(POS_EMBEDS, pos_embed=pos_embed)
+        _check_choice(NORMS, norm=norm)
+        _check_choice(MLPS, mlp=mlp)
+        _check_choice(ops.ACTIVATIONS, activation=activation)
+        _check_choice((True, False, "qv"), qkv_bias=qkv_bias)
+        _check_choice(tuple(HEAD_ACTIVATIONS), head_activation=head_activation)
+        if not class_token and pool in ("cls", "cls_mean"):
+            raise ValueError(f"pool {pool!r} needs class_token=True")
         if dim_head is None and dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}; pass dim_head")
         dim_head = dim // heads if dim_head is None else dim_head
@@ -210,44 +193,101 @@ class ViT(nn.Module):
 
         self.pool = pool
         self.num_classes = num_classes
-        self.num_features = self.embed_dim = dim
-        self.num_prefix_tokens = 1 + registers
+        self.num_features = self.embed_dim = self.head_hidden_size = dim
+        self.num_reg_tokens, self.has_class_token = registers, class_token
+        self.num_prefix_tokens = int(class_token) + registers
+        self.no_embed_class = no_embed_class
+        self.patch_dropout = patch_dropout
+        self.resample = Resample.of(resample)
         self.grad_checkpointing = False
 
+        patch_bias = not pre_norm if patch_bias is None else patch_bias
         self.patch_embed = PatchEmbed(
-            pair("image_size", image_size), pair("patch_size", patch_size), channels, dim
+            pair("image_size", image_size),
+            pair("patch_size", patch_size),
+            channels,
+            dim,
+            patch_bias,
+            dynamic_img_size,
+            crop_remainder,
         )
-        tokens = self.num_prefix_tokens + self.patch_embed.num_patches
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, registers, dim)) if registers else None
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim))
+        covered = 0 if no_embed_class else self.num_prefix_tokens
+        tokens = covered + self.patch_embed.num_patches
+        self.pos_embed = (
+            nn.Parameter(torch.empty(1, tokens, dim)) if pos_embed == "learned" else None
+        )
+        self.rope = None
+        if rope is not None:
+            grid = None if rope_grid is None else pair("rope_grid", rope_grid)
+            theta = {"dinov3": 100.0}.get(rope, 10000.0) if rope_theta is None else rope_theta
+            self.rope = Rope(rope, dim_head, theta, grid)
         self.pos_drop = nn.Dropout(emb_dropout)
+        self.norm_pre = make_norm(norm, dim, norm_eps) if pre_norm else nn.Identity()
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(
-                Block(dim, heads, dim_head, mlp_dim, qkv_bias, dropout, rate, layer_scale, norm_eps)
+                Block(
+                    dim,
+                    heads,
+                    dim_head,
+                    mlp_dim,
+                    qkv_bias,
+                    dropout if attn_dropout is None else attn_dropout,
+                    rate,
+                    layer_scale,
+                    norm_eps,
+                    proj_dropout=dropout if proj_dropout is None else proj_dropout,
+                    mlp_dropout=dropout if mlp_dropout is None else mlp_dropout,
+                    proj_bias=proj_bias,
+                    mlp_bias=mlp_bias,
+                    qk_norm=qk_norm,
+                    norm=norm,
+                    mlp=mlp,
+                    activation=activation,
+                )
                 for rate in rates
             )
         )
-        self.norm = nn.LayerNorm(dim, norm_eps) if pool == "cls" else nn.Identity()
-        self.fc_norm = nn.LayerNorm(dim, norm_eps) if pool == "mean" else nn.Identity()
-        self.head = _make_head(dim, head_hidden_dim, num_classes)
+        pools_then_norms = pool in ("mean", "max", "avgmax") if fc_norm is None else fc_norm
+        norms = (final_norm and not pools_then_norms, final_norm and pools_then_norms)
+        self.norm, self.fc_norm = (
+            make_norm(norm, dim, norm_eps) if on else nn.Identity() for on in norms
+        )
+        self.attn_pool = None
+        if pool == "map":
+            pool_norm = make_norm(norm, dim, norm_eps)
+            self.attn_pool = AttentionPool(dim, heads, mlp_dim, pool_norm, activation)
+        self.head_drop = nn.Dropout(head_dropout)
+        self.head = self._make_head(num_classes, head_hidden_dim)
+        self.default_cfg: dict[str, Any] = {
+            "input_size": (channels, *self.patch_embed.img_size),
+            "num_classes": num_classes,
+            "mean": (0.5,) * channels,
+            "std": (0.5,) * channels,
+            "interpolation": "bicubic",
+            "crop_pct": 0.9,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
         self.init_weights()
 
     def init_weights(self) -> None:
         """timm's: truncated normal of std 0.02, zero biases, prefix tokens near zero."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        if self.reg_token is not None:
-            nn.init.normal_(self.reg_token, std=1e-6)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                _init_linear(module)
+        if self.attn_pool is not None:
+            nn.init.trunc_normal_(self.attn_pool.latent, std=self.embed_dim**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, channels, H, W) -> logits (B, num_classes)."""
+        """images: (B, channels, H, W) -> logits (B, num_classes); (B, N, .) with pool "none"."""
         x = self.encode(images)
         if self.pool == "cls":
             x = x[:, :1]  # the final norm acts on each vector alone, so only <cls> needs it
@@ -259,30 +299,214 @@ class ViT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, norm and classify: (B, N, dim) -> (B, num_classes), or (B, dim) before the head."""
-        x = x[:, 0] if self.pool == "cls" else x[:, self.num_prefix_tokens :].mean(dim=1)
-        x = self.fc_norm(x)
+        x = self.head_drop(self.fc_norm(self.pooled(x)))
         return x if pre_logits else self.head(x)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Stem: patches, positions, prefix tokens. (B, channels, H, W) -> (B, N, dim)."""
-        tokens = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
-        prefix, pos = self.pos_embed[0].split(
-            [self.num_prefix_tokens, self.patch_embed.num_patches]
-        )
-        prefix = torch.cat(tokens, dim=1)[0] + prefix
-        return self.pos_drop(self.patch_embed(images, pos, prefix))
+    def pooled(self, x: Tensor) -> Tensor:
+        """The vectors of forward_features pooled: (B, N, dim) -> (B, dim)."""
+        if self.pool == "none":
+            return x
+        if self.pool == "cls":
+            return x[:, 0]
+        patches = x[:, self.num_prefix_tokens :]
+        if self.attn_pool is not None:
+            return self.attn_pool(patches)
+        if self.pool == "max":
+            return patches.amax(dim=1)
+        mean = patches.mean(dim=1)
+        if self.pool == "avgmax":
+            return 0.5 * (patches.amax(dim=1) + mean)
+        return torch.cat([x[:, 0], mean], dim=1) if self.pool == "cls_mean" else mean
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tables | None]:
+        """Stem: patches, positions, prefix tokens. (B, channels, H, W) -> (B, N, dim), RoPE's."""
+        grid = self.patch_embed.grid(images)
+        x = self.pos_drop(self.patch_embed(images, *self.positions(grid)))
+        tables = None if self.rope is None else self.rope.tables(grid, x.device)
+        if self.patch_dropout and self.training:
+            x, tables = self._drop_patches(x, tables)
+        rope = None
+        if self.rope is not None and tables is not None:
+            rope = (*tables, self.rope.interleaved)
+        return self.norm_pre(x), rope
+
+    def positions(self, grid: Grid) -> tuple[Tensor | None, Tensor | None]:
+        """The position of each patch of the grid (m, dim), and the prefix tokens (P, dim)."""
+        tokens = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = torch.cat(tokens, dim=1)[0] if tokens else None
+        if self.pos_embed is None:
+            return None, prefix
+        covered = 0 if self.no_embed_class else self.num_prefix_tokens
+        own, table = self.pos_embed[0].tensor_split([covered])
+        if prefix is not None and covered:
+            prefix = prefix + own
+        return resample_positions(table, self.patch_embed.grid_size, grid, self.resample), prefix
+
+    def _drop_patches(
+        self, x: Tensor, tables: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Keep each sample's own random patches, in random order, and all prefix tokens."""
+        prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=1)
+        B, m, dim = patches.shape
+        kept = max(1, int(m * (1.0 - self.patch_dropout)))
+        index = torch.rand(B, m, device=x.device).argsort(dim=1)[:, :kept]
+        patches = patches.gather(1, index[:, :, None].expand(-1, -1, dim))
+        if tables is not None:
+            tables = (tables[0][index], tables[1][index])
+        return torch.cat([prefix, patches], dim=1), tables
 
     def encode(self, images: Tensor) -> Tensor:
         """Stem and body, before the final norm. (B, channels, H, W) -> (B, N, dim)."""
-        x = self.embed(images)
+        x, rope = self.embed(images)
         for block in self.blocks:
-            x = self._run(block, x)
+            x = self._run(block, x, rope)
         return x
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, rope: Tables | None) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return checkpoint(block, x, rope, use_reentrant=False)
+        return block(x, rope)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """timm's: the final vectors and those after chosen blocks, as maps (B, dim, h, w) or "NLC".
+
+        indices: the last n blocks, or their indices; None: all. norm: through the final norm.
+        Returns (final, [maps]); [maps] alone with intermediates_only; each a pair (map, prefix)
+        with return_prefix_tokens; or a dict with output_dict.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        wanted = self._take("indices", indices)
+        grid = self.patch_embed.grid(x)
+        if self.patch_dropout and self.training and output_fmt == "NCHW":
+            raise ValueError("output_fmt 'NCHW' needs all patches; patch_dropout is on")
+        x, rope = self.embed(x)
+        kept = []
+        for i, block in enumerate(self.blocks):
+            if stop_early and i > max(wanted):
+                break
+            x = self._run(block, x, rope)
+            if i in wanted:
+                kept.append(self.norm(x) if norm else x)
+        prefix = [t[:, : self.num_prefix_tokens] for t in kept]
+        maps = [t[:, self.num_prefix_tokens :] for t in kept]
+        if output_fmt == "NCHW":
+            maps = [t.mT.unflatten(2, grid).contiguous() for t in maps]
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            out: dict[str, Any] = {"image_intermediates": maps}
+            if with_prefix:
+                out["image_intermediates_prefix"] = prefix
+            return out if intermediates_only else {**out, "image_features": self.norm(x)}
+        result = list(zip(maps, prefix, strict=True)) if with_prefix else maps
+        return result if intermediates_only else (self.norm(x), result)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """The vectors of the patches after the last n blocks, or after those numbered in n."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens,
+            norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
+    def _take(self, name: str, indices: int | Sequence[int] | None) -> set[int]:
+        depth = len(self.blocks)
+        if indices is None:
+            return set(range(depth))
+        if isinstance(indices, int):
+            if not 0 < indices <= depth:
+                raise ValueError(f"{name}: the last {indices} of {depth} blocks were asked for")
+            return set(range(depth - indices, depth))
+        for i in indices:
+            if not -depth <= i < depth:
+                raise ValueError(f"{name}: {i} is out of range for depth {depth}")
+        return {i % depth for i in indices}
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh Linear head for num_classes, 0 for none. global_pool: timm's or our pool name.
+
+        Where the norm stands does not change; attention pooling can be left but not entered.
+        """
+        pool = self.pool if global_pool is None else TIMM_POOLS.get(global_pool, global_pool)
+        _check_sizes(0, num_classes=num_classes)
+        _check_choice(POOLS, global_pool=pool)
+        if pool in ("cls", "cls_mean") and not self.has_class_token:
+            raise ValueError(f"global_pool {pool!r} needs a class token")
+        if pool == "map" and self.attn_pool is None:
+            raise ValueError("global_pool 'map' cannot be added to a model built without it")
+        after = not isinstance(self.fc_norm, nn.Identity)
+        if pool != "map":
+            self.attn_pool = None
+        self.pool, self.num_classes = pool, num_classes
+        self.config.update(pool=pool, num_classes=num_classes, fc_norm=after, head_hidden_dim=None)
+        self.default_cfg["num_classes"] = num_classes
+        like = self.patch_embed.proj.weight
+        self.head = self._make_head(num_classes, None).to(like.device, like.dtype)
+        self.head.train(self.training)
+        for module in self.head.modules():
+            if isinstance(module, nn.Linear):
+                _init_linear(module)
+
+    def _make_head(self, num_classes: int, hidden_dim: int | None) -> nn.Module:
+        dim = self.embed_dim * (2 if self.pool == "cls_mean" else 1)
+        if num_classes == 0:
+            return nn.Identity()
+        if hidden_dim is None:
+            return nn.Linear(dim, num_classes)
+        _check_sizes(1, head_hidden_dim=hidden_dim)
+        activation = HEAD_ACTIVATIONS[self.config["head_activation"]]
+        return nn.Sequential(
+            nn.Linear(dim, hidden_dim), activation(), nn.Linear(hidden_dim, num_classes)
+        )
+
+    @torch.no_grad()
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Take another image size or patch size, resampling the table and the patch kernel.
+
+        The resampled parameters are new objects: make the optimizer afterwards.
+        """
+        stem = self.patch_embed
+        before = stem.grid_size
+        stem.resize(
+            stem.img_size if img_size is None else pair("img_size", img_size),
+            stem.patch_size if patch_size is None else pair("patch_size", patch_size),
+        )
+        if self.pos_embed is not None and stem.grid_size != before:
+            covered = 0 if self.no_embed_class else self.num_prefix_tokens
+            own, table = self.pos_embed.data[0].tensor_split([covered])
+            table = resample_positions(table, before, stem.grid_size, self.resample)
+            self.pos_embed = nn.Parameter(
+                torch.cat([own, table])[None], self.pos_embed.requires_grad
+            )
+        self.config.update(image_size=stem.img_size, patch_size=stem.patch_size)
+        self.default_cfg["input_size"] = (stem.proj.in_channels, *stem.img_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input for backward and recompute the rest."""
@@ -291,6 +515,23 @@ class ViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters that optimizers should not decay, beside biases and norms."""
         return {"pos_embed", "cls_token", "reg_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's: patterns that sort parameter names into stem, blocks and the norm after them."""
+        return {
+            "stem": r"^cls_token|^reg_token|^pos_embed|^patch_embed|^norm_pre",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        return self.default_cfg
+
+    def load_weights(self, source: Any, strict: bool = True) -> Any:
+        """`fastvit.load_weights(self, source, strict)`: any checkpoint, in any known dialect."""
+        from fastvit.checkpoints import load_weights
+
+        return load_weights(self, source, strict)
 
     @torch.no_grad()
     def attention_maps(
@@ -305,7 +546,7 @@ class ViT(nn.Module):
             if not -depth <= layer < depth:
                 raise ValueError(f"layers: {layer} is out of range for depth {depth}")
         wanted = [layer % depth for layer in layers]
-        x = self.embed(images)
+        x, rope = self.embed(images)
         if isinstance(rows, str):
             if rows not in ("cls", "all"):
                 raise ValueError(f"rows must be 'cls', 'all' or indices, got {rows!r}")
@@ -313,19 +554,20 @@ class ViT(nn.Module):
         maps = {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             if i in wanted:
-                q, k, _ = block.attn.project(x, block.norm1).unbind(2)
-                maps[i] = reference.attention_rows(q, k, rows)
-            x = block(x)
+                assert isinstance(block, Block)
+                q, k, _ = block.attn.split(block.attn.project(x, block.norm1), rope)
+                maps[i] = ops.attention_maps(q, k, rows=rows)
+            x = block(x, rope)
         return torch.stack([maps[i] for i in wanted], dim=1)
 
 
-def _make_head(dim: int, hidden_dim: int | None, num_classes: int) -> nn.Module:
-    if num_classes == 0:
-        return nn.Identity()
-    if hidden_dim is None:
-        return nn.Linear(dim, num_classes)
-    _check_sizes(1, head_hidden_dim=hidden_dim)
-    return nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, num_classes))
+TIMM_POOLS = {"token": "cls", "avg": "mean", "": "none"}
+
+
+def _init_linear(module: nn.Linear) -> None:
+    nn.init.trunc_normal_(module.weight, std=0.02)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def _check_sizes(least: int, **sizes: int) -> None:
@@ -338,3 +580,9 @@ def _check_rates(**rates: float) -> None:
     for name, rate in rates.items():
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+
+
+def _check_choice(choices: tuple[Any, ...], **values: Any) -> None:
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")

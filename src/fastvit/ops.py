@@ -14,8 +14,10 @@ from torch import Tensor
 from fastvit import reference
 from fastvit.backend import choose_triton
 
-ACTIVATIONS = ("gelu", "gelu_tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+NORMS = ("layernorm", "rmsnorm")
 _NO_DROPOUT = "dropout inside the op is not in the kernel"
+_NO_KERNEL = "the op has no kernel yet"
 
 
 def patch_embed(
@@ -60,8 +62,12 @@ def layernorm_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    norm_kind: str = "layernorm",
 ) -> Tensor:
-    """LayerNorm(x) weight^T + bias. x: (..., C); weight: (O, C) -> (..., O)."""
+    """LayerNorm(x) weight^T + bias. x: (..., C); weight: (O, C) -> (..., O).
+
+    norm_kind: 'layernorm', or 'rmsnorm', which the kernel does not take yet.
+    """
     op = "layernorm_linear"
     _rank(op, "weight", weight, 2)
     out_features, in_features = weight.shape
@@ -70,11 +76,68 @@ def layernorm_linear(
     _shaped(op, "norm_bias", norm_bias, (in_features,))
     _shaped(op, "bias", bias, (out_features,))
     dtype = _compute_dtype(op, "x", x, weight=weight, bias=bias)
-    if choose_triton(op, x, dtype, limits.linear(in_features, out_features)):
+    unsupported = _no_rmsnorm(op, norm_kind) or limits.linear(in_features, out_features)
+    if choose_triton(op, x, dtype, unsupported):
         from fastvit_kernels.layernorm_linear import layernorm_linear as kernel
 
         return kernel(x, norm_weight, norm_bias, weight, bias, eps, dtype)
-    return reference.layernorm_linear(x, norm_weight, norm_bias, weight, bias, eps)
+    return reference.layernorm_linear(x, norm_weight, norm_bias, weight, bias, eps, norm_kind)
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-6,
+    kind: str = "layernorm",
+) -> Tensor:
+    """LayerNorm or RMSNorm over the last dimension, alone: what QK-norm needs. No kernel yet."""
+    op = "norm"
+    _shaped(op, "weight", weight, (x.shape[-1],))
+    _shaped(op, "bias", bias, (x.shape[-1],))
+    _no_rmsnorm(op, kind)
+    choose_triton(op, x, _compute_dtype(op, "x", x, weight=weight), _NO_KERNEL)
+    return reference.norm(x, weight, bias, eps, kind)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn pairs of channels of the last m tokens by angles. x: (B, N, ..., D). No kernel yet.
+
+    cos, sin: (m, D / 2) or (B, m, D / 2); interleaved: channel 2 i pairs with 2 i + 1, else i with
+    i + D / 2.
+    """
+    op = "rope"
+    m = cos.shape[-2] if cos.ndim >= 2 else 0
+    expected = [(m, x.shape[-1] // 2), (x.shape[0], m, x.shape[-1] // 2)]
+    if x.shape[-1] % 2 or _shape(cos) not in expected or m > x.shape[1]:
+        raise ValueError(f"{op}: cos must be (m, D / 2) or (B, m, D / 2), got {_shape(cos)}")
+    _shaped(op, "sin", sin, _shape(cos))
+    choose_triton(op, x, x.dtype, _NO_KERNEL)
+    return reference.rope(x, cos, sin, interleaved)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """SiLU(x[..., :F]) * x[..., F:]. x: (..., 2 F) -> (..., F). No kernel yet."""
+    op = "swiglu"
+    if x.ndim < 1 or x.shape[-1] % 2:
+        raise ValueError(f"{op}: x must end in an even size, got {_shape(x)}")
+    choose_triton(op, x, x.dtype, _NO_KERNEL)
+    return reference.swiglu(x)
+
+
+def pool_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for a few queries. q: (B, M, H, D) -> (B, M, H, D). No kernel yet.
+
+    k, v: (B, N, H, D), as in attention pooling, where one learned query reads all tokens.
+    """
+    op = "pool_attention"
+    _rank(op, "q", q, 4)
+    _rank(op, "k", k, 4)
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(f"{op}: q {_shape(q)} and k {_shape(k)} may differ in tokens alone")
+    _shaped(op, "v", v, _shape(k))
+    choose_triton(op, k, _compute_dtype(op, "q", q, k=k, v=v), _NO_KERNEL)
+    return reference.pool_attention(q, k, v)
 
 
 def attention(
@@ -240,10 +303,12 @@ def layernorm_mlp(
     eps: float = 1e-6,
     activation: str = "gelu",
     dropout: float = 0.0,
+    norm_kind: str = "layernorm",
 ) -> Tensor:
     """x + path_scale * layer_scale * fc2(activation(fc1(LayerNorm(x)))). x: (B, N, C).
 
-    fc1_weight: (F, C); fc2_weight: (C, F); activation: 'gelu' or 'gelu_tanh'.
+    fc1_weight: (F, C); fc2_weight: (C, F); activation: 'gelu', 'gelu_tanh', or 'quick_gelu', which
+    the kernel does not take, nor norm_kind 'rmsnorm'.
     """
     op = "layernorm_mlp"
     if activation not in ACTIVATIONS:
@@ -262,19 +327,31 @@ def layernorm_mlp(
     dtype = _compute_dtype(
         op, "x", x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight
     )
-    unsupported = limits.linear(dim, hidden) or (_NO_DROPOUT if dropout else None)
+    unsupported = _no_rmsnorm(op, norm_kind) or limits.linear(dim, hidden)
+    if activation == "quick_gelu":
+        unsupported = unsupported or "activation 'quick_gelu' is not in the kernel"
+    unsupported = unsupported or (_NO_DROPOUT if dropout else None)
     args = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if choose_triton(op, x, dtype, unsupported):
         from fastvit_kernels.layernorm_mlp import layernorm_mlp as kernel
 
         return kernel(*args, layer_scale, path_scale, eps, activation, dtype)
-    return reference.layernorm_mlp(*args, layer_scale, path_scale, eps, activation, dropout)
+    return reference.layernorm_mlp(
+        *args, layer_scale, path_scale, eps, activation, dropout, norm_kind
+    )
+
+
+def _no_rmsnorm(op: str, kind: str) -> str | None:
+    if kind not in NORMS:
+        raise ValueError(f"{op}: norm {kind!r} is unknown; expected {NORMS}")
+    return "RMSNorm is not in the kernel" if kind == "rmsnorm" else None
 
 
 def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> torch.dtype:
     """What the op multiplies in: autocast's dtype, else the one dtype that all operands share."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    # Autocast knows no meta device, which only asks for shapes.
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     for other, tensor in others.items():
         if tensor is not None and tensor.dtype != x.dtype:

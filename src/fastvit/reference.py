@@ -35,6 +35,19 @@ def patch_embed(
     return tokens
 
 
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-6,
+    kind: str = "layernorm",
+) -> Tensor:
+    """LayerNorm, or RMSNorm x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+    if kind == "rmsnorm":
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 def layernorm_linear(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -42,9 +55,41 @@ def layernorm_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    norm_kind: str = "layernorm",
 ) -> Tensor:
     """LayerNorm(x) weight^T + bias. x: (..., C); weight: (O, C) -> (..., O)."""
-    return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+    return F.linear(norm(x, norm_weight, norm_bias, eps, norm_kind), weight, bias)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn the pairs of channels of the last m tokens by their angles; the tokens before stay.
+
+    x: (B, N, ..., D); cos, sin: (m, D / 2) or (B, m, D / 2). interleaved: channel 2 i pairs with
+    2 i + 1, else i with i + D / 2. Computed in float32 or wider, returned in x's dtype.
+    """
+    m = cos.shape[-2]
+    prefix, tokens = x.split([x.shape[1] - m, m], dim=1)
+    wide = tokens.to(torch.promote_types(x.dtype, torch.float32))
+    if cos.ndim == 2:
+        cos, sin = cos[None], sin[None]
+    for _ in range(x.ndim - 3):
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    a, b = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    out = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat([prefix, out.to(x.dtype)], dim=1)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """SiLU(x[..., :F]) * x[..., F:]. x: (..., 2 F) -> (..., F)."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def pool_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v. q: (B, M, H, D); k, v: (B, N, H, D) -> (B, M, H, D)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def attention(
@@ -79,7 +124,8 @@ def attention_qkv(
     key_padding: Tensor | None = None,
 ) -> Tensor:
     """Attention on the packed output of a QKV projection. qkv: (B, N, 3, H, D) -> (B, N, H, D)."""
-    return attention(*qkv.unbind(2), scale, dropout, key_padding)
+    q, k, v = qkv.unbind(2)
+    return attention(q, k, v, scale, dropout, key_padding)
 
 
 def attention_packed(
@@ -94,12 +140,15 @@ def attention_packed(
     return torch.cat([attention_qkv(x[None], scale)[0] for x in qkv.split(lengths)])
 
 
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def attention_lse(
     q: Tensor, k: Tensor, scale: float | None = None, key_padding: Tensor | None = None
 ) -> Tensor:
     """log sum exp of each row of q k^T * scale. q, k: (B, N, H, D) -> (B, H, N) float32."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.einsum("bmhd,bnhd->bhmn", q, k).float() * scale
+    scores = torch.einsum("bmhd,bnhd->bhmn", q, k).float() * _scale(q, scale)
     if key_padding is not None:
         keys = torch.arange(k.shape[1], device=k.device) < key_padding[:, None]
         scores = scores.masked_fill(~keys[:, None, None], -torch.inf)
@@ -113,8 +162,7 @@ def attention_maps(
 
     q, k: (B, N, H, D); lse: (B, H, N), as attention gives it -> (B, H, len(rows), N) float32.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.einsum("brhd,bnhd->bhrn", q[:, list(rows)], k) * scale
+    scores = torch.einsum("brhd,bnhd->bhrn", q[:, list(rows)], k) * _scale(q, scale)
     return (scores - lse[:, :, list(rows), None]).exp().float()
 
 
@@ -157,15 +205,19 @@ def layernorm_mlp(
     eps: float = 1e-6,
     activation: str = "gelu",
     dropout: float = 0.0,
+    norm_kind: str = "layernorm",
 ) -> Tensor:
     """x + path_scale * layer_scale * MLP(LayerNorm(x)), MLP = fc2(activation(fc1(.))).
 
     x: (B, N, C); fc1_weight: (F, C); fc2_weight: (C, F); layer_scale: (C,); path_scale: (B,).
-    activation: 'gelu' (erf) or 'gelu_tanh'. Returns (B, N, C) in x's dtype. Dropout acts on the
-    hidden activation and on the output, as in timm.
+    activation: 'gelu' (erf), 'gelu_tanh' or 'quick_gelu', x sigmoid(1.702 x). Returns (B, N, C) in
+    x's dtype. Dropout acts on the hidden activation and on the output, as in timm.
     """
-    hidden = layernorm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps)
-    hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
+    hidden = layernorm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, norm_kind)
+    if activation == "quick_gelu":
+        hidden = hidden * torch.sigmoid(1.702 * hidden)
+    else:
+        hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
     if dropout:
         hidden = F.dropout(hidden, dropout)
     return _add_branch(x, F.linear(hidden, fc2_weight, fc2_bias), layer_scale, path_scale, dropout)

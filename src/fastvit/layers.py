@@ -1,0 +1,304 @@
+"""The parts of a Vision Transformer. State-dict names and shapes are timm's.
+
+Each residual branch takes the stream and its own norm, and returns the stream: so the norm rides in
+the prologue of the branch's first product, LayerScale, drop path and the sum in the epilogue of its
+last.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.pos_embed import Grid, Resample, resample_patches
+
+NORMS = ops.NORMS
+MLPS = ("mlp", "swiglu", "swiglu_packed")
+Tables = tuple[Tensor, Tensor, bool]  # RoPE's cos and sin, and whether its pairs are neighbours
+
+
+def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """An int or a (height, width) pair as a pair of positive ints."""
+    sizes = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sizes) != 2 or not all(isinstance(s, int) and s > 0 for s in sizes):
+        raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
+    return sizes
+
+
+class LayerNorm(nn.LayerNorm):
+    kind = "layernorm"
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight."""
+
+    kind = "rmsnorm"
+    bias = None
+
+
+Norm = LayerNorm | RMSNorm
+
+
+def make_norm(kind: str, dim: int, eps: float) -> Norm:
+    return LayerNorm(dim, eps) if kind == "layernorm" else RMSNorm(dim, eps)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, each projected to `dim`. Holds the weights of one convolution."""
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        channels: int,
+        dim: int,
+        bias: bool = True,
+        any_size: bool = False,
+        crop: bool = False,
+    ) -> None:
+        """any_size: take images of any number of patches; crop: leave out what is over at the
+        right and the bottom, as a convolution does."""
+        super().__init__()
+        self.any_size, self.crop = any_size, crop
+        self._set_sizes(image_size, patch_size)
+        self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size, bias=bias)
+
+    def _set_sizes(self, image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+        self.grid_size = grid_of("image_size", image_size, patch_size, self.crop)
+        self.img_size, self.patch_size = image_size, patch_size
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def grid(self, images: Tensor) -> Grid:
+        """Rows and columns of patches in images (B, C, H, W), whose size is checked here."""
+        channels, sizes = self.proj.in_channels, tuple(images.shape[2:])
+        if self.any_size:
+            if images.ndim != 4 or images.shape[1] != channels:
+                raise ValueError(f"images must be (B, {channels}, H, W), got {tuple(images.shape)}")
+            return grid_of("images", (sizes[0], sizes[1]), self.patch_size, self.crop)
+        if images.ndim != 4 or images.shape[1] != channels or sizes != self.img_size:
+            raise ValueError(
+                f"images must be (B, {channels}, {self.img_size[0]}, {self.img_size[1]}), "
+                f"got {tuple(images.shape)}"
+            )
+        return self.grid_size
+
+    def forward(self, images: Tensor, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
+        """images: (B, C, H, W); pos: (m, dim); prefix: (P, dim) -> (B, P + m, dim)."""
+        if self.crop:
+            p_h, p_w = self.patch_size
+            height, width = images.shape[2:]
+            images = images[:, :, : height // p_h * p_h, : width // p_w * p_w]
+        return ops.patch_embed(images, self.proj.weight, self.proj.bias, pos, prefix)
+
+    def resize(self, image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+        """Take another image size and, resampling the kernel, another patch size."""
+        before = self.patch_size
+        self._set_sizes(image_size, patch_size)
+        if patch_size != before:
+            weight = resample_patches(self.proj.weight.detach(), patch_size, Resample())
+            self.proj.weight = nn.Parameter(weight, self.proj.weight.requires_grad)
+            self.proj.kernel_size = self.proj.stride = patch_size
+
+
+def grid_of(
+    name: str, size: tuple[int, int], patch_size: tuple[int, int], crop: bool = False
+) -> Grid:
+    """Patches per side of an image that is a whole number of them, or that may be cropped to it."""
+    for side, word in enumerate(("height", "width")):
+        if size[side] % patch_size[side] and not (crop and size[side] > patch_size[side]):
+            raise ValueError(
+                f"{name} {size} is not a multiple of patch_size {patch_size} in {word}"
+            )
+    return size[0] // patch_size[0], size[1] // patch_size[1]
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+
+class Attention(nn.Module):
+    """x + Attention(norm(x)), heads side by side in one packed projection.
+
+    qkv_bias "qv": keys have none, as in EVA and DINOv3. qk_norm: a norm over each head's channels
+    of q and k. dropout is on the probabilities, proj_dropout after the output projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        qkv_bias: bool | str = True,
+        dropout: float = 0.0,
+        proj_dropout: float = 0.0,
+        proj_bias: bool = True,
+        qk_norm: Norm | None = None,
+    ) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        self.heads, self.dim_head = heads, dim_head
+        self.dropout, self.proj_dropout = dropout, proj_dropout
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias is True)
+        separate = qkv_bias == "qv"
+        self.q_bias = nn.Parameter(torch.zeros(inner)) if separate else None
+        self.v_bias = nn.Parameter(torch.zeros(inner)) if separate else None
+        self.q_norm = qk_norm
+        self.k_norm = None if qk_norm is None else type(qk_norm)(dim_head, qk_norm.eps)
+        self.proj = nn.Linear(inner, dim, bias=proj_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        norm: Norm,
+        layer_scale: Tensor | None = None,
+        path_scale: Tensor | None = None,
+        rope: Tables | None = None,
+    ) -> Tensor:
+        dropout, proj_dropout = (self.dropout, self.proj_dropout) if self.training else (0.0, 0.0)
+        qkv = self.project(x, norm)
+        if self.q_norm is None and rope is None:
+            o = ops.attention_qkv(qkv, dropout=dropout)
+        else:
+            o = ops.attention(*self.split(qkv, rope), dropout=dropout)
+        return ops.linear_residual(
+            o.flatten(2), self.proj.weight, self.proj.bias, x, layer_scale, path_scale, proj_dropout
+        )
+
+    def project(self, x: Tensor, norm: Norm) -> Tensor:
+        """q, k, v of norm(x), packed: (B, N, C) -> (B, N, 3, H, D)."""
+        bias = self.qkv.bias
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = ops.layernorm_linear(
+            x, norm.weight, norm.bias, self.qkv.weight, bias, norm.eps, norm.kind
+        )
+        return qkv.unflatten(-1, (3, self.heads, self.dim_head))
+
+    def split(self, qkv: Tensor, rope: Tables | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as attention takes them, normed and turned: three (B, N, H, D)."""
+        q, k, v = qkv.unbind(2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = (
+                ops.norm(t, n.weight, n.bias, n.eps, n.kind)
+                for t, n in ((q, self.q_norm), (k, self.k_norm))
+            )
+        if rope is not None:
+            cos, sin, interleaved = rope
+            q, k = (ops.rope(t, cos, sin, interleaved) for t in (q, k))
+        return q, k, v
+
+
+class Mlp(nn.Module):
+    """x + MLP(norm(x)), MLP = fc2(activation(fc1(.)))."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        activation: str = "gelu",
+    ) -> None:
+        super().__init__()
+        self.dropout, self.activation = dropout, activation
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        norm: Norm,
+        layer_scale: Tensor | None = None,
+        path_scale: Tensor | None = None,
+    ) -> Tensor:
+        fc1, fc2 = self.fc1, self.fc2
+        return ops.layernorm_mlp(
+            x,
+            norm.weight,
+            norm.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            layer_scale,
+            path_scale,
+            norm.eps,
+            self.activation,
+            self.dropout if self.training else 0.0,
+            norm.kind,
+        )
+
+
+class SwiGlu(nn.Module):
+    """x + fc2(SiLU(gate) * value), gate and value two projections of norm(x) to hidden_dim.
+
+    packed: both in fc1, gate first, as in DINOv2; else fc1_g and fc1_x, as in EVA and DINOv3.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        packed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim, bias=bias) if packed else None
+        self.fc1_g = None if packed else nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc1_x = None if packed else nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def _in_projection(self) -> tuple[Tensor, Tensor | None]:
+        if self.fc1 is not None:
+            return self.fc1.weight, self.fc1.bias
+        gate, value = self.fc1_g, self.fc1_x
+        assert gate is not None and value is not None
+        bias = None if gate.bias is None else torch.cat([gate.bias, value.bias])
+        return torch.cat([gate.weight, value.weight]), bias
+
+    def forward(
+        self,
+        x: Tensor,
+        norm: Norm,
+        layer_scale: Tensor | None = None,
+        path_scale: Tensor | None = None,
+    ) -> Tensor:
+        weight, bias = self._in_projection()
+        hidden = ops.swiglu(
+            ops.layernorm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps, norm.kind)
+        )
+        dropout = self.dropout if self.training else 0.0
+        if dropout:
+            hidden = nn.functional.dropout(hidden, dropout)
+        return ops.linear_residual(
+            hidden, self.fc2.weight, self.fc2.bias, x, layer_scale, path_scale, dropout
+        )
+
+
+class AttentionPool(nn.Module):
+    """One learned query reads all tokens, then an MLP: SigLIP's head. (B, N, C) -> (B, C)."""
+
+    def __init__(
+        self, dim: int, heads: int, mlp_dim: int, norm: Norm, activation: str = "gelu"
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.latent = nn.Parameter(torch.empty(1, 1, dim))
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = norm
+        self.mlp = Mlp(dim, mlp_dim, activation=activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(self.latent).expand(len(x), -1, -1).unflatten(-1, (self.heads, -1))
+        k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        o = self.proj(ops.pool_attention(q, k, v).flatten(2))
+        return self.mlp(o, self.norm)[:, 0]

@@ -1,0 +1,83 @@
+"""Resample position tables and patch kernels when the grid or the patch changes.
+
+Libraries disagree here, and the difference shows in the outputs: each model carries its own rule.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+MODES = ("bicubic", "bilinear", "nearest")
+
+
+@dataclass(frozen=True)
+class Resample:
+    """How a table of positions is stretched to another grid; the defaults are timm's.
+
+    offset: DINOv2's models without registers scale by (new + 0.1) / old instead of new / old.
+    """
+
+    mode: str = "bicubic"
+    antialias: bool = True
+    align_corners: bool = False
+    offset: float = 0.0
+
+    @classmethod
+    def of(cls, options: "Mapping[str, Any] | Resample | None") -> "Resample":
+        if isinstance(options, Resample):
+            return options
+        options = options or {}
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(options.keys() - set(known)):
+            raise ValueError(f"resample: {unknown[0]!r} is unknown; expected {', '.join(known)}")
+        how = cls(**options)
+        if how.mode not in MODES:
+            raise ValueError(f"resample: mode must be one of {MODES}, got {how.mode!r}")
+        return how
+
+
+HUGGING_FACE = Resample(antialias=False)
+TORCHVISION = Resample(antialias=False, align_corners=True)
+DINOV2 = Resample(antialias=False, offset=0.1)
+NAFLEX = Resample(mode="bilinear")
+JAX = Resample(mode="bilinear", antialias=False)
+
+
+def resample_positions(table: Tensor, old: Grid, new: Grid, how: Resample) -> Tensor:
+    """table: (old_h * old_w, C) -> (new_h * new_w, C), computed in float32 or wider."""
+    if old == new:
+        return table
+    plane = table.to(torch.promote_types(table.dtype, torch.float32))
+    plane = plane.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    options: dict[str, Any] = {"mode": how.mode, "antialias": how.antialias}
+    if how.mode != "nearest":
+        options["align_corners"] = how.align_corners
+    if how.offset:
+        scale = [(n + how.offset) / o for n, o in zip(new, old, strict=True)]
+        plane = F.interpolate(plane, scale_factor=scale, **options)
+        if tuple(plane.shape[-2:]) != new:
+            raise ValueError(f"resample: offset {how.offset} takes grid {old} past {new}")
+    else:
+        plane = F.interpolate(plane, size=new, **options)
+    return plane.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1).to(table.dtype)
+
+
+def resample_patches(weight: Tensor, new: Grid, how: Resample) -> Tensor:
+    """A patch kernel at another patch size, (O, C, h, w) -> (O, C, *new).
+
+    With R the matrix that resizes a patch from the old size to the new one, the kernel is
+    pinv(R^T) w: on a resized patch it gives what w gave on the patch (FlexiViT, 2212.08013).
+    """
+    old = (weight.shape[-2], weight.shape[-1])
+    if old == new:
+        return weight
+    basis = torch.eye(math.prod(old), device=weight.device).reshape(-1, 1, *old)
+    resized = F.interpolate(basis, size=new, mode=how.mode, antialias=how.antialias)
+    inverse = torch.linalg.pinv(resized.flatten(1))  # R^T is (old, new)
+    return (weight.float().flatten(2) @ inverse.mT).unflatten(2, new).to(weight.dtype)
