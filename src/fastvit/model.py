@@ -200,6 +200,7 @@ class ViT(nn.Module):
         self.patch_dropout = patch_dropout
         self.resample = Resample.of(resample)
         self.grad_checkpointing = False
+        self.load_report: Any = None  # what load_checkpoint or load_weights did
 
         patch_bias = not pre_norm if patch_bias is None else patch_bias
         self.patch_embed = PatchEmbed(
@@ -332,7 +333,7 @@ class ViT(nn.Module):
 
     def positions(self, grid: Grid) -> tuple[Tensor | None, Tensor | None]:
         """The position of each patch of the grid (m, dim), and the prefix tokens (P, dim)."""
-        tokens = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = torch.cat(tokens, dim=1)[0] if tokens else None
         if self.pos_embed is None:
             return None, prefix
@@ -466,6 +467,10 @@ class ViT(nn.Module):
         like = self.patch_embed.proj.weight
         self.head = self._make_head(num_classes, None).to(like.device, like.dtype)
         self.head.train(self.training)
+        self.reset_head()
+
+    def reset_head(self) -> None:
+        """Fresh random weights for the head."""
         for module in self.head.modules():
             if isinstance(module, nn.Linear):
                 _init_linear(module)
@@ -552,7 +557,9 @@ class ViT(nn.Module):
                 raise ValueError(f"rows must be 'cls', 'all' or indices, got {rows!r}")
             rows = (0,) if rows == "cls" else range(x.shape[1])
         maps = {}
-        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for i, block in enumerate(self.blocks):
+            if i > max(wanted):
+                break
             if i in wanted:
                 assert isinstance(block, Block)
                 q, k, _ = block.attn.split(block.attn.project(x, block.norm1), rope)
