@@ -7,6 +7,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,6 +48,11 @@ def read_source(source: str | Path | Mapping[str, Any]) -> Source:
     """A file, a folder, a hub id ('owner/name', 'hf-hub:owner/name') or a state dict itself."""
     if isinstance(source, Mapping):
         return Source("the state dict", source)
+    if not isinstance(source, (str, Path)):
+        raise UsageError(
+            "checkpoint: source must be a path, a hub id or a state dict, got "
+            f"{type(source).__name__}"
+        )
     path = Path(source)
     if path.is_dir():
         return _read_folder(path)
@@ -70,7 +76,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             return load_safetensors(path.read_bytes())
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
     except (SafetensorError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         raise UsageError(
@@ -82,7 +88,11 @@ def read_file(path: Path) -> Mapping[str, Any]:
 def _read_torch(path: Path, size: str) -> Mapping[str, Any]:
     try:
         # Training scripts keep their arguments beside the weights: a plain container of them.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # about TorchScript, which is refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]

@@ -103,7 +103,10 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
         except KeyError as error:
             raise UsageError(f"checkpoint: {source.name} lacks {error}") from error
     else:
-        reading = read(source.state, {} if ours or timm else config)
+        given = {} if ours or timm else dict(config)
+        if channels := kwargs.get("channels", kwargs.get("in_chans")):
+            given["channels"] = channels
+        reading = read(source.state, given)
     if ours:
         reading.dialect = "fastvit"
         pairs = {k: tuple(v) for k, v in config["model"].items() if isinstance(v, list)}

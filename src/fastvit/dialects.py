@@ -5,6 +5,7 @@ into <cls>. `read` finds the dialect by one key that only its family has, and st
 (`module.`, `vit.`, `backbone.`, `visual.`) stands before that key.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -330,11 +331,47 @@ def _read_openai(state: State, outside: State, config: Config) -> Reading:
 
 
 def _read_vit_pytorch(state: State, outside: State, config: Config) -> Reading:
-    raise UsageError(
-        "checkpoint: this is a vit-pytorch ViT. It has a LayerNorm before and one after its patch "
-        "projection, which no standard ViT has, so fastvit.ViT cannot hold it; "
-        "fastvit.accelerate(model) runs the vit-pytorch model itself on fastvit's kernels"
+    """vit-pytorch where one Linear projects the patches: its older ViT and some models since."""
+    if state["to_patch_embedding.1.weight"].ndim == 1:
+        raise UsageError(
+            "checkpoint: this is a vit-pytorch ViT. It has a LayerNorm before and one after its "
+            "patch projection, which no standard ViT has, so fastvit.ViT cannot hold it; "
+            "fastvit.accelerate(model) runs the vit-pytorch model itself on fastvit's kernels"
+        )
+    layer = r"transformer\.layers\.(\d+)\."
+    old = any(k.endswith("1.fn.net.0.weight") for k in state)
+    first, second = (0, 3) if old else (1, 4)
+    rules: Rules = [
+        (r"cls_token", "cls_token"),
+        (r"pos_embedding", "pos_embed"),
+        (rf"to_patch_embedding\.1\.{_P}", r"patch_embed.proj.\1"),
+        (rf"{layer}0\.norm\.{_P}", r"blocks.\1.norm1.\2"),
+        (rf"{layer}0\.(?:fn\.)?to_qkv\.weight", r"blocks.\1.attn.qkv.weight"),
+        (rf"{layer}0\.(?:fn\.)?to_out\.0\.{_P}", r"blocks.\1.attn.proj.\2"),
+        (rf"{layer}1\.{'norm' if old else 'net.0'}\.{_P}", r"blocks.\1.norm2.\2"),
+        (rf"{layer}1\.(?:fn\.)?net\.{first}\.{_P}", r"blocks.\1.mlp.fc1.\2"),
+        (rf"{layer}1\.(?:fn\.)?net\.{second}\.{_P}", r"blocks.\1.mlp.fc2.\2"),
+        (rf"mlp_head\.0\.{_P}", r"norm.\1"),
+        (rf"mlp_head\.1\.{_P}", r"head.\1"),
+    ]
+    known: dict[str, Any] = {"norm_eps": 1e-5, "pool": "cls"}
+    reading = _finish("vit-pytorch", state, outside, rules, known, {})
+    ours = reading.state
+    weight, pos = ours["patch_embed.proj.weight"], ours["pos_embed"]
+    guesses = (config["channels"],) if "channels" in config else (3, 1, 4, 2)
+    sides = {c: math.isqrt(weight.shape[1] // c) for c in guesses}
+    channels = next((c for c, side in sides.items() if side**2 * c == weight.shape[1]), None)
+    if channels is None:
+        raise UsageError(
+            f"checkpoint: {weight.shape[1]} values make no square patch of {guesses} channels"
+        )
+    grid = weight.reshape(len(weight), sides[channels], sides[channels], channels)
+    ours["patch_embed.proj.weight"] = grid.permute(0, 3, 1, 2)
+    ours["pos_embed"] = pos.reshape(1, *pos.shape[-2:])
+    reading.notes.append(
+        "pool 'cls' assumed; pool='mean' of vit-pytorch averages <cls> too, as fastvit.ViT does not"
     )
+    return reading
 
 
 def _is_dinov3(state: State) -> bool:

@@ -66,7 +66,7 @@ def read_jax(arrays: Arrays) -> Reading:
         state[f"{ours}attn.proj.bias"] = take(f"{out}/bias")
         for n in (0, 1):
             _dense(state, rest, f"{ours}mlp.fc{n + 1}", f"{block}{mlp}/Dense_{n}")
-    known = {"heads": heads, "resample": {"mode": JAX.mode, "antialias": JAX.antialias}}
+    known = {"heads": heads, "resample": vars(JAX)}
     if "MAPHead_0/probe" in rest:
         _map_head(state, rest)
     if "pre_logits/kernel" in rest:
@@ -81,11 +81,9 @@ def read_jax(arrays: Arrays) -> Reading:
             f"unexpected {', '.join(prefix + k for k in rest)}"
         )
     name = "big_vision" if big_vision else "vit_jax"
-    reading = Reading(name, state, known, outside, data=dict(INCEPTION))
-    if big_vision:
-        known["activation"] = "gelu_tanh" if "attn_pool.latent" in state else "gelu"
-        reading.notes.append(f"activation {known['activation']!r} assumed, as timm does")
-    return reading
+    known["activation"] = "gelu_tanh"
+    note = "activation 'gelu_tanh', which flax's gelu is; timm runs most such weights with 'gelu'"
+    return Reading(name, state, known, outside, [note], dict(INCEPTION))
 
 
 def _tensor(name: str, array: np.ndarray) -> Tensor:
