@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastvit.errors import UsageError
 from fastvit.model import ViT, pair
 from fastvit.pos_embed import HUGGING_FACE, Resample
-from fastvit.saving import replacing
+from fastvit.saving import replacing, replacing_folder
 
 State = dict[str, Tensor]
 log = logging.getLogger("fastvit")
@@ -54,9 +54,20 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, data)
         return state
-    path.mkdir(parents=True, exist_ok=True)
-    _write(path / "model.safetensors", data)
-    _write(path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    if path.is_file():
+        raise UsageError(f"export_checkpoint: {path} is a file; expected a folder or .safetensors")
+    files = {
+        "model.safetensors": data,
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        for name, content in files.items():
+            _write(path / name, content)
+        return state
+    with replacing_folder(path) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
     return state
 
 
