@@ -368,6 +368,7 @@ def _read_vit_pytorch(state: State, outside: State, config: Config) -> Reading:
     grid = weight.reshape(len(weight), sides[channels], sides[channels], channels)
     ours["patch_embed.proj.weight"] = grid.permute(0, 3, 1, 2)
     ours["pos_embed"] = pos.reshape(1, *pos.shape[-2:])
+    ours["cls_token"] = ours["cls_token"].reshape(1, 1, -1)
     reading.notes.append(
         "pool 'cls' assumed; pool='mean' of vit-pytorch averages <cls> too, as fastvit.ViT does not"
     )

@@ -23,6 +23,7 @@ from fastvit.layers import (
 )
 from fastvit.pos_embed import Grid, Resample, resample_positions
 from fastvit.rope import Rope
+from fastvit.vit_pytorch import VitPytorchNames
 
 POOLS = ("cls", "mean", "max", "avgmax", "cls_mean", "map", "none")
 POS_EMBEDS = ("learned", "none")
@@ -85,7 +86,7 @@ class Block(nn.Module):
         return scale.bernoulli_(keep).div_(keep)
 
 
-class ViT(nn.Module):
+class ViT(VitPytorchNames, nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929).
 
     Defaults are ViT-B/16. `image_size` and `patch_size` are ints or (height, width). `dim_head`
