@@ -10,6 +10,7 @@ from peers import check, close, liven, truth
 from torch import Tensor
 
 import fastvit
+from fastvit.errors import UsageError
 
 hf: Any = pytest.importorskip("transformers")
 hf.utils.logging.set_verbosity_error()
@@ -40,6 +41,7 @@ TAKES: dict[str, Callable[[Any], tuple[Tensor | None, Tensor]]] = {
     "pooled": lambda out: (out.last_hidden_state, out.pooler_output),
     "pooled alone": lambda out: (None, out.pooler_output),  # CLIP's other tokens are not normed
     "first": lambda out: (out.last_hidden_state, out.last_hidden_state[:, 0]),
+    "tokens": lambda out: (out.last_hidden_state, out.last_hidden_state.mean(1)),
     "logits": lambda out: (None, out.logits),
     "embeds": lambda out: (None, out.image_embeds),
 }
@@ -66,6 +68,7 @@ CASES: dict[str, Case] = {
     "dinov3, SwiGLU": case(
         "DINOv3ViTModel", {}, "pooled", **VIT, **GATED, query_bias=False, value_bias=False
     ),
+    "ijepa": case("IJepaModel", ANY_SIZE, "tokens", **VIT),
     "siglip": case("SiglipVisionModel", ANY_SIZE, "pooled", **VIT),
     "siglip, pixels left over": case(
         "SiglipVisionModel", ANY_SIZE, "pooled", **{**VIT, "image_size": 36}
@@ -96,7 +99,10 @@ def test_loads_what_save_pretrained_wrote(case: Case, old_names: bool, tmp_path:
             check(ours, run(case, theirs, torch.randn(2, channels, height, width)))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+EXPORTED = {name: case for name, case in CASES.items() if name != "ijepa"}
+
+
+@pytest.mark.parametrize("case", EXPORTED.values(), ids=EXPORTED)
 def test_exports_to_what_from_pretrained_reads(case: Case, tmp_path: Path) -> None:
     """Bit by bit: from_pretrained gives the peer's own parameters back, and so does ours."""
     theirs = liven(case.model())
@@ -118,6 +124,39 @@ def test_exports_to_what_from_pretrained_reads(case: Case, tmp_path: Path) -> No
     twice = fastvit.load_checkpoint(tmp_path / "b")
     for name, tensor in ours.state_dict().items():
         assert torch.equal(twice.state_dict()[name], tensor), name
+
+
+def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> None:
+    narrow: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, image_size=32, patch_size=8)
+    for options, message in (
+        ({"qk_norm": True}, "qk_norm=True"),
+        ({"norm": "rmsnorm"}, "norm='rmsnorm'"),
+        ({"head_hidden_dim": 8}, "head_hidden_dim=8"),
+        ({"dim_head": 24}, "dim_head 24 other than dim / heads"),
+        ({"rope": "eva"}, "this RoPE, or a ViT without positions"),
+        ({"registers": 2}, "registers without LayerScale"),
+        ({"class_token": False, "pool": "mean"}, "pool 'mean' or class_token=False"),
+        ({"layer_scale": 1.0}, "a head on pool 'cls', only on 'cls_mean'"),
+        ({"layer_scale": 1.0, "num_classes": 0, "mlp_dim": 40}, "mlp_dim 40 with dim 32"),
+        ({"pre_norm": True, "layer_scale": 1.0}, "registers, LayerScale, or no <cls>"),
+        ({"class_token": False, "pool": "map"}, "a classifier on attention pooling"),
+    ):
+        model = fastvit.ViT(**{**narrow, **options})
+        with pytest.raises(UsageError, match=message):
+            fastvit.export_checkpoint(model, "hf", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    for options, message in (
+        ({"head_hidden_dim": 8}, "a head of two layers"),
+        ({"pool": "cls_mean"}, "pool 'cls_mean'"),
+        ({"mlp_bias": False}, "mlp_bias=False"),
+        ({"rope": "eva", "qkv_bias": True}, "a bias on the keys"),
+        ({"mlp": "swiglu"}, "a SwiGLU of two projections without RoPE"),
+    ):
+        model = fastvit.ViT(**{**narrow, **options})
+        with pytest.raises(UsageError, match=message):
+            fastvit.export_checkpoint(model, "timm", tmp_path / "out")
+    with pytest.raises(UsageError, match=r"dialect must be one of .*, got 'onnx'"):
+        fastvit.export_checkpoint(fastvit.ViT(**narrow), "onnx")
 
 
 def patchified(images: Tensor, patch: int) -> dict[str, Tensor]:
@@ -171,7 +210,16 @@ def test_siglip2_classifier_and_whole_clip(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     vision = theirs.vision_model(images).pooler_output
     close("embedding", ours(images), theirs.visual_projection(vision))
-    config = hf.SiglipConfig(vision_config=VIT, text_config=text)
+    config = hf.CLIPConfig(vision_config=VIT, text_config=text, num_labels=5)
+    theirs = liven(hf.CLIPForImageClassification(config))
+    theirs.save_pretrained(tmp_path / "clip classifier")
+    ours = fastvit.load_checkpoint(tmp_path / "clip classifier")
+    close("logits", ours(images), theirs(images).logits)
+    config = hf.SiglipConfig(vision_config=VIT, text_config=text, num_labels=5)
+    theirs = liven(hf.SiglipForImageClassification(config))
+    theirs.save_pretrained(tmp_path / "siglip classifier")
+    ours = fastvit.load_checkpoint(tmp_path / "siglip classifier")
+    close("logits", ours(images), theirs(images).logits)
     theirs = liven(hf.SiglipModel(config))
     theirs.save_pretrained(tmp_path / "siglip")
     ours = fastvit.load_checkpoint(tmp_path / "siglip")

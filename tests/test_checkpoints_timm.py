@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastvit
+from fastvit.errors import UsageError
 from fastvit.presets import PRESETS
 
 timm: Any = pytest.importorskip("timm")
@@ -118,3 +119,56 @@ def test_real_size_and_heads_from_the_shapes(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+def unknown_to_us() -> list[str]:
+    modules = ("vision_transformer", "eva", "deit", "beit", "vision_transformer_relpos")
+    return [n for m in modules for n in timm.list_models(module=m) if n not in PRESETS]
+
+
+@pytest.mark.slow
+def test_no_model_of_timm_loads_as_something_else(tmp_path: Path) -> None:
+    """Every other model that timm builds from like names: the same output, or an error."""
+    loaded = 0
+    for name in unknown_to_us():
+        args: dict[str, Any] = dict(embed_dim=64, depth=2, num_heads=2, num_classes=5)
+        try:
+            theirs = liven(timm.create_model(name, **args), std=0.1)
+        except AssertionError:  # grouped-query attention, which depth=2 does not fit
+            continue
+        theirs.head.weight.data.normal_()
+        timm.models.save_for_hf(theirs, tmp_path, model_args=args)
+        try:
+            ours = fastvit.load_checkpoint(tmp_path)
+        except UsageError as error:
+            assert (
+                "not among the models" in str(error)
+                or "unexpected" in str(error)
+                or ("a norm inside its MLP" in str(error) or "distilled" in str(error))
+            ), (name, error)
+            continue
+        loaded += 1
+        images = torch.randn(1, *theirs.pretrained_cfg["input_size"])
+        with torch.no_grad():
+            expected = theirs(images)
+            error = float((ours(images) - expected).abs().max())
+        assert error <= 1e-5 * max(1.0, float(expected.abs().max())), (name, error)
+    assert loaded > 30
+
+
+def test_models_that_only_look_alike_are_refused(tmp_path: Path) -> None:
+    """Same names of tensors, another computation: norms after, other rotations."""
+    for name, message in (
+        ("vit_base_patch16_rpn_224", "'vit_base_patch16_rpn_224' is not among the models"),
+        ("vit_small_patch16_rope_ape_224", "is not among the models"),
+        ("vit_medium_patch16_rope_reg1_gap_256", "is not among the models"),
+        ("vit_pe_core_small_patch16_384", "is not among the models"),
+    ):
+        args: dict[str, Any] = dict(embed_dim=64, depth=1, num_heads=2, num_classes=5)
+        theirs = timm.create_model(name, **args)
+        timm.models.save_for_hf(theirs, tmp_path, model_args=args)
+        with pytest.raises(UsageError, match=message):
+            fastvit.load_checkpoint(tmp_path)
+    theirs = timm.create_model("vit_small_patch16_rope_224", embed_dim=64, depth=1, num_heads=2)
+    with pytest.raises(UsageError, match="has no position table"):
+        fastvit.load_checkpoint(theirs.state_dict())

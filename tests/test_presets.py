@@ -64,6 +64,9 @@ def test_list_models() -> None:
         "*so400m*",
     ):
         assert fastvit.list_models(family), family
+    assert fastvit.list_models(filter=["deit_*", "*7b*"]) == [
+        n for n in PRESETS if n.startswith("deit_") or "7b" in n
+    ]
 
 
 def test_timm_keyword_arguments() -> None:

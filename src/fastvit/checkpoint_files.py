@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file as load_safetensors
 
 from fastvit.errors import UsageError
 
@@ -74,7 +74,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
     size = f"{path.stat().st_size:,} bytes"
     try:
         if path.suffix == ".safetensors":
-            return load_safetensors(path.read_bytes())
+            return load_safetensors(path)
         if path.suffix == ".npz":
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}

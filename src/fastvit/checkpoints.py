@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ from fastvit.shapes import infer
 from fastvit.timm_kwargs import translate
 
 State = dict[str, Tensor]
+# Models of timm that are no presets but plain ViTs, so that shapes say all; others of its models
+# have the same names for tensors and compute something else: norms after, other rotations.
+PLAIN = (
+    *("flexivit_*", "vit_*_gap_*", "vit_*_clip_*", "vit_*_plus_???", "vit_*_miil", "vit_*_36x1_*"),
+    *("vit_*_tipsv2", "vit_*_radio_v?", "vit_intern300m_*", "vit_so150m_*", "vit_*_siglip_*"),
+    *("vit_*_lingbot", "eva_large_*", "test_vit", "test_vit2", "test_vit4"),
+)
 log = logging.getLogger("fastvit")
 
 
@@ -124,6 +132,13 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
         given = kwargs.get("image_size", kwargs.get("img_size"))
         if given is not None and not _square(reading.state):
             hints["image_size"] = given
+    if reading.dialect == "timm" and "pos_embed" not in reading.state:
+        if not {"rope", "pos_embed"} & {*reading.known, *kwargs}:
+            raise UsageError(
+                f"checkpoint: {source.name} has no position table, so its positions are in "
+                "computed rotations, of which the tensors say nothing; pass rope= with "
+                "rope_theta=, or pos_embed='none' for a model without positions"
+            )
     arguments, notes = infer(reading.state, {**reading.known, **hints})
     reading.notes += notes
     return reading, arguments
@@ -144,6 +159,12 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
     architecture = config["architecture"].partition(".")[0]
     preset = PRESETS.get(architecture, {})
     if not preset:
+        if "rope" in architecture or not any(fnmatch(architecture, p) for p in PLAIN):
+            raise UsageError(
+                f"checkpoint: timm's {architecture!r} is not among the models that fastvit knows, "
+                "and the names of its tensors do not tell what it computes. Where it is a plain "
+                "ViT, pass its state dict alone"
+            )
         reading.notes.append(f"{architecture!r} is no preset of fastvit; taken from the shapes")
     args = {k: v for k, v in (config.get("model_args") or {}).items() if v is not None}
     try:

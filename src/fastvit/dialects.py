@@ -88,8 +88,10 @@ def _read_timm(state: State, outside: State, config: Config) -> Reading:
         known.update(rope="dinov3", norm_eps=1e-5, pool="mean", dynamic_img_size=True)
         data = IMAGENET
     elif "blocks.0.attn.q_bias" in state and "pos_embed" in state and not gammas:
-        known.update(rope="eva", rope_grid=16, pool="mean")
-        data = CLIP
+        fc1, fc2 = (state.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
+        if fc1 is not None and fc2 is not None and len(fc1) == 2 * fc2.shape[1]:  # not EVA-01
+            known.update(rope="eva", rope_grid=16)
+        known["pool"], data = "mean", CLIP
     elif gammas or "blocks.0.ls1.gamma" in state:
         data = IMAGENET
     return _finish("timm", state, outside, rules, known, data)
@@ -247,6 +249,10 @@ def _read_hf_siglip_or_clip(state: State, outside: State, config: Config) -> Rea
     ours["pos_embed"] = ours["pos_embed"][None]
     how = HUGGING_FACE
     if clip:
+        if "head.weight" in ours:  # its classifier reads the mean of the patches before the norm
+            known.update(pool="mean", fc_norm=False)
+            reading.dropped += [k for k in ours if k.startswith("norm.")]
+            ours = reading.state = {k: v for k, v in ours.items() if not k.startswith("norm.")}
         ours["cls_token"] = ours["cls_token"].view(1, 1, -1)
         if "visual_projection.weight" in outside:
             ours["head.weight"] = outside["visual_projection.weight"]

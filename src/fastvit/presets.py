@@ -5,6 +5,7 @@ that `pretrained=True` takes from the hub when the name carries no ".tag" of its
 """
 
 import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 from fastvit.model import ViT
@@ -326,6 +327,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> ViT:
     return model
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names that `create_model` takes, filtered by a shell pattern such as '*base*'."""
-    return fnmatch.filter(PRESETS, pattern)
+def list_models(filter: str | Sequence[str] = "*") -> list[str]:
+    """Names that `create_model` takes, those that fit a shell pattern such as '*base*', or any of
+    several."""
+    patterns = [filter] if isinstance(filter, str) else filter
+    return [name for name in PRESETS if any(fnmatch.fnmatch(name, p) for p in patterns)]
