@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision_shim
 from checks import check
 from torch import nn
 
@@ -555,6 +556,38 @@ def test_inside_another_module_and_distributed(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+
+
+def _two_ranks(rank, folder, after):
+    """One rank of two: DDP around the accelerated model, or accelerated inside DDP."""
+    torchvision_shim.install()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, x = make("timm_layer_scale", train=True), images(4)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    if not after:
+        fastvit.accelerate(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    if after:
+        fastvit.accelerate(wrapped)
+    assert served(wrapped, x) == PEERS["timm_layer_scale"][1]
+    wrapped(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+    torch.save({n: p.grad for n, p in model.named_parameters()}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True], ids=["before DDP", "inside DDP"])
+def test_two_ranks_give_the_gradient_of_the_whole_batch(after, tmp_path):
+    torch.manual_seed(0)
+    model, x = make("timm_layer_scale", train=True), images(4)
+    torch.multiprocessing.spawn(_two_ranks, (tmp_path, after), nprocs=2)
+    model(x).square().mean().backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    for rank in range(2):
+        close(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
 @pytest.mark.parametrize("name", MAIN)
