@@ -18,12 +18,18 @@ import fastvit
 
 OPS = {"layernorm_linear": 2, "attention": 2, "linear_residual": 2, "layernorm_mlp": 2}
 STEM = {"patch_embed": 1}
+GATED = {"layernorm_linear": 4, "attention": 2, "linear_residual": 4, "swiglu": 2}
 
 
 def timm_vit(**kwargs):
     vit = pytest.importorskip("timm.models.vision_transformer")
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
     return vit.VisionTransformer(**{**args, "num_classes": 10, **kwargs})
+
+
+def timm_gated(kind, **kwargs):
+    mlp = getattr(pytest.importorskip("timm.layers"), kind)
+    return timm_vit(mlp_layer=mlp, act_layer=None if kind == "GluMlp" else nn.SiLU, **kwargs)
 
 
 def _hf(config, model, **kwargs):
@@ -83,8 +89,11 @@ PEERS = {
     "hf_vit_eager": (partial(hf_vit, attn_implementation="eager", qkv_bias=False), OPS | STEM),
     "hf_vit_tanh": (partial(hf_vit, hidden_act="gelu_pytorch_tanh"), OPS | STEM),
     "hf_dinov2": (hf_dinov2, OPS | STEM),
-    "hf_dinov2_swiglu": (
-        partial(hf_dinov2, use_swiglu_ffn=True),
+    "hf_dinov2_swiglu": (partial(hf_dinov2, use_swiglu_ffn=True), GATED | STEM),
+    "timm_swiglu": (partial(timm_gated, "SwiGLU"), GATED | STEM),
+    "timm_swiglu_packed": (partial(timm_gated, "SwiGLUPacked"), GATED | STEM),
+    "timm_glu": (
+        partial(timm_gated, "GluMlp"),
         {"layernorm_linear": 2, "attention": 2, "linear_residual": 2} | STEM,
     ),
     "hf_registers": (hf_registers, OPS | STEM),
@@ -510,8 +519,12 @@ def test_report_names_what_is_left():
     assert "norm is RmsNorm" in text and "blocks.*" in text
     assert "3 of 7 parts run on fastvit.ops" in text
     assert {r.part for r in report.taken} == {"patch projection", "attention core"}
-    text = str(fastvit.accelerate(make("hf_dinov2_swiglu")))
-    assert "mlp is Dinov2SwiGLUFFN" in text
+    text = str(fastvit.accelerate(make("timm_glu")))
+    assert "the gate comes last" in text
+    gated = make("hf_dinov2_swiglu")
+    gated.dinov2.encoder.layer[1].mlp.up_proj.register_forward_hook(lambda m, a, o: None)
+    left = [(r.module, r.part, r.reason) for r in fastvit.accelerate(gated).left]
+    assert left == [("dinov2.encoder.layer.1", "mlp", "projection has hooks")]
     text = str(fastvit.accelerate(make("timm_relu")))
     assert "activation is ReLU" in text
     text = str(fastvit.accelerate(make(timm_vit(num_heads=8))))

@@ -37,10 +37,14 @@ _KIND_OF = {
     "timm.layers.activations.GELUTanh": "gelu_tanh",
     "transformers.activations.GELUActivation": "gelu",
     "transformers.activations.GELUTanh": "gelu_tanh",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "transformers.activations.SiLUActivation": "silu",
     "torch.nn.modules.activation.MultiheadAttention": "packed_attention",
     "timm.layers.attention.Attention": "attention",
     "timm.models.vision_transformer.Attention": "attention",
     "timm.layers.mlp.Mlp": "mlp",
+    "timm.layers.mlp.GluMlp": "gated",
+    "timm.layers.mlp.SwiGLU": "gated",
     "timm.layers.layer_scale.LayerScale": "layer_scale",
     "timm.models.vision_transformer.LayerScale": "layer_scale",
     "timm.layers.drop.DropPath": "drop_path",
@@ -50,6 +54,7 @@ _KIND_OF = {
     **{f"{d}SelfAttention": "attention" for d in DINOV2},
     **{f"{d}SelfOutput": "output" for d in DINOV2},
     **{f"{d}MLP": "mlp" for d in DINOV2},
+    **{f"{d}SwiGLUFFN": "gated" for d in DINOV2},
     **{f"{d}LayerScale": "layer_scale" for d in DINOV2},
     **{f"{d}DropPath": "drop_path" for d in DINOV2},
     "torchvision.models.vision_transformer.MLPBlock": "mlp",
@@ -120,11 +125,7 @@ class AttentionHalf(NamedTuple):
         first = self.qkv[0]
         if _kind(first) == "packed_attention":
             return first.in_proj_weight, first.in_proj_bias
-        if len(self.qkv) == 1 or not pack:
-            return first.weight, first.bias
-        weight = torch.cat([m.weight for m in self.qkv])
-        bias = None if first.bias is None else torch.cat([m.bias for m in self.qkv])
-        return weight, bias
+        return _joined(self.qkv if pack else (first,))
 
 
 class MlpHalf(NamedTuple):
@@ -175,7 +176,56 @@ class MlpHalf(NamedTuple):
         )
 
 
-Half = AttentionHalf | MlpHalf
+class GatedHalf(NamedTuple):
+    """x + path * layer_scale * dropout(fc2(SiLU(gate(norm(x))) * value(norm(x)))).
+
+    fc1: one packed Linear, the gate first, or the gate's and the value's; activation: None where
+    the peer calls SiLU as a function.
+    """
+
+    norm: Peer
+    fc1: tuple[Peer, ...]
+    activation: Peer | None
+    fc2: Peer
+    layer_scale: Peer | None
+    drop_path: Peer | None
+    skipped: tuple[tuple[Any, ...], ...]
+    odd: str | None = None
+
+    def why_not(self, training: bool | None = None) -> str | None:
+        """Why the fused ops cannot take this half, or None. training: suppose all dropout on or
+        off; None: as the modules are now."""
+        reason = (
+            self.odd
+            or _why_not_half(self, (*self.fc1, self.fc2), training)
+            or why_not_module("activation", self.activation, "silu")
+        )
+        if reason:
+            return reason
+        if len({m.bias is None for m in self.fc1}) > 1:
+            return "only one of gate and value has a bias"
+        dim, hidden = self.fc2.weight.shape
+        return limits.linear(dim, 2 * hidden) or limits.linear(hidden, dim)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (B, N, C) -> (B, N, C)."""
+        norm, fc2 = self.norm, self.fc2
+        weight, bias = _joined(self.fc1)
+        u = ops.layernorm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps)
+        gamma, path = _gamma(self.layer_scale), path_scale(self.drop_path, x)
+        return ops.linear_residual(ops.swiglu(u), fc2.weight, fc2.bias, x, gamma, path)
+
+
+Half = AttentionHalf | MlpHalf | GatedHalf
+
+
+def _joined(linears: tuple[Peer, ...]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of Linears of one input as those of one Linear, under autograd."""
+    first = linears[0]
+    if len(linears) == 1:
+        return first.weight, first.bias
+    weight = torch.cat([m.weight for m in linears])
+    return weight, None if first.bias is None else torch.cat([m.bias for m in linears])
 
 
 def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) -> str | None:
@@ -225,6 +275,10 @@ def why_not_module(name: str, module: Any, *kinds: str) -> str | None:
 def why_not_kind(name: str, module: Any, *kinds: str) -> str | None:
     """Why a module that is called as ever, hooks and all, is not what is expected."""
     return None if _kind(module) in kinds else f"{name} is {type(module).__name__}"
+
+
+def is_kind(module: Any, kind: str) -> bool:
+    return _kind(module) == kind
 
 
 def wants_attentions(module: nn.Module) -> bool:
