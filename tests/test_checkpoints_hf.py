@@ -148,7 +148,7 @@ def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> No
     for options, message in (
         ({"head_hidden_dim": 8}, "a head of two layers"),
         ({"pool": "cls_mean"}, "pool 'cls_mean'"),
-        ({"mlp_bias": False}, "mlp_bias=False"),
+        ({"mlp_bias": False}, "mlp_bias=False with proj_bias=True"),
         ({"rope": "eva", "qkv_bias": True}, "a bias on the keys"),
         ({"mlp": "swiglu"}, "a SwiGLU of two projections without RoPE"),
     ):

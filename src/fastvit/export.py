@@ -44,13 +44,17 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
     if dialect not in DIALECTS:
         raise UsageError(f"dialect must be one of {DIALECTS}, got {dialect!r}")
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    state, config = (_to_timm if dialect == "timm" else _to_hf)(model, state)
+    path = None if path is None else Path(path)
+    bare = path is None or path.suffix == ".safetensors"
+    if dialect == "timm":
+        state, config = _to_timm(model, state), {} if bare else _timm_config(model)
+    else:
+        state, config = _to_hf(model, state)
     state = {k: v.contiguous().clone() for k, v in state.items()}
     if path is None:
         return state
-    path = Path(path)
     data = save(state, metadata={"format": "pt"})
-    if path.suffix == ".safetensors":
+    if bare:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, data)
         return state
@@ -80,7 +84,7 @@ def _refuse(dialect: str, what: str) -> NoReturn:
     raise UsageError(f"export_checkpoint: {dialect} has no place for {what}")
 
 
-def _to_timm(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
+def _to_timm(model: ViT, state: State) -> State:
     c = model.config
     if c["head_hidden_dim"]:
         _refuse("timm", "a head of two layers (head_hidden_dim)")
@@ -88,19 +92,23 @@ def _to_timm(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
         _refuse("timm", "pool 'cls_mean'")
     if c["dim_head"] not in (None, c["dim"] // c["heads"]):
         _refuse("timm", f"dim_head {c['dim_head']} other than dim / heads")
-    if not c["mlp_bias"]:
-        _refuse("timm", "mlp_bias=False")
-    eva = c["rope"] is not None or c["qkv_bias"] == "qv"
-    if eva:
+    if c["mlp_bias"] != c["proj_bias"]:
+        _refuse("timm", f"mlp_bias={c['mlp_bias']} with proj_bias={c['proj_bias']}")
+    if _is_eva(c):
         rename = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
         pattern = re.compile("|".join(rename))
         state = {pattern.sub(lambda m: rename[m[0]], k): v for k, v in state.items()}
-    return state, _timm_config(model, eva)
+    return state
 
 
-def _timm_config(model: ViT, eva: bool) -> dict[str, Any]:
+def _is_eva(config: dict[str, Any]) -> bool:
+    """True if timm holds it in its Eva, which alone has RoPE and keys without a bias."""
+    return config["rope"] is not None or config["qkv_bias"] == "qv"
+
+
+def _timm_config(model: ViT) -> dict[str, Any]:
     """timm's config.json: a preset to start from, and all arguments over it."""
-    c = model.config
+    c, eva = model.config, _is_eva(model.config)
     packed = c["mlp"] == "swiglu_packed"
     args = {theirs: c[ours] for ours, theirs in _TIMM_WORDS.items()}
     args["img_size"], args["patch_size"] = model.patch_embed.img_size, model.patch_embed.patch_size

@@ -351,7 +351,7 @@ class ViT(VitPytorchNames, nn.Module):
         prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=1)
         B, m, dim = patches.shape
         kept = max(1, int(m * (1.0 - self.patch_dropout)))
-        index = torch.rand(B, m, device=x.device).argsort(dim=1)[:, :kept]
+        index = torch.randn(B, m, device=x.device).argsort(dim=1)[:, :kept]
         patches = patches.gather(1, index[:, :, None].expand(-1, -1, dim))
         if tables is not None:
             tables = (tables[0][index], tables[1][index])

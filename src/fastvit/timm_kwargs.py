@@ -98,8 +98,9 @@ _MLPS = {"Mlp": "mlp", "SwiGLU": "swiglu", "SwiGLUPacked": "swiglu_packed"}
 def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
     """kwargs in timm's words, ours or both, as ours. preset: the values they override.
 
-    mlp_ratio is timm's: of the width, both branches together for a packed SwiGLU. What only timm
-    can do raises ValueError and names the argument.
+    mlp_ratio is timm's: of the width, both branches together for a packed SwiGLU, but not in Eva.
+    proj_bias is timm's: without it the MLP has no biases either, unless mlp_bias says so. What only
+    timm can do raises ValueError and names the argument.
     """
     ours = {k: v for k, v in kwargs.items() if k not in TIMM_NAMES - _SAME}
     for name, value in kwargs.items():
@@ -114,7 +115,12 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name}={value!r} is timm's alone; fastvit has no such")
             continue
         _put(ours, name, _RENAMED[name], value)
-    _translate_eva(ours, kwargs, preset)
+    eva = preset.get("rope") is not None or preset.get("qkv_bias") == "qv" or "qkv_fused" in kwargs
+    _translate_eva(ours, kwargs)
+    if eva and ours.get("qkv_bias") is True:
+        ours["qkv_bias"] = "qv"
+    if "proj_bias" in ours:
+        ours.setdefault("mlp_bias", ours["proj_bias"])
     _translate_words(ours)
     if "proj_drop_rate" in kwargs:
         for mine in ("proj_dropout", "mlp_dropout"):
@@ -123,14 +129,16 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
         merged = {**preset, **ours}
         hidden = int(merged.get("dim", 768) * kwargs["mlp_ratio"])
         packed = merged.get("mlp") == "swiglu_packed"
-        _put(ours, "mlp_ratio", "mlp_dim", hidden // 2 if packed else hidden)
+        if merged.get("mlp") == "swiglu":
+            hidden += -hidden % (kwargs.get("swiglu_align_to") or 8)
+        _put(ours, "mlp_ratio", "mlp_dim", hidden // 2 if packed and not eva else hidden)
     elif "dim" in ours and "mlp_dim" not in ours and "mlp_dim" in preset:
         ours["mlp_dim"] = ours["dim"] * preset["mlp_dim"] // preset["dim"]
     return ours
 
 
-def _translate_eva(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, Any]) -> None:
-    """Eva's words of two values; its qkv_bias leaves the keys without one."""
+def _translate_eva(ours: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Eva's words of two values."""
     for name, meanings in _EVA.items():
         if name in kwargs:
             ours.update(meanings[kwargs[name]])
@@ -138,9 +146,6 @@ def _translate_eva(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[st
         ours["rope"] = None
     if kwargs.get("swiglu_mlp") is False:
         ours["mlp"] = "mlp"
-    eva = preset.get("rope") is not None or preset.get("qkv_bias") == "qv" or "qkv_fused" in kwargs
-    if eva and ours.get("qkv_bias") is True:
-        ours["qkv_bias"] = "qv"
 
 
 def _put(ours: dict[str, Any], theirs: str, name: str, value: Any) -> None:
