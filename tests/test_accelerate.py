@@ -596,7 +596,9 @@ def _two_ranks(rank, folder, after):
 def test_two_ranks_give_the_gradient_of_the_whole_batch(after, tmp_path):
     torch.manual_seed(0)
     model, x = make("timm_layer_scale", train=True), images(4)
-    torch.multiprocessing.spawn(_two_ranks, (tmp_path, after), nprocs=2)
+    torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
+        _two_ranks, (tmp_path, after), nprocs=2
+    )
     model(x).square().mean().backward()
     expected = {n: p.grad for n, p in model.named_parameters()}
     for rank in range(2):

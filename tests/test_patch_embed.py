@@ -1,5 +1,7 @@
 """Patch embedding against float64: forward and every gradient, any geometry and layout."""
 
+from typing import Any
+
 import pytest
 import torch
 from parity import (
@@ -55,6 +57,12 @@ def test_autocast(device: torch.device) -> None:
     check_parity("patch_embed", bare, torch.bfloat16, device, autocast=True)
 
 
+def test_prefix_and_positions_of_two_dtypes(device: torch.device) -> None:
+    args = arguments(2, 3, 8, 12, 4, 4, 16, 2)
+    args["prefix"] = args["prefix"].detach().bfloat16().requires_grad_()
+    check_parity("patch_embed", args, torch.bfloat16, device, autocast=True)
+
+
 def test_layouts(device: torch.device) -> None:
     args = arguments(2, 3, 16, 32, 8, 8, 16, 1)
     images = args["images"].detach()
@@ -74,7 +82,7 @@ def test_channels_last_is_read_in_place_by_whole_runs(
 
     given = []
 
-    def launch(images: torch.Tensor, *args: object) -> torch.Tensor:
+    def launch(images: torch.Tensor, *args: Any) -> torch.Tensor:
         given.append(images)
         return patch_embed._fwd(images, *args)
 

@@ -48,6 +48,7 @@ def read_jax(arrays: Arrays) -> Reading:
         pos = pos.flatten(0, 1)[None]
     state["pos_embed"] = pos
     _norm(state, rest, "norm", "Transformer/encoder_norm")
+    heads = 0
     for i in range(_depth(rest)):
         block, ours = f"Transformer/encoderblock_{i}/", f"blocks.{i}."
         attention, mlp = (

@@ -81,7 +81,7 @@ class _Transformer(_View):
             "Extractor(model, layer=model.blocks[-1])"
         )
 
-    def modules(self) -> NoReturn:
+    def modules(self, remove_duplicate: bool = True) -> NoReturn:
         raise TypeError(
             "Recorder looks for the softmax of vit-pytorch's Attention, which fastvit does not "
             "run; use model.attention_maps(images, layers=range(depth), rows='all')"
