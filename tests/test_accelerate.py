@@ -80,13 +80,16 @@ PEERS = {
         partial(timm_vit, qk_norm=True),
         {"attention": 2, "layernorm_mlp": 2} | STEM,
     ),
-    "timm_rmsnorm": (partial(timm_vit, norm_layer="rmsnorm"), {"attention": 2} | STEM),
+    "timm_rmsnorm": (partial(timm_vit, norm_layer="rmsnorm"), OPS | STEM),
+    "timm_simplenorm": (partial(timm_vit, norm_layer="simplenorm"), {"attention": 2} | STEM),
+    "timm_quick_gelu": (partial(timm_vit, act_layer="quick_gelu"), OPS | STEM),
     "timm_relu": (
         partial(timm_vit, act_layer="relu"),
         {"layernorm_linear": 2, "attention": 2, "linear_residual": 2} | STEM,
     ),
     "hf_vit": (hf_vit, OPS | STEM),
     "hf_vit_eager": (partial(hf_vit, attn_implementation="eager", qkv_bias=False), OPS | STEM),
+    "hf_vit_quick": (partial(hf_vit, hidden_act="quick_gelu"), OPS | STEM),
     "hf_vit_tanh": (partial(hf_vit, hidden_act="gelu_pytorch_tanh"), OPS | STEM),
     "hf_dinov2": (hf_dinov2, OPS | STEM),
     "hf_dinov2_swiglu": (partial(hf_dinov2, use_swiglu_ffn=True), GATED | STEM),
@@ -514,9 +517,9 @@ def test_vit_pytorch_wrappers():
 
 
 def test_report_names_what_is_left():
-    report = fastvit.accelerate(make("timm_rmsnorm"))
+    report = fastvit.accelerate(make("timm_simplenorm"))
     text = str(report)
-    assert "norm is RmsNorm" in text and "blocks.*" in text
+    assert "norm is SimpleNorm" in text and "blocks.*" in text
     assert "3 of 7 parts run on fastvit.ops" in text
     assert {r.part for r in report.taken} == {"patch projection", "attention core"}
     text = str(fastvit.accelerate(make("timm_glu")))

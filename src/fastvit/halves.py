@@ -35,8 +35,10 @@ _KIND_OF = {
     "torch.nn.modules.activation.GELU": "gelu",
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
     "transformers.activations.GELUActivation": "gelu",
     "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
     "torch.nn.modules.activation.SiLU": "silu",
     "transformers.activations.SiLUActivation": "silu",
     "torch.nn.modules.activation.MultiheadAttention": "packed_attention",
@@ -109,8 +111,8 @@ class AttentionHalf(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
         weight, bias = self._in_projection()
-        norm, proj = self.norm, self.proj
-        qkv, x = ops.layernorm_linear_fork(x, norm.weight, norm.bias, weight, bias, norm.eps)
+        proj = self.proj
+        qkv, x = _norm_linear(x, self.norm, weight, bias)
         o = ops.attention_qkv(qkv.unflatten(-1, (3, self.heads, -1)), self.scale)
         gamma, path = _gamma(self.layer_scale), path_scale(self.drop_path, x)
         return ops.linear_residual(o.flatten(2), proj.weight, proj.bias, x, gamma, path)
@@ -146,7 +148,7 @@ class MlpHalf(NamedTuple):
         reason = (
             self.odd
             or _why_not_half(self, (self.fc1, self.fc2), training)
-            or why_not_module("activation", self.activation, "gelu", "gelu_tanh")
+            or why_not_module("activation", self.activation, *ops.ACTIVATIONS)
         )
         if reason:
             return reason
@@ -158,13 +160,13 @@ class MlpHalf(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
         norm, fc1, fc2 = self.norm, self.fc1, self.fc2
-        tanh = _kind(self.activation) == "gelu_tanh" or (
-            getattr(self.activation, "approximate", "none") == "tanh"
-        )
+        activation = _kind(self.activation)
+        if getattr(self.activation, "approximate", "none") == "tanh":
+            activation = "gelu_tanh"
         return ops.layernorm_mlp(
             x,
             norm.weight,
-            norm.bias,
+            getattr(norm, "bias", None),
             fc1.weight,
             fc1.bias,
             fc2.weight,
@@ -172,7 +174,9 @@ class MlpHalf(NamedTuple):
             _gamma(self.layer_scale),
             path_scale(self.drop_path, x),
             norm.eps,
-            "gelu_tanh" if tanh else "gelu",
+            activation,
+            0.0,  # its dropout is off, or this half would not be taken
+            _kind(norm),
         )
 
 
@@ -209,14 +213,21 @@ class GatedHalf(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
-        norm, fc2 = self.norm, self.fc2
-        weight, bias = _joined(self.fc1)
-        u, x = ops.layernorm_linear_fork(x, norm.weight, norm.bias, weight, bias, norm.eps)
+        fc2 = self.fc2
+        u, x = _norm_linear(x, self.norm, *_joined(self.fc1))
         gamma, path = _gamma(self.layer_scale), path_scale(self.drop_path, x)
         return ops.linear_residual(ops.swiglu(u), fc2.weight, fc2.bias, x, gamma, path)
 
 
 Half = AttentionHalf | MlpHalf | GatedHalf
+
+
+def _norm_linear(
+    x: Tensor, norm: Peer, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A Linear of norm(x), and x for the residual. RMSNorm has no bias."""
+    args = (x, norm.weight, getattr(norm, "bias", None), weight, bias, norm.eps, _kind(norm))
+    return ops.layernorm_linear_fork(*args)
 
 
 def _joined(linears: tuple[Peer, ...]) -> tuple[Tensor, Tensor | None]:
@@ -231,9 +242,11 @@ def _joined(linears: tuple[Peer, ...]) -> tuple[Tensor, Tensor | None]:
 def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) -> str | None:
     if _has_any_global_hook():
         return "a global module hook is registered"
-    reason = why_not_module("norm", half.norm, "layernorm")
+    reason = why_not_module("norm", half.norm, *ops.NORMS)
     if reason is None and len(half.norm.normalized_shape) != 1:
         reason = f"norm is over {half.norm.normalized_shape}"
+    if reason is None and half.norm.eps is None:
+        reason = "norm has no eps of its own"
     for m in linears:
         reason = reason or why_not_module("projection", m, "linear", "packed_attention")
     reason = reason or why_not_module("layer scale", half.layer_scale, "layer_scale", "identity")
