@@ -151,6 +151,20 @@ def test_another_pooling_leaves_the_norm_where_it_was_trained(saved: Path) -> No
     close("logits", ours(images), theirs(images))
 
 
+def test_what_the_model_computes_otherwise_is_said(tmp_path: Path) -> None:
+    """load_weights cannot change the architecture: transformers' eps of 1e-12 stays timm's 1e-6."""
+    hf: Any = pytest.importorskip("transformers")
+    config = hf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config.intermediate_size, config.image_size, config.patch_size = 128, 32, 8
+    hf.ViTModel(config).save_pretrained(tmp_path)
+    model = fastvit.ViT(**OURS, num_classes=0)
+    notes = model.load_weights(tmp_path).notes
+    assert "norm_eps is 1e-12 there and stays 1e-06 here" in notes
+    assert "heads is 4 there and stays 2 here" in notes
+    same = fastvit.ViT(**{**OURS, "heads": 4}, num_classes=0, norm_eps=1e-12)
+    assert not [note for note in same.load_weights(tmp_path).notes if "there" in note]
+
+
 def test_half_precision_and_double(saved: Path, tmp_path: Path) -> None:
     state = fastvit.load_checkpoint(saved).state_dict()
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -315,10 +329,13 @@ def test_the_hub_cache_serves_offline(saved: Path, tmp_path: Path) -> None:
     saved.rename(snapshot)
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
-    (refs / "main").write_text("a" * 40)
+    for revision in ("main", "v1.0"):
+        (refs / revision).write_text("a" * 40)
     script = """
 import fastvit, torch
 model = fastvit.load_checkpoint("hf-hub:timm/vit_tiny_patch16_224.mine")
+same = fastvit.load_checkpoint("timm/vit_tiny_patch16_224.mine@v1.0")
+assert torch.equal(model.pos_embed, same.pos_embed)
 same = fastvit.create_model("vit_tiny_patch16_224.mine", pretrained=True)
 assert torch.equal(model.pos_embed, same.pos_embed) and model.num_classes == 9
 try:

@@ -31,7 +31,7 @@ WEIGHTS = (
     "open_clip_pytorch_model.bin",
 )
 CONFIGS = ("config.json", "open_clip_config.json")
-_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Source:
 
 
 def read_source(source: str | Path | Mapping[str, Any]) -> Source:
-    """A file, a folder, a hub id ('owner/name', 'hf-hub:owner/name') or a state dict itself."""
+    """A file, a folder, a hub id ('owner/name', 'hf-hub:owner/name@revision') or a state dict."""
     if isinstance(source, Mapping):
         return Source("the state dict", source)
     if not isinstance(source, (str, Path)):
@@ -162,10 +162,11 @@ def _read_hub(name: str) -> Source:
             f"checkpoint: {name} is a hub id, which needs huggingface_hub; install it with: "
             "pip install 'fastvit[hub]'"
         ) from error
+    repository, _, revision = name.partition("@")
     folder, absent = None, None
     for file in (*CONFIGS, _PREPROCESSOR, *WEIGHTS):
         try:
-            path = Path(hub.hf_hub_download(name, file))
+            path = Path(hub.hf_hub_download(repository, file, revision=revision or None))
         except (EntryNotFoundError, LocalEntryNotFoundError) as error:
             absent = error
             continue
@@ -174,7 +175,7 @@ def _read_hub(name: str) -> Source:
         folder = path.parent
         if file.endswith(".index.json"):
             for shard in sorted(set(_json(path).get("weight_map", {}).values())):
-                hub.hf_hub_download(name, shard)
+                hub.hf_hub_download(repository, shard, revision=revision or None)
         if file in WEIGHTS:
             break
     else:

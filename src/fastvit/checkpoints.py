@@ -31,6 +31,8 @@ PLAIN = (
     *("vit_*_tipsv2", "vit_*_radio_v?", "vit_intern300m_*", "vit_so150m_*", "vit_*_siglip_*"),
     *("vit_*_lingbot", "eva_large_*", "test_vit", "test_vit2", "test_vit4"),
 )
+# What a model computes and no tensor shows: a loaded checkpoint does not change it.
+COMPUTED = ("norm_eps", "activation", "heads", "rope", "rope_theta", "head_activation", "pool")
 log = logging.getLogger("fastvit")
 
 
@@ -91,11 +93,16 @@ def load_weights(
 
     Position table, patch kernel and channels are adapted to the model's, and said. strict: missing
     or unexpected keys raise one UsageError that lists them, except a head for another number of
-    classes, which stays as it is and is said. Nothing is written unless everything fits.
+    classes, which stays as it is and is said, as is what the checkpoint was trained to compute
+    otherwise than the model does (norm_eps, activation). Nothing is written unless everything fits.
     """
     read_from = read_source(source)
     reading, arguments = interpret(read_from, {})
     may_lack = {k for k in model.state_dict() if k.startswith("head.") or not strict}
+    for name in COMPUTED:
+        theirs, mine = reading.known.get(name, model.config[name]), model.config[name]
+        if theirs != mine:
+            reading.notes.append(f"{name} is {theirs!r} there and stays {mine!r} here")
     _fit(model, reading, arguments, read_from.name, may_lack, strict)
     return model.load_report
 
