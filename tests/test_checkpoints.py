@@ -126,6 +126,7 @@ def test_adapts_as_timm_does_and_says_so(
     before = {k: v.clone() for k, v in put.state_dict().items()}
     report = put.load_weights(saved)
     assert report is put.load_report and report.adapted
+    assert ("head: left as it was, for 4 classes" in report.adapted) == ("fresh" in said)
     for name, tensor in theirs.state_dict().items():
         if kwargs.get("num_classes") is not None and name.startswith("head."):
             assert torch.equal(put.state_dict()[name], before[name])

@@ -77,9 +77,8 @@ def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> Vi
         model.to_empty(device="cpu")
     except (TypeError, ValueError) as error:
         raise UsageError(f"checkpoint: {read_from.name}: {error}") from error
-    head = dict(model.head.named_parameters(prefix="head"))
-    fresh = _fit(model, reading, arguments, read_from.name, may_lack=set(head))
-    if fresh:
+    may_lack = {name for name, _ in model.head.named_parameters(prefix="head")}
+    if _fit(model, reading, arguments, read_from.name, may_lack, head="fresh"):
         model.reset_head()
     reading.data["input_size"] = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     model.default_cfg.update(reading.data, num_classes=model.num_classes)
@@ -202,9 +201,10 @@ def _fit(
     name: str,
     may_lack: set[str],
     strict: bool = True,
+    head: str = "left as it was",
 ) -> set[str]:
     """Adapt the tensors to the model, check every key and shape, then copy. Returns what it lacked
-    and was allowed to."""
+    and was allowed to. head: what is said of a head that is not the checkpoint's."""
     report = LoadReport(name, reading.dialect, [], reading.dropped, reading.notes)
     expected = model.state_dict()
     state = adapt(reading.state, model, arguments, report.adapted)
@@ -227,7 +227,7 @@ def _fit(
     if unexpected:
         report.dropped = [*report.dropped, *unexpected]
     if any(k.startswith("head.") for k in lacking):
-        report.adapted.append(f"head: fresh, for {model.num_classes} classes")
+        report.adapted.append(f"head: {head}, for {model.num_classes} classes")
     if left := sorted(k for k in lacking if not k.startswith("head.")):
         report.adapted.append(f"left as they were: {', '.join(left)}")
     with torch.no_grad():
