@@ -3,7 +3,8 @@
 The cases are the launches of real models: one encoder block and stem, forward and backward, at each
 width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves.
 `--traffic MODEL` counts launches, bytes and FLOPs instead, beside eager PyTorch's.
-`--update` writes both into benchmarks/results: what the tests hold later kernels to.
+`--update` writes both into benchmarks/results, what the tests hold later kernels to; with --arch or
+--only, no more than those rows.
 """
 
 import argparse
@@ -49,7 +50,10 @@ class Workload:
 MODELS = (
     Workload("B/16", 768, 12, 3072),
     Workload("B/16 autocast", 768, 12, 3072, residual_dtype=torch.float32, branch=True),
+    Workload("B/16 batch 48", 768, 12, 3072, batch=48),
+    Workload("B/16 batch 48 autocast", 768, 12, 3072, batch=48, residual_dtype=torch.float32),
     Workload("Ti/16 batch 1", 192, 3, 768, batch=1),
+    Workload("Ti/16 batch 1 autocast", 192, 3, 768, batch=1, residual_dtype=torch.float32),
     Workload("so400m/14", 1152, 16, 4304, patch=14),
     Workload("H/14 autocast", 1280, 16, 5120, patch=14, residual_dtype=torch.float32),
     Workload("g/14", 1408, 16, 6144, patch=14),
@@ -229,6 +233,16 @@ TRAFFIC_TABLE = RESULTS / "traffic.json"
 TRAFFIC = {"vit_base_patch16_224": (False, True), "vit_large_patch16_224": (True,)}
 
 
+def merged(rows: list[aot.Cost], archs: Iterable[int], only: str) -> list[aot.Cost]:
+    """The committed table with `rows` in place of all that `archs` and `only` select."""
+    table = json.loads(COMPILE_TABLE.read_text()) if COMPILE_TABLE.exists() else {}
+    before = table["rows"] if table.get("triton") == triton.__version__ else []
+    kept = [
+        aot.Cost(**row) for row in before if row["arch"] not in archs or only not in row["name"]
+    ]
+    return sorted([*kept, *rows], key=lambda c: (c.arch, c.name))
+
+
 def to_json(rows: list[aot.Cost]) -> str:
     """One line a row, so that a diff of the committed table reads well."""
     lines = ",\n".join(json.dumps(dataclasses.asdict(c)) for c in rows)
@@ -286,8 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         part = traffic.PARTS[args.part]
         print(traffic.table(args.traffic, args.batch, args.autocast, part))
         return 0
-    if args.update and (args.arch or args.only or args.ci):
-        parser.error("--update writes every row; it goes with none of --arch, --only and --ci")
+    if args.update and args.ci:
+        parser.error("--update wants every model of what it writes; it does not go with --ci")
     if args.update and not RESULTS.is_dir():
         parser.error(f"--update needs a checkout: there is no {RESULTS}")
     selected = [
@@ -302,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(to_json(rows))
     if args.update:
-        COMPILE_TABLE.write_text(to_json(rows))
+        COMPILE_TABLE.write_text(to_json(merged(rows, args.arch or aot.ARCHS, args.only)))
         TRAFFIC_TABLE.write_text(json.dumps(traffic_summary(), indent=1) + "\n")
     return 1 if any(c.spills for c in rows) else 0
 

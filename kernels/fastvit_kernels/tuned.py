@@ -74,10 +74,8 @@ def look_up(table: dict[int, T], arch: int) -> T:
 
 DEFAULT = 80
 
-# Forward and dX products. "wide": enough 128 x 256 tiles for every SM; "square": enough 128 x 128;
-# "small": few rows; "float32": four bytes an element. SUBTILES keeps the epilogues from spilling.
-# "tma_.." serve plain 16-bit operands. Shared memory and registers leave one program of 128 x 256
-# per SM, or two of 128 x 128 with 4 warps, whose epilogues then run beside each other's products.
+# Forward and dX products of 16 bits, in three sizes of tile that `gemm_class` chooses from, and
+# those of float32. "tma_.." serve plain operands. SUBTILES keeps the epilogues from spilling.
 GEMM: dict[int, dict[str, Config]] = {
     0: {
         **{name: Config(128, 128, 128) for name in ("wide", "square", "small", "float32")},
@@ -117,17 +115,26 @@ GEMM: dict[int, dict[str, Config]] = {
 # The patch embedding's two products of this family, whose pixels are loaded through addresses;
 # "gather": one or two pixels at an address.
 PATCH_EMBED: dict[int, dict[str, Config]] = {
-    0: {name: Config(128, 128, 128) for name in ("square", "small", "float32", "gather")},
+    0: {
+        name: Config(128, 128, 128)
+        for name in ("square", "small", "float32", "gather", "gather_float32")
+    },
     80: {
         **{name: GEMM[80][name] for name in ("square", "small", "float32")},
         "gather": Config(64, 64, 32, num_warps=8, num_stages=3),
+        "gather_float32": Config(64, 64, 32, num_warps=4, num_stages=2),
     },
     90: {name: GEMM[90][name] for name in ("square", "small", "float32")},
     100: {
-        **{name: GEMM[100][name] for name in ("small", "float32")},
         "square": Config(128, 64, 64, num_warps=8, num_stages=4),
+        "small": GEMM[100]["small"],
+        "float32": Config(64, 64, 32, num_warps=8, num_stages=3),
     },
-    120: {name: GEMM[120][name] for name in ("square", "small", "float32")},
+    120: {
+        "square": GEMM[120]["square"],
+        "small": GEMM[120]["small"],
+        "float32": Config(64, 32, 32, num_warps=4, num_stages=3),
+    },
 }
 PATCH_GATHER_DW = Config(32, 64, 64, num_warps=8, num_stages=3)
 
@@ -174,18 +181,12 @@ def normalizes_on_load(C: int, x: torch.dtype, compute: torch.dtype) -> bool:
     return compute == torch.float32 or (x == compute and C <= 384)
 
 
-def gemm(
-    M: int,
-    N: int,
-    K: int,
-    dtype: torch.dtype,
-    device_index: int | None,
-    tma: bool = False,
-) -> Config:
+def gemm(M: int, N: int, dtype: torch.dtype, device_index: int | None, tma: bool = False) -> Config:
     """The configuration of one forward or dX product. tma: TMA can take its operands."""
     table = look_up(GEMM, arch(device_index))
-    name = gemm_class(M, N, dtype, num_sms(device_index))
-    return table.get(f"tma_{name}", table[name]) if tma else table[name]
+    if tma:
+        table = table | {k.removeprefix("tma_"): c for k, c in table.items() if c.tma}
+    return table[gemm_class(M, N, dtype, num_sms(device_index), table)]
 
 
 def patch_embed(
@@ -194,18 +195,26 @@ def patch_embed(
     """The configuration of the patch embedding's forward and dimages products."""
     table = look_up(PATCH_EMBED, arch(device_index))
     if access == "gather":
-        return table.get("gather", PATCH_EMBED[DEFAULT]["gather"])
-    # The address arithmetic of pixels spills on 128 x 256.
-    return table[gemm_class(M, N, dtype, num_sms(device_index), widest=128)]
+        name = "gather_float32" if dtype == torch.float32 else "gather"
+        return table.get(name, PATCH_EMBED[DEFAULT][name])
+    return table[gemm_class(M, N, dtype, num_sms(device_index), table)]
 
 
-def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int, widest: int = 256) -> str:
+# Of the tensor cores' rate, what a tile of each class reaches: larger ones load less per product.
+_RATES = {"wide": 1.0, "square": 0.9, "small": 0.55}
+
+
+def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int, table: dict[str, Config]) -> str:
+    """The class of least estimated time: the tiles of the busiest SM at the rate of their size."""
     if dtype == torch.float32:
         return "float32"
-    for name, block_n in (("wide", 256), ("square", 128)):
-        if block_n <= widest and -(-M // 128) * -(-N // block_n) >= sms:
-            return name
-    return "small"
+
+    def cost(name: str) -> float:
+        block_m, block_n = table[name].BLOCK_M, table[name].BLOCK_N
+        tiles = -(-M // block_m) * -(-N // block_n)
+        return -(-tiles // sms) * block_m * block_n / _RATES[name]
+
+    return min((name for name in _RATES if name in table), key=cost)
 
 
 def gemm_dw(
