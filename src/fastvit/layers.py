@@ -6,6 +6,7 @@ last.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,24 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     if len(sizes) != 2 or not all(isinstance(s, int) and s > 0 for s in sizes):
         raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
     return sizes
+
+
+def check_sizes(least: int, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+            raise ValueError(f"{name} must be an int >= {least}, got {size!r}")
+
+
+def check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+
+
+def check_choice(choices: tuple[Any, ...], **values: Any) -> None:
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 class LayerNorm(nn.LayerNorm):
