@@ -243,3 +243,19 @@ def attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
     widths = ("_112",) * (80 < D <= 112) + ("_128",) * (D > 64) + ("",)
     names = (kernel + width for width in widths)
     return next((table[name] for name in names if name in table), Config(0, 0))
+
+
+def attention_qk(D: int, device_index: int | None) -> Config:
+    """Tokens a program has in hand, and pairs of channels padded: 1024 pairs, eight a thread."""
+    pairs = _power_of_two(D // 2)
+    return Config((4096 if arch(device_index) == 0 else 1024) // pairs, pairs, num_warps=4)
+
+
+def attention_qk_groups(blocks: int, H: int, device_index: int | None) -> int:
+    """Programs that share the heads of a block of tokens: more than one where blocks are few."""
+    return min(H, -(-2 * num_sms(device_index) // (2 * blocks)))
+
+
+def attention_qk_run(blocks: int, device_index: int | None) -> int:
+    """Blocks of tokens that a program walks over in backward: two waves of four CTAs an SM."""
+    return -(-2 * blocks // (8 * num_sms(device_index)))

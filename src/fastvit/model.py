@@ -555,7 +555,9 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             if i in wanted:
                 assert isinstance(block, Block)
-                q, k, _ = block.attn.split(block.attn.project(x, block.norm1), rope)
+                attn = block.attn
+                qkv, options = attn.project(x, block.norm1), attn.qk_options(rope)
+                q, k = ops.qk_norm_rope(qkv, **options) if options else qkv.unbind(2)[:2]
                 maps[i] = ops.attention_maps(q, k, rows=rows)
             x = block(x, rope)
         return torch.stack([maps[i] for i in wanted], dim=1)

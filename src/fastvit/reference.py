@@ -117,27 +117,79 @@ def attention(
     return o.transpose(1, 2)
 
 
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """q and k of qkv, (B, N, 3, H, D), through `norm` of norm_kind and `rope`, where given."""
+    q, k, _ = qkv.unbind(2)
+    if norm_kind is not None:
+        q, k = norm(q, q_weight, q_bias, eps, norm_kind), norm(k, k_weight, k_bias, eps, norm_kind)
+    if cos is not None and sin is not None:
+        q, k = rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved)
+    return q, k
+
+
 def attention_qkv(
     qkv: Tensor,
     scale: float | None = None,
     dropout: float = 0.0,
     key_padding: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
-    """Attention on the packed output of a QKV projection. qkv: (B, N, 3, H, D) -> (B, N, H, D)."""
-    q, k, v = qkv.unbind(2)
-    return attention(q, k, v, scale, dropout, key_padding)
+    """Attention on the packed output of a QKV projection. qkv: (B, N, 3, H, D) -> (B, N, H, D).
+
+    The rest is `qk_norm_rope`'s.
+    """
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin)
+    q, k = qk_norm_rope(qkv, *params, eps, norm_kind, interleaved)
+    v = qkv.select(2, 2)
+    return attention(q.to(v.dtype), k.to(v.dtype), v, scale, dropout, key_padding)
 
 
 def attention_packed(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """Attention within each of the sequences that lie end to end in qkv, (total, 3, H, D).
 
-    cu_seqlens: (B + 1,) int32, from 0 to total, their bounds; max_seqlen: the longest. Returns
-    (total, H, D).
+    cu_seqlens: (B + 1,) int32, from 0 to total, their bounds; max_seqlen: the longest. cos, sin:
+    (total, D / 2). Returns (total, H, D).
     """
     lengths = cu_seqlens.diff().tolist()
-    return torch.cat([attention_qkv(x[None], scale)[0] for x in qkv.split(lengths)])
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin)
+    q, k = qk_norm_rope(qkv[None], *params, eps, norm_kind, interleaved)
+    tensors = (q.to(qkv.dtype), k.to(qkv.dtype), qkv[None, :, 2])
+    parts = zip(*(t.split(lengths, dim=1) for t in tensors), strict=True)
+    return torch.cat([attention(q, k, v, scale, dropout)[0] for q, k, v in parts])
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
