@@ -1,4 +1,6 @@
-"""Every launch compiles for every architecture, with no GPU: no spills, wgmma on sm_90."""
+"""Every launch compiles for every architecture, with no GPU: no spills, wgmma on sm_90, and
+nothing costs more than benchmarks/results/compile_report.json says.
+"""
 
 import json
 import os
@@ -44,13 +46,43 @@ def check_rows(rows: list[dict]) -> None:
                 assert not row["hmma"], f"{label}: {row['hmma']} HMMA beside wgmma"
 
 
+def check_not_worse(rows: list[dict]) -> None:
+    from fastvit_kernels.report import COMPILE_TABLE, worse
+
+    lines = worse(rows, json.loads(COMPILE_TABLE.read_text()))
+    assert not lines, (
+        "costs more than the committed table; where that is meant, "
+        "`python -m fastvit_kernels.report --update`\n" + "\n".join(lines)
+    )
+
+
 def test_what_ci_compiles(tmp_path: Path) -> None:
-    check_rows(report("--ci", path=tmp_path / "report.json"))
+    rows = report("--ci", path=tmp_path / "report.json")
+    check_rows(rows)
+    check_not_worse(rows)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_launch(tmp_path: Path) -> None:
-    check_rows(report(path=tmp_path / "report.json"))
+    rows = report(path=tmp_path / "report.json")
+    check_rows(rows)
+    check_not_worse(rows)
+
+
+def test_worse_names_what_grew_and_what_is_new() -> None:
+    import triton
+    from fastvit_kernels.report import worse
+
+    row = {"arch": 90, "name": "gemm 64x64", "registers": 128, "spills": 0, "shared": 4096}
+    table = {"triton": triton.__version__, "rows": [row]}
+    assert worse([row, {**row, "arch": 80}], table) == ["sm_80 gemm 64x64: not in the table"]
+    assert worse([{**row, "registers": 120, "shared": 0}], table) == []
+    assert worse([{**row, "registers": 130, "spills": 8}], table) == [
+        "sm_90 gemm 64x64: registers 128 -> 130",
+        "sm_90 gemm 64x64: spills 0 -> 8",
+    ]
+    assert worse([{**row, "registers": 130}], {**table, "triton": "0"}) == []
 
 
 def test_the_interpreter_is_refused() -> None:
@@ -72,3 +104,4 @@ def test_recorded_launches_are_typed_as_triton_types_them() -> None:
         None,
         "fp32",
     ]
+    assert [_type(v, specialize=False) for v in (48, 1)] == ["i32", "i32"]

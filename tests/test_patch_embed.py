@@ -55,6 +55,12 @@ def test_autocast(device: torch.device) -> None:
     check_parity("patch_embed", bare, torch.bfloat16, device, autocast=True)
 
 
+def test_prefix_and_positions_of_two_dtypes(device: torch.device) -> None:
+    args = arguments(2, 3, 8, 12, 4, 4, 16, 2)
+    args["prefix"] = args["prefix"].detach().bfloat16().requires_grad_()
+    check_parity("patch_embed", args, torch.bfloat16, device, autocast=True)
+
+
 def test_layouts(device: torch.device) -> None:
     args = arguments(2, 3, 16, 32, 8, 8, 16, 1)
     images = args["images"].detach()

@@ -12,6 +12,7 @@ Bytes: images and tokens once forward; images once and dout twice backward (thre
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -121,10 +122,14 @@ def _patch_embed_fwd_kernel(
         acc += bias[None, :]
     # A NaN or infinite weight or bias must not reach the prefix, though its rows are zeros so far.
     acc = tl.where(is_patch[:, None], acc, 0.0)
-    if HAS_POS:
+    # One load for both: the rows of prefix and pos lie apart, but each row is one or the other.
+    if HAS_POS and HAS_PREFIX:
+        added = tl.where(is_patch, pos_ptr + (token - P) * N, prefix_ptr + token * N)
+        acc += tl.load(added[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    elif HAS_POS:
         offs = (token - P)[:, None] * N + offs_n[None, :]
-        acc += tl.load(pos_ptr + offs, mask=is_patch[:, None] & mask, other=0.0).to(tl.float32)
-    if HAS_PREFIX:
+        acc += tl.load(pos_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    elif HAS_PREFIX:
         offs = token[:, None] * N + offs_n[None, :]
         is_prefix = (token < P)[:, None]
         acc += tl.load(prefix_ptr + offs, mask=is_prefix & mask, other=0.0).to(tl.float32)
@@ -294,6 +299,12 @@ def _geometry(images: Tensor, weight: Tensor) -> dict[str, int]:
     return {"P_H": p_h, "P_W": p_w, "VEC": vector_width(images, p_w)}
 
 
+def _access(images: Tensor, geometry: dict[str, int]) -> str:
+    """How pixels are reached, for `tuned`: few at an address leave few registers for a tile."""
+    few = geometry["VEC"] <= max(1, images.element_size() // 2)
+    return "patch_gather" if few else "patch_embed"
+
+
 def _grid_size(images: Tensor, weight: Tensor) -> tuple[int, int]:
     return images.shape[2] // weight.shape[2], images.shape[3] // weight.shape[3]
 
@@ -314,7 +325,7 @@ def _fwd(
         return out
     M = B * (P + m)
     geometry = _geometry(images, weight)
-    pixels = "patch_embed" if geometry["VEC"] > 1 else "patch_gather"
+    pixels = _access(images, geometry)
     config = tuned.gemm(M, N, K, weight.dtype, pixels, images.device.index)
     _patch_embed_fwd_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
         images,
@@ -374,7 +385,9 @@ def _bwd(
     dprefix = torch.empty_like(prefix) if needs_prefix and prefix is not None else None
     dw = db = None
     if needs_weight or needs_bias:
-        config, splits = tuned.gemm_dw(B * m, N, K, dtype, dout.device.index)
+        geometry = _geometry(images, weight)
+        gather = _access(images, geometry) == "patch_gather"
+        config, splits = tuned.gemm_dw(B * m, N, K, dtype, dout.device.index, gather)
         slab = triton.cdiv(triton.cdiv(B * m, splits), config.BLOCK_M) * config.BLOCK_M
         slabs, db_slabs = gemm.new_slabs(triton.cdiv(B * m, slab), N, K, dout.device)
         grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K), len(slabs))
@@ -391,7 +404,7 @@ def _bwd(
             grid_w,
             slab,
             *images.stride(),
-            **_geometry(images, weight),
+            **geometry,
             COMPUTE=gemm.TL_DTYPE[dtype],
             PRECISION=gemm.precision(dtype),
             BLOCK_M=config.BLOCK_M,
@@ -419,7 +432,9 @@ def _bwd(
             num_warps=config.num_warps,
         )
     if dimages is not None:
-        config = tuned.gemm(B * m, K, N, dtype, "patch_embed", dout.device.index)
+        geometry = _geometry(dimages, weight)
+        pixels = _access(dimages, geometry)
+        config = tuned.gemm(B * m, K, N, dtype, pixels, dout.device.index)
         _patch_embed_dimages_kernel[
             (triton.cdiv(B * m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
         ](
@@ -433,7 +448,7 @@ def _bwd(
             K,
             grid_w,
             *dimages.stride()[:3],
-            **_geometry(dimages, weight),
+            **geometry,
             PRECISION=gemm.precision(dtype),
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
@@ -471,10 +486,11 @@ class PatchEmbedFunction(torch.autograd.Function):
     ) -> Tensor:
         w = weight.to(dtype).contiguous()
         bias, pos, prefix = (None if t is None else t.contiguous() for t in (bias, pos, prefix))
-        out_dtype = dtype
-        for t in (pos, prefix):
-            out_dtype = out_dtype if t is None else torch.promote_types(out_dtype, t.dtype)
         ctx.save_for_backward(images, w, weight, bias, pos, prefix)
+        added = [t.dtype for t in (pos, prefix) if t is not None]
+        out_dtype = reduce(torch.promote_types, added, dtype)
+        if len(set(added)) == 2:
+            pos, prefix = (t.to(reduce(torch.promote_types, added)) for t in (pos, prefix))
         return patch_embed_fwd(images, w, bias, pos, prefix, out_dtype)
 
     @staticmethod

@@ -51,7 +51,7 @@ MODELS = (
     Workload("B/16 autocast", 768, 12, 3072, residual_dtype=torch.float32, branch=True),
     Workload("Ti/16 batch 1", 192, 3, 768, batch=1),
     Workload("so400m/14", 1152, 16, 4304, patch=14),
-    Workload("H/14", 1280, 16, 5120, patch=14),
+    Workload("H/14 autocast", 1280, 16, 5120, patch=14, residual_dtype=torch.float32),
     Workload("g/14", 1408, 16, 6144, patch=14),
     Workload("giant-opt/16", 1536, 16, 6144, image=256),
     Workload("7B/16", 4096, 32, 8192, image=256, batch=32),

@@ -96,15 +96,16 @@ GEMM: dict[int, dict[str, Config]] = {
         "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
     },
     120: {
-        "wide": Config(128, 128, 64, num_warps=8, num_stages=2),
-        "square": Config(128, 128, 64, num_warps=8, num_stages=2),
+        "wide": Config(128, 64, 32, num_warps=4, num_stages=3),
+        "square": Config(128, 64, 32, num_warps=4, num_stages=3),
         "small": Config(64, 64, 64, num_warps=4, num_stages=3),
         "float32": Config(64, 32, 32, num_warps=4, num_stages=2),
     },
 }
 
-# Images whose pixels are loaded one by one: an address for each leaves few registers.
-PATCH_GATHER = Config(64, 64, 32, num_warps=4, num_stages=3)
+# Images whose pixels are loaded one or two at an address.
+PATCH_GATHER = Config(64, 64, 32, num_warps=8, num_stages=3)
+PATCH_GATHER_DW = Config(32, 64, 64, num_warps=8, num_stages=3)
 
 # dW: BLOCK_M is the step along the reduction, BLOCK_N x BLOCK_K the tile of dW.
 GEMM_DW: dict[int, dict[str, Config]] = {
@@ -123,7 +124,7 @@ GEMM_DW: dict[int, dict[str, Config]] = {
     },
     120: {
         "16-bit": Config(32, 128, 128, num_warps=8, num_stages=3),
-        "float32": Config(32, 64, 32, num_warps=8, num_stages=3),
+        "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
     },
 }
 
@@ -156,11 +157,13 @@ def gemm_class(M: int, N: int, dtype: torch.dtype, epilogue: str, sms: int) -> s
 
 
 def gemm_dw(
-    M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None
+    M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, gather: bool = False
 ) -> tuple[Config, int]:
     """The configuration of dW and the number of slabs: about two programs per SM."""
     table = look_up(GEMM_DW, arch(device_index))
     config = table["float32" if dtype == torch.float32 else "16-bit"]
+    if gather and arch(device_index):
+        config = PATCH_GATHER_DW
     tiles = -(-N // config.BLOCK_N) * -(-K // config.BLOCK_K)
     if arch(device_index) == 0:
         return config, 2
