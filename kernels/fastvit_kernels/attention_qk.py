@@ -23,7 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import library, tuned
-from fastvit_kernels.attention import _bwd_into, _scale, attention_fwd, strides_divisor
+from fastvit_kernels.attention import (
+    _bwd_into,
+    _scale,
+    attention_fwd,
+    draw_seed,
+    strides_divisor,
+)
 from fastvit_kernels.layernorm import _sum_rows
 
 
@@ -331,8 +337,10 @@ def _bwd(
     sin: Tensor | None,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     max_seqlen: int,
+    dropout: float,
     eps: float,
     norm: str | None,
     interleaved: bool,
@@ -340,31 +348,14 @@ def _bwd(
     """dqkv, and what `_bwd_in_place` returns."""
     dqkv = qkv.new_empty(qkv.shape)
     q, k = qk.unbind(2)
-    args = (do, q, k, qkv.select(2, 2), o, lse2, scale, lengths, cu_seqlens, max_seqlen)
-    _bwd_into(*dqkv.unbind(2), *args)
+    args = (o, lse2, scale, lengths, cu_seqlens, max_seqlen, dropout, seed)
+    _bwd_into(*dqkv.unbind(2), do, q, k, qkv.select(2, 2), *args)
     params = (q_weight, k_weight, cos, sin, eps, norm, interleaved)
     return dqkv, _bwd_in_place(dqkv, qkv, *params)
 
 
-def _bwd_fake(
-    do,
-    qkv,
-    qk,
-    o,
-    lse2,
-    q_weight,
-    k_weight,
-    cos,
-    sin,
-    lengths,
-    cu,
-    scale,
-    longest,
-    eps,
-    norm,
-    joined,
-):
-    rows = 4 if norm else 0
+def _bwd_fake(do, qkv, *args):
+    rows = 4 if args[-2] else 0
     return qkv.new_empty(qkv.shape), qkv.new_empty((rows, qkv.shape[-1]), dtype=torch.float32)
 
 
@@ -387,8 +378,10 @@ class AttentionQKFunction(torch.autograd.Function):
         sin: Tensor | None,
         lengths: Tensor | None,
         cu_seqlens: Tensor | None,
+        seed: Tensor | None,
         scale: float,
         max_seqlen: int,
+        dropout: float,
         eps: float,
         norm: str | None,
         interleaved: bool,
@@ -396,11 +389,11 @@ class AttentionQKFunction(torch.autograd.Function):
         params = (q_weight, q_bias, k_weight, k_bias)
         qk = attention_qk_fwd(qkv, *params, cos, sin, eps, norm, interleaved)
         q, k = qk.unbind(2)
-        v = qkv.select(2, 2)
-        o, lse2 = attention_fwd(q, k, v, scale, lengths, cu_seqlens, max_seqlen)
-        tensors = (q_weight, k_weight, cos, sin, lengths, cu_seqlens)
+        sequences = (lengths, cu_seqlens, max_seqlen)
+        o, lse2 = attention_fwd(q, k, qkv.select(2, 2), scale, *sequences, dropout, seed)
+        tensors = (q_weight, k_weight, cos, sin, lengths, cu_seqlens, seed)
         ctx.save_for_backward(qkv, qk, o, lse2, *tensors)
-        ctx.options = (scale, max_seqlen, eps, norm, interleaved)
+        ctx.options = (scale, max_seqlen, dropout, eps, norm, interleaved)
         ctx.dtypes = [None if p is None else p.dtype for p in params]
         return o
 
@@ -409,7 +402,7 @@ class AttentionQKFunction(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> Any:
         dqkv, sums = attention_qk_bwd(do, *ctx.saved_tensors, *ctx.options)
         grads = (None if t is None else s.to(t) for t, s in zip(ctx.dtypes, sums, strict=False))
-        return dqkv, *(grads if len(sums) else [None] * 4), *[None] * 9
+        return dqkv, *(grads if len(sums) else [None] * 4), *[None] * 11
 
 
 def qk_norm_rope(
@@ -445,15 +438,16 @@ def attention_qk(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
+    dropout: float = 0.0,
 ) -> Tensor:
     """`attention_qkv` with q and k normed (norm "layernorm" or "rmsnorm") and turned (cos, sin).
 
     With cu_seqlens qkv is (1, total, 3, H, D) and the tables have a row for each of its tokens.
     """
-    return AttentionQKFunction.apply(
-        *(qkv, q_weight, q_bias, k_weight, k_bias, *_tables(cos, sin), lengths, cu_seqlens),
-        *(_scale(qkv, scale), max_seqlen, eps, norm, interleaved),
-    )
+    params = (q_weight, q_bias, k_weight, k_bias, *_tables(cos, sin))
+    sequences = (lengths, cu_seqlens, draw_seed(qkv, dropout))
+    options = (_scale(qkv, scale), max_seqlen, dropout, eps, norm, interleaved)
+    return AttentionQKFunction.apply(qkv, *params, *sequences, *options)
 
 
 def _tables(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

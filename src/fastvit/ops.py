@@ -128,11 +128,11 @@ def attention(
     _integers(op, "key_padding", key_padding, q, q.shape[0])
     _rate(op, dropout)
     dtype = _compute_dtype(op, "q", q, k=k, v=v)
-    unsupported = limits.attention(q.shape[-1], scale) or (_NO_DROPOUT if dropout else None)
+    unsupported = limits.attention(q.shape[-1], scale)
     if choose_triton(op, q, dtype, unsupported):
         from fastvit_kernels.attention import attention as kernel
 
-        return kernel(q.to(dtype), k.to(dtype), v.to(dtype), scale, key_padding)
+        return kernel(q.to(dtype), k.to(dtype), v.to(dtype), scale, key_padding, dropout)
     return reference.attention(q, k, v, scale, dropout, key_padding)
 
 
@@ -165,15 +165,15 @@ def attention_qkv(
     _check_qk(op, qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     dtype = _compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
-    unsupported = limits.attention(qkv.shape[-1], scale) or (_NO_DROPOUT if dropout else None)
+    unsupported = limits.attention(qkv.shape[-1], scale)
     if choose_triton(op, qkv, dtype, unsupported):
         if norm_kind is not None or cos is not None:
             from fastvit_kernels.attention_qk import attention_qk as kernel
 
-            return kernel(qkv.to(dtype), *params, scale, key_padding)
+            return kernel(qkv.to(dtype), *params, scale, key_padding, dropout=dropout)
         from fastvit_kernels.attention import attention_qkv as kernel
 
-        return kernel(qkv.to(dtype), scale, key_padding)
+        return kernel(qkv.to(dtype), scale, key_padding, dropout)
     return reference.attention_qkv(qkv, scale, dropout, key_padding, *params)
 
 
@@ -213,16 +213,16 @@ def attention_packed(
     _shaped(op, "cos", cos, (len(qkv), qkv.shape[-1] // 2))
     dtype = _compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
-    unsupported = limits.attention(qkv.shape[-1], scale) or (_NO_DROPOUT if dropout else None)
+    unsupported = limits.attention(qkv.shape[-1], scale)
     if choose_triton(op, qkv, dtype, unsupported):
         if norm_kind is not None or cos is not None:
             from fastvit_kernels.attention_qk import attention_qk
 
             x = qkv.to(dtype)[None]
-            return attention_qk(x, *params, scale, None, cu_seqlens, max_seqlen)[0]
+            return attention_qk(x, *params, scale, None, cu_seqlens, max_seqlen, dropout)[0]
         from fastvit_kernels.attention import attention_packed as kernel
 
-        return kernel(qkv.to(dtype), cu_seqlens, max_seqlen, scale)
+        return kernel(qkv.to(dtype), cu_seqlens, max_seqlen, scale, dropout)
     return reference.attention_packed(qkv, cu_seqlens, max_seqlen, scale, dropout, *params)
 
 
