@@ -117,14 +117,6 @@ def test_repeatable_compiled_and_first_order(device: torch.device) -> None:
     check_no_double_backward("attention_qkv", args, device)
 
 
-def test_attention_rows_is_the_softmax(device: torch.device) -> None:
-    q, k, v = torch.randn(2, 30, 3, 2, 16, device=device).unbind(2)
-    maps = reference.attention_rows(q, k, rows=(0, 7))
-    assert maps.shape == (2, 2, 2, 30)
-    o = torch.einsum("bhrn,bnhd->brhd", maps, v)
-    torch.testing.assert_close(o, reference.attention(q, k, v)[:, [0, 7]])
-
-
 @pytest.mark.parametrize("N", [197, 257, 577, 785, 1029, 1370])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_tails_are_cut_to_size(N: int, arch: int) -> None:

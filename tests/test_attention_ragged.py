@@ -140,15 +140,30 @@ def test_any_shape(data: st.DataObject, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("rows", [(0,), (0, 7, -1), tuple(range(40))], ids=len)
-def test_maps(rows: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("lse_known", [False, True])
+def test_maps(
+    rows: tuple[int, ...], lse_known: bool, dtype: torch.dtype, device: torch.device
+) -> None:
     q, k, _ = torch.randn(2, 70, 3, 2, 24, device=device).to(dtype).unbind(2)
     with fastvit.use_backend("triton"):
-        got = ops.attention_maps(q, k, rows=rows)
+        lse = ops.attention_lse(q, k) if lse_known else None
+        got = ops.attention_maps(q, k, lse, rows)
     truth = torch.einsum("brhd,bnhd->bhrn", q.double()[:, list(rows)], k.double()) * 24**-0.5
     eager = reference.attention_maps(q, k, reference.attention_lse(q, k), rows)
     assert got.shape == (2, 2, len(rows), 70) and got.dtype == torch.float32
     check("maps", got, eager, truth.softmax(-1), dtype)
     torch.testing.assert_close(got.sum(-1), torch.ones(2, 2, len(rows), device=device))
+
+
+@pytest.mark.parametrize("N", [1, 64, 300])
+def test_maps_of_one_head_shared_by_programs(N: int, device: torch.device) -> None:
+    """Scores that grow with the key, so that the running maximum moves."""
+    q, k = torch.randn(2, 1, N, 1, 16, device=device)
+    k += q[:, :1] * torch.arange(N, device=device)[:, None, None] / 100
+    with fastvit.use_backend("triton"):
+        got = ops.attention_maps(q, k, rows=(0, N - 1))
+    truth = reference.attention_maps(q.double(), k.double(), rows=(0, N - 1))
+    check("maps", got, reference.attention_maps(q, k, rows=(0, N - 1)), truth.double())
 
 
 def test_maps_sum_to_the_output(device: torch.device) -> None:

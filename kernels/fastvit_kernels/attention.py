@@ -97,7 +97,7 @@ def plan_fwd(
     config = tuned.attention("fwd", D, dtype, arch, dropout)
     if heads * triton.cdiv(N, config.BLOCK_M) < sms:
         config = tuned.attention("fwd_small", D, dtype, arch, dropout)
-    sizes = _sizes("M", config, "N", N, ragged)
+    sizes = _sizes("M", config, "N", N, ragged, 2)
     return Launch(_attention_fwd_kernel, _programs(N, sizes, "M", ragged), sizes, config)
 
 
@@ -123,8 +123,10 @@ def plan_bwd(
     if not tuned.attention("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
         beside = ""
     dq, dkv = (tuned.attention(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))
-    dq_sizes = _sizes("M", dq, "N", N, ragged, "STEP_")
-    dkv_sizes = _sizes("N", dkv, "M", N, ragged, "STEP_")
+    # Tiles of several blocks of columns leave no registers for a tail in two pieces.
+    pieces = 2 if D <= 64 else 1
+    dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, "STEP_")
+    dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_")
     programs = [_programs(N, dq_sizes, "M", ragged), _programs(N, dkv_sizes, "N", ragged)]
     if beside:
         constants = {"PART": "both"} | dq_sizes | dkv_sizes
@@ -146,14 +148,20 @@ def _resident(N: int, config: tuned.Config) -> dict[str, Any]:
 
 
 def _sizes(
-    owned: str, config: tuned.Config, walked: str, N: int, ragged: bool, step: str = ""
+    owned: str,
+    config: tuned.Config,
+    walked: str,
+    N: int,
+    ragged: bool,
+    pieces: int,
+    step: str = "",
 ) -> dict[str, int]:
     """Tiles of a kernel whose programs each own rows of one side and walk over the other."""
     blocks = {"M": config.BLOCK_M, "N": config.BLOCK_N}
     sizes = {}
     for side, prefix in ((owned, ""), (walked, step)):
         block = blocks[side]
-        tail = block if ragged else round_up(N % block, 2, block)
+        tail = block if ragged else round_up(N % block, pieces, block)
         names = (f"BLOCK_{side}", f"TAIL_{side}")
         if prefix:
             names = (f"STEP_{side}", f"STEP_TAIL_{side}")

@@ -143,7 +143,8 @@ def run_attention_options(D: int, B: int = 256, N: int = 197, H: int = 12) -> No
         attention._bwd(o, q, k, v, o, lse, 0.125, *options)
     q, k, _ = rows.unbind(2)
     lse = new(B, H, N, dtype=torch.float32)
-    attention_maps._maps(q, k, lse, new(1, dtype=torch.int32), 0.125)
+    for known in (lse, None):
+        attention_maps._maps(q, k, known, new(1, dtype=torch.int32), 0.125)
     weight, table = new(D, dtype=torch.float32), new(N - 1, D // 2, dtype=torch.float32)
     for weights, tables, norm, interleaved in (
         ([weight] * 4, [table] * 2, "layernorm", False),
@@ -225,10 +226,11 @@ def describe(case: aot.Case) -> str:
         words += pointers
     else:
         words += [" ".join([kind, *names]) for kind, names in sorted(pointers.items())]
+    given = {"seed_ptr": "dropout", "cos_ptr": "rope"}
+    if case.name == "attention_maps":
+        given = {"lse_ptr": "lse"}
     types = dict(case.types)
-    words += [
-        word for name, word in (("seed_ptr", "dropout"), ("cos_ptr", "rope")) if name in types
-    ]
+    words += [word for name, word in given.items() if name in types]
     if constants.get("PRECISION") == "tf32":
         words.append("tf32")
     if "COMPUTE" in constants:

@@ -260,9 +260,8 @@ def attention(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool 
     if dtype == torch.float32 and arch != 0:
         return Config(0, 0) if one_launch else table["float32"]
     widths = ("_112",) * (80 < D <= 112) + ("_128",) * (D > 64) + ("",)
-    if dropout:
-        widths = (*(f"{width}_dropout" for width in widths), *widths)
-    names = (kernel + width for width in widths)
+    kinds = ("_dropout", "") if dropout else ("",)
+    names = (kernel + width + kind for width in widths for kind in kinds)
     return next((table[name] for name in names if name in table), Config(0, 0))
 
 
@@ -280,3 +279,11 @@ def attention_qk_groups(blocks: int, H: int, device_index: int | None) -> int:
 def attention_qk_run(blocks: int, device_index: int | None) -> int:
     """Blocks of tokens that a program walks over in backward: two waves of four CTAs an SM."""
     return -(-2 * blocks // (8 * num_sms(device_index)))
+
+
+def attention_maps_splits(programs: int, tiles: int, device_index: int | None) -> int:
+    """Programs that share the keys, `tiles` tiles of them, of a few rows: a power of two."""
+    splits = 1
+    while 2 * splits <= tiles and 2 * splits * programs <= 2 * num_sms(device_index):
+        splits *= 2
+    return splits

@@ -559,7 +559,8 @@ class ViT(nn.Module):
                 qkv, options = attn.project(x, block.norm1), attn.qk_options(rope)
                 q, k = ops.qk_norm_rope(qkv, **options) if options else qkv.unbind(2)[:2]
                 maps[i] = ops.attention_maps(q, k, rows=rows)
-            x = block(x, rope)
+            if i < max(wanted):
+                x = block(x, rope)
         return torch.stack([maps[i] for i in wanted], dim=1)
 
 

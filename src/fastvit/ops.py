@@ -283,8 +283,8 @@ def attention_maps(
 ) -> Tensor:
     """Chosen rows of softmax(q k^T * scale), without the other rows and without a gradient.
 
-    q, k: (B, N, H, D); lse: (B, H, N), of `attention_lse`, made here where it is not given; rows:
-    indices into N, negative ones from the end. Returns (B, H, len(rows), N) float32.
+    q, k: (B, N, H, D); lse: (B, H, N), of `attention_lse`, where it is known; rows: indices into N,
+    negative ones from the end. Returns (B, H, len(rows), N) float32.
     """
     op = "attention_maps"
     _rank(op, "q", q, 4)
@@ -294,7 +294,6 @@ def attention_maps(
     if wrong:
         raise ValueError(f"{op}: rows {wrong} are out of range for {N} tokens")
     rows = [row % N for row in rows]
-    lse = attention_lse(q, k, scale) if lse is None else lse
     _shaped(op, "lse", lse, (B, H, N))
     dtype = _compute_dtype(op, "q", q, k=k)
     if choose_triton(op, q, dtype, limits.attention(D, scale)):

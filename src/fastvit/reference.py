@@ -208,23 +208,20 @@ def attention_lse(
 
 
 def attention_maps(
-    q: Tensor, k: Tensor, lse: Tensor, rows: Sequence[int] = (0,), scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    rows: Sequence[int] = (0,),
+    scale: float | None = None,
 ) -> Tensor:
-    """Chosen rows of the probabilities whose log sum exp is lse: exp(q[rows] k^T * scale - lse).
+    """Chosen rows of softmax(q k^T * scale), from their log sum exp where it is known.
 
-    q, k: (B, N, H, D); lse: (B, H, N), as attention gives it -> (B, H, len(rows), N) float32.
+    q, k: (B, N, H, D); lse: (B, H, N), as `attention_lse` gives it -> (B, H, len(rows), N) float32.
     """
-    scores = torch.einsum("brhd,bnhd->bhrn", q[:, list(rows)], k) * _scale(q, scale)
+    scores = torch.einsum("brhd,bnhd->bhrn", q[:, list(rows)] * _scale(q, scale), k)
+    if lse is None:
+        return scores.float().softmax(-1)
     return (scores - lse[:, :, list(rows), None]).exp().float()
-
-
-def attention_rows(
-    q: Tensor, k: Tensor, rows: Sequence[int] = (0,), scale: float | None = None
-) -> Tensor:
-    """Chosen rows of softmax(q k^T * scale). q, k: (B, N, H, D) -> (B, H, len(rows), N)."""
-    q = q[:, list(rows)] * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.einsum("brhd,bnhd->bhrn", q, k)
-    return scores.float().softmax(-1)
 
 
 def linear_residual(
