@@ -1,5 +1,7 @@
 """Attention over padded keys and packed images, and its maps: against float64 and one another."""
 
+from typing import Any
+
 import pytest
 import torch
 from checks import check
@@ -127,15 +129,38 @@ def test_order_of_keys_does_not_matter(data: st.DataObject, device: torch.device
     )
 
 
+@examples(25)
+@given(data=st.data())
+def test_appending_masked_tokens_changes_nothing(data: st.DataObject, device: torch.device) -> None:
+    N, extra = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 150))
+    D = 8 * data.draw(st.integers(2, 16))
+    qkv = torch.randn(2, N + extra, 3, 1, D, device=device)
+    lengths = torch.tensor([N, N], device=device)
+    with fastvit.use_backend("triton"):
+        padded = ops.attention_qkv(qkv, key_padding=lengths)[:, :N]
+    alone = qkv[:, :N]
+    eager, truth = reference.attention_qkv(alone), reference.attention_qkv(alone.double())
+    check(f"N {N} + {extra} D {D}", padded, eager, truth)
+
+
 @pytest.mark.slow
 @examples(500)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject, device: torch.device) -> None:
-    N, D = data.draw(st.integers(1, 300)), 8 * data.draw(st.integers(2, 16))
+    """Any length, head dim and dtype; keys padded or not; q and k normed, turned, both or not."""
+    N, D = data.draw(st.integers(2, 300)), 8 * data.draw(st.integers(2, 16))
     B, H = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
-    check_parity(
-        "attention_qkv", {"qkv": leaf(B, N, 3, H, D)}, data.draw(st.sampled_from(DTYPES)), device
-    )
+    args: dict[str, Any] = {"qkv": leaf(B, N, 3, H, D)}
+    if data.draw(st.booleans()):
+        args["key_padding"] = torch.tensor([data.draw(st.integers(0, N)) for _ in range(B)])
+    if data.draw(st.booleans()):
+        angles = torch.randn(data.draw(st.integers(1, N)), D // 2)
+        args |= {"cos": angles.cos(), "sin": angles.sin()}
+        args["interleaved"] = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        args["norm_kind"] = data.draw(st.sampled_from(["layernorm", "rmsnorm"]))
+        args |= {"q_weight": leaf(D), "k_weight": leaf(D)}
+    check_parity("attention_qkv", args, data.draw(st.sampled_from(DTYPES)), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -190,8 +190,8 @@ def layernorm_bwd(M: int, C: int, device_index: int | None) -> tuple[Config, int
 
 # Attention. "fwd_resident" and "bwd_.._keys" hold every key of a row, at most BLOCK_N of them; the
 # others walk over the keys (fwd, dq) or over the queries (dkv) in blocks. "_128" serves head dims
-# over 64, "_112" those over 80 that are several blocks of columns, "_dropout" rows with dropout,
-# whose random numbers take registers.
+# over 64, "_112" those over 80 that are several blocks of columns, "_72" that one alone; "_dropout"
+# rows with dropout, whose random numbers take registers.
 _ATTENTION_MMA = {
     "fwd_resident": Config(32, 256, num_warps=4, num_stages=1),
     "fwd_resident_128": Config(64, 64, num_warps=4, num_stages=1),
@@ -259,7 +259,7 @@ def attention(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool 
     one_launch = any(word in kernel for word in ("resident", "keys", "beside"))
     if dtype == torch.float32 and arch != 0:
         return Config(0, 0) if one_launch else table["float32"]
-    widths = ("_112",) * (80 < D <= 112) + ("_128",) * (D > 64) + ("",)
+    widths = (f"_{D}", *("_112",) * (80 < D <= 112), *("_128",) * (D > 64), "")
     kinds = ("_dropout", "") if dropout else ("",)
     names = (kernel + width + kind for width in widths for kind in kinds)
     return next((table[name] for name in names if name in table), Config(0, 0))
