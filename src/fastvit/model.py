@@ -574,10 +574,13 @@ class ViT(VitPytorchNames, nn.Module):
         for i, block in enumerate(list(self.blocks)[: max(wanted) + 1]):
             if i in wanted:
                 assert isinstance(block, Block)
-                qkv, _ = block.attn.project(x, block.norm1)
-                q, k, _ = block.attn.split(qkv, rope)
+                attn = block.attn
+                qkv, _ = attn.project(x, block.norm1)
+                options = attn.qk_options(rope)
+                q, k = ops.qk_norm_rope(qkv, **options) if options else qkv.unbind(2)[:2]
                 maps[i] = ops.attention_maps(q, k, rows=rows)
-            x = block(x, rope)
+            if i < max(wanted):
+                x = block(x, rope)
         return torch.stack([maps[i] for i in wanted], dim=1)
 
 
