@@ -90,6 +90,18 @@ def _split(ops: list[dict], title: str, name: str) -> None:
     _save(figure, f"time by op, {title}", name)
 
 
+def curves(row: dict, name: Path) -> None:
+    """The loss of a training run, ours among the seeds of eager."""
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for i, curve in enumerate(row["loss_eager"]):
+        label = "eager, same start" if i == 0 else "eager, other seeds" if i == 1 else None
+        axis.plot(curve, color="black" if i == 0 else PEER, linewidth=0.8, label=label)
+    axis.plot(row["loss"], color=OURS, linewidth=0.8, linestyle="--", label=row["ours"])
+    axis.set(xlabel="step", ylabel="loss")
+    axis.legend(fontsize=7)
+    _save(figure, f"{row['model']}, bf16, batch {row['batch']}", str(name))
+
+
 def _save(figure: Any, title: str, name: str) -> None:
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()

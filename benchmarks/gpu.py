@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
 sys.path[:0] = PATHS
 RESULTS = ROOT / "benchmarks" / "results"
+if "--cpu" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 # After these the CUDA context is lost and everything behind it would fail too.
 FATAL = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
 
@@ -72,7 +74,7 @@ def chosen_steps(args: argparse.Namespace) -> list[Any]:
     torchvision_shim.install()
     from benchmarks import gpu_steps
 
-    found = gpu_steps.steps(torch.device("cpu" if args.cpu else "cuda"))
+    found = gpu_steps.steps(torch.device("cpu" if args.cpu else "cuda"), args.out)
     found = [*gpu_steps.faults(), *found] if args.faults else found
     parts = [p for p in args.only.split(",") if p]
     known = {s.part for s in found} | set(gpu_steps.PARTS)
@@ -96,8 +98,9 @@ def work(args: argparse.Namespace) -> int:
     import torchvision_shim
 
     torchvision_shim.install()
-    from benchmarks import harness, machine
+    from benchmarks import harness, machine, report
 
+    machine.die_with_parent()
     device = torch.device("cpu" if args.cpu else "cuda")
     path = result_path(args)
     result = read_json(path, {"steps": {}})
@@ -127,6 +130,10 @@ def work(args: argparse.Namespace) -> int:
         result["steps"][step.key] = record
         write_json(path, result)
         (args.out / "running.json").unlink(missing_ok=True)
+        try:
+            path.with_suffix(".md").write_text(report.device_report(result))
+        except Exception as error:
+            print(f"the report could not be written: {harness.describe(error)}", flush=True)
         if any(word in json.dumps(record) for word in FATAL):
             return 3
     return 0

@@ -132,8 +132,8 @@ def test_models_agree_or_are_not_timed(kind: str) -> None:
             module.get_parameter("blocks.1.mlp.fc2.weight").mul_(1.05)
         return module
 
-    def truth_is_timm(entry, module, task):
-        return models._seeded(models._timm, task.size)
+    def truth_is_timm(entry, module, task, device):
+        return models.seeded(models._timm, task.size, device)
 
     entries = [
         *(e for e in models.entries(CPU) if not e.absent),
