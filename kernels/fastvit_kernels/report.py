@@ -85,10 +85,10 @@ def run(w: Workload) -> None:
 
     x, rows = new(M, w.dim, dtype=master), new(M, dtype=torch.float32)
     qkv_w, qkv_b = new(3 * w.dim, w.dim), new(3 * w.dim, dtype=master)
-    layernorm_linear._fwd(x, vector, vector, qkv_w, qkv_b, 1e-6)
-    layernorm_linear._bwd(
-        new(M, 3 * w.dim), x, rows, rows, vector, vector, qkv_w, qkv_w.to(master), qkv_b
-    )
+    norm = (rows, rows, vector, vector)
+    layernorm_linear._fwd(x, vector, vector, qkv_w, qkv_b, 1e-6, False)
+    qkv = (qkv_w, qkv_w.to(master), qkv_b)
+    layernorm_linear._bwd(new(M, 3 * w.dim), x, x, *norm, *qkv, False, True)
 
     q, k, v = new(w.batch, N, 3, w.heads, D).unbind(2)
     o, lse = attention._fwd(q, k, v, 0.125)
@@ -99,14 +99,15 @@ def run(w: Workload) -> None:
     branch = (layer_scale, path_scale, N)
     proj, out = new(w.dim, w.dim), new(M, w.dim)
     linear_residual._fwd(out, proj, vector, x, *branch, master)
-    linear_residual._bwd(x, out, proj, proj.to(master), vector, *branch)
+    linear_residual._bwd(x, out, proj, proj.to(master), vector, *branch, True)
 
     fc1, fc1_b, fc2 = new(w.mlp_dim, w.dim), new(w.mlp_dim, dtype=master), new(w.dim, w.mlp_dim)
-    for tanh in (False, True):
-        layernorm_mlp._fwd(x, vector, vector, fc1, fc1_b, fc2, vector, *branch, 1e-6, tanh, master)
+    for act in ("gelu", "gelu_tanh", "quick_gelu"):
+        fc = (fc1, fc1_b, fc2, vector)
+        layernorm_mlp._fwd(x, vector, vector, *fc, *branch, 1e-6, False, act, True, master)
         fc1_saved, fc2_saved = (fc1, fc1.to(master), fc1_b), (fc2, fc2.to(master), vector)
-        saved = (x, new(M, w.mlp_dim), rows, rows, vector, vector, *fc1_saved, *fc2_saved)
-        layernorm_mlp._bwd(x, *saved, *branch, tanh)
+        saved = (x, new(M, w.mlp_dim), *norm, *fc1_saved, *fc2_saved)
+        layernorm_mlp._bwd(x, *saved, *branch, 1e-6, False, act, True)
 
 
 def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
@@ -133,6 +134,9 @@ def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
 _WORDS = {
     "PROLOGUE": "{}",
     "EPILOGUE": "{}",
+    "ACTIVATION": "{}",
+    "B_TRANSPOSED": "b^T",
+    "stride_bk": "b^T",  # a constant where it is 1
     "D": "D{}",
     "KEYS": "keys {}",
     "TAIL_M": "tail_m {}",
@@ -140,17 +144,18 @@ _WORDS = {
     "SPLITS": "splits {}",
     "P_H": "patch {}",
     "VEC": "vec {}",
-    "TANH": "tanh",
-    "HAS_RESIDUAL": "residual",
-    "HAS_LAYER_SCALE": "ls",
-    "HAS_PATH_SCALE": "path",
+    "RMS": "rms",
 }
+# Pointers whose absence compiles to less.
+_OPTIONAL = {"y", "h", "g", "residual", "layer_scale", "slabs2", "norm_rows"}
 _ALWAYS_FLOAT32 = {"mean", "rstd", "lse", "delta", "path_scale", "slabs", "db_slabs"}
 
 
 def describe(case: aot.Case) -> str:
     """What tells one case of a kernel from another, on one line."""
     constants = dict(case.constants)
+    if constants.get("EPILOGUE") not in ("gelu", "dgelu"):
+        constants.pop("ACTIVATION", None)
     words = [word.format(constants[k]) for k, word in _WORDS.items() if constants.get(k)]
     specialized = {p.name for p in case.kernel.params if not p.do_not_specialize}
     ragged = {name for name, kind in case.types if kind == "i32"} & specialized & {"N", "K", "C"}
@@ -160,11 +165,13 @@ def describe(case: aot.Case) -> str:
     words.append("x".join(str(b) for b in blocks if b))
     pointers: dict[str, list[str]] = {}
     for name, kind in case.types:
-        name = name.removesuffix("_ptr")
+        name = name.removesuffix("_ptr").removesuffix("_desc")
+        kind = kind.replace("tensordesc<", "*").partition("[")[0]
         if kind.startswith("*") and name not in _ALWAYS_FLOAT32:
             pointers.setdefault(kind[1:], []).append(name)
     if len(pointers) == 1:
-        words += pointers
+        ((kind, names),) = pointers.items()
+        words += [kind, *(name for name in names if name in _OPTIONAL)]
     else:
         words += [" ".join([kind, *names]) for kind, names in sorted(pointers.items())]
     if constants.get("PRECISION") == "tf32":

@@ -105,7 +105,7 @@ class AttentionHalf(NamedTuple):
         """x: (B, N, C) -> (B, N, C)."""
         weight, bias = self._in_projection()
         norm, proj = self.norm, self.proj
-        qkv = ops.layernorm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps)
+        qkv, x = ops.layernorm_linear_fork(x, norm.weight, norm.bias, weight, bias, norm.eps)
         o = ops.attention_qkv(qkv.unflatten(-1, (3, self.heads, -1)), self.scale)
         gamma, path = _gamma(self.layer_scale), path_scale(self.drop_path, x)
         return ops.linear_residual(o.flatten(2), proj.weight, proj.bias, x, gamma, path)

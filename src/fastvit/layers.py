@@ -35,6 +35,7 @@ class RMSNorm(nn.RMSNorm):
 
     kind = "rmsnorm"
     bias = None
+    eps: float
 
 
 Norm = LayerNorm | RMSNorm
@@ -160,7 +161,7 @@ class Attention(nn.Module):
         rope: Tables | None = None,
     ) -> Tensor:
         dropout, proj_dropout = (self.dropout, self.proj_dropout) if self.training else (0.0, 0.0)
-        qkv = self.project(x, norm)
+        qkv, x = self.project(x, norm)
         if self.q_norm is None and rope is None:
             o = ops.attention_qkv(qkv, dropout=dropout)
         else:
@@ -169,15 +170,15 @@ class Attention(nn.Module):
             o.flatten(2), self.proj.weight, self.proj.bias, x, layer_scale, path_scale, proj_dropout
         )
 
-    def project(self, x: Tensor, norm: Norm) -> Tensor:
-        """q, k, v of norm(x), packed: (B, N, C) -> (B, N, 3, H, D)."""
+    def project(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """q, k, v of norm(x), packed, and x itself: (B, N, C) -> (B, N, 3, H, D), (B, N, C)."""
         bias = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = ops.layernorm_linear(
+        qkv, x = ops.layernorm_linear_fork(
             x, norm.weight, norm.bias, self.qkv.weight, bias, norm.eps, norm.kind
         )
-        return qkv.unflatten(-1, (3, self.heads, self.dim_head))
+        return qkv.unflatten(-1, (3, self.heads, self.dim_head)), x
 
     def split(self, qkv: Tensor, rope: Tables | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as attention takes them, normed and turned: three (B, N, H, D)."""
@@ -205,7 +206,7 @@ class Mlp(nn.Module):
         activation: str = "gelu",
     ) -> None:
         super().__init__()
-        self.dropout, self.activation = dropout, activation
+        self.dropout, self.activation, self.save = dropout, activation, "all"
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
@@ -231,6 +232,7 @@ class Mlp(nn.Module):
             self.activation,
             self.dropout if self.training else 0.0,
             norm.kind,
+            self.save,
         )
 
 
@@ -271,9 +273,10 @@ class SwiGlu(nn.Module):
         path_scale: Tensor | None = None,
     ) -> Tensor:
         weight, bias = self._in_projection()
-        hidden = ops.swiglu(
-            ops.layernorm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps, norm.kind)
+        hidden, x = ops.layernorm_linear_fork(
+            x, norm.weight, norm.bias, weight, bias, norm.eps, norm.kind
         )
+        hidden = ops.swiglu(hidden)
         dropout = self.dropout if self.training else 0.0
         if dropout:
             hidden = nn.functional.dropout(hidden, dropout)

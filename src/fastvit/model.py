@@ -332,7 +332,7 @@ class ViT(nn.Module):
 
     def positions(self, grid: Grid) -> tuple[Tensor | None, Tensor | None]:
         """The position of each patch of the grid (m, dim), and the prefix tokens (P, dim)."""
-        tokens = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = torch.cat(tokens, dim=1)[0] if tokens else None
         if self.pos_embed is None:
             return None, prefix
@@ -512,6 +512,16 @@ class ViT(nn.Module):
         """Keep only each block's input for backward and recompute the rest."""
         self.grad_checkpointing = enable
 
+    def set_mlp_recompute(self, enable: bool = True) -> None:
+        """Keep no hidden activation of the MLPs for backward: fc1 is run once more there.
+
+        Saves mlp_dim values a token and block, at least a third of what a block of ViT-B keeps, for
+        a tenth more arithmetic. SwiGLU keeps its own.
+        """
+        for module in self.modules():
+            if isinstance(module, Mlp):
+                module.save = "recompute" if enable else "all"
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that optimizers should not decay, beside biases and norms."""
         return {"pos_embed", "cls_token", "reg_token"}
@@ -552,10 +562,11 @@ class ViT(nn.Module):
                 raise ValueError(f"rows must be 'cls', 'all' or indices, got {rows!r}")
             rows = (0,) if rows == "cls" else range(x.shape[1])
         maps = {}
-        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for i, block in enumerate(list(self.blocks)[: max(wanted) + 1]):
             if i in wanted:
                 assert isinstance(block, Block)
-                q, k, _ = block.attn.split(block.attn.project(x, block.norm1), rope)
+                qkv, _ = block.attn.project(x, block.norm1)
+                q, k, _ = block.attn.split(qkv, rope)
                 maps[i] = ops.attention_maps(q, k, rows=rows)
             x = block(x, rope)
         return torch.stack([maps[i] for i in wanted], dim=1)
