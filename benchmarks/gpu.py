@@ -85,9 +85,9 @@ def chosen_steps(args: argparse.Namespace) -> list[Any]:
 
 
 def done(result: dict, step: Any, code: str, args: argparse.Namespace) -> bool:
-    """Whether a step's result is there, from this code; with --again only from this run."""
+    """Whether a step's result is there, whole and from this code; with --again from this run."""
     old = result["steps"].get(step.key)
-    if old is None:
+    if old is None or any(row.get("unfinished") for row in old.get("rows", ())):
         return False
     return old["when"] >= args.start if args.again else old["code"] == code
 
@@ -143,7 +143,7 @@ def drive(args: argparse.Namespace) -> None:
     """Keep a worker going; end and record a step that outlives its limit or kills its process."""
     from benchmarks import machine
 
-    running = args.out / "running.json"
+    running, pid = args.out / "running.json", args.out / "worker.pid"
     running.unlink(missing_ok=True)
     path = result_path(args)
     forward = [a for a in sys.argv[1:] if a != "--worker"]
@@ -153,10 +153,12 @@ def drive(args: argparse.Namespace) -> None:
         env = {**os.environ, "FASTVIT_BENCH_START": str(args.start)}
         env["PYTHONPATH"] = os.pathsep.join([*PATHS, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         worker = subprocess.Popen(command, env=env, start_new_session=True)
+        pid.write_text(str(worker.pid))
         try:
             why = watch(worker, running, args.start + args.budget)
         finally:
             end(worker)
+            pid.unlink(missing_ok=True)
         lost = read_json(running, None)
         running.unlink(missing_ok=True)
         if lost is not None:

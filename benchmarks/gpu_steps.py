@@ -86,7 +86,12 @@ def steps(device: torch.device, out: Path) -> list[Step]:
         *(_infer(base, batch, "compiled") for batch in batches[:-1]),
         *later,
         *(_infer(size, batch) for size in others for batch in batches[::-1]),
-        Step("numerics", "training curve", 300, lambda d, _: numerics.curves(d, numerics.STEPS)),
+        Step(
+            "numerics",
+            "training curve",
+            300,
+            lambda d, _: numerics.curves(d, numerics.STEPS if cuda else 10, 5 if cuda else 2),
+        ),
         _model("autotune", Task("train", base, base.batch, torch.bfloat16), "max-autotune", 300),
         *(
             Step("autotune", f"{case.key} compiled", 120, _op(case, compiled=True))
@@ -142,7 +147,8 @@ def _tune(line: tune.Line, out: Path) -> Callable[..., list[dict]]:
         seconds, budget = (0.05, 100) if device.type == "cuda" else (0.01, 2)
         path = tune.result_path(out, device)
         record = tune.tune(line, path, device, seconds, time.time() + budget)
-        return [{"kind": "tuned line", "line": tune.printed(line, record, device)}]
+        row = {"kind": "tuned line", "line": tune.printed(line, record, device)}
+        return [row | {"unfinished": not record.get("finished", True)}]
 
     return run
 

@@ -77,6 +77,7 @@ def run(
     ceilings: Ceilings,
     seconds: float,
     chosen: list[Entry] | None = None,
+    rounds: tuple[int, int] = (3, 60),
 ) -> list[dict]:
     """One row per entry: parity on a small batch, then steps timed interleaved, then memory."""
     harness.release(device)
@@ -115,7 +116,7 @@ def run(
         if "status" in row:
             steps.pop(entry.name, None)
             harness_free(device)
-    samples = harness.measure(steps, device, seconds, rounds=(3, 60))
+    samples = harness.measure(steps, device, seconds, rounds=rounds)
     for name, step in steps.items():
         rows[name] |= _timed(task, samples[name], ceilings)
         # A captured graph allocates once, before; compiled code keeps other tensors.

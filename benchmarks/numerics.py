@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
@@ -189,7 +190,7 @@ def curves(device: torch.device, steps: int = STEPS, seeds: int = SEEDS) -> list
     from sklearn.datasets import load_digits
 
     arguments, batch = digits_vit(device)
-    digits = load_digits()
+    digits: Any = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None].to(device) / 8 - 1
     labels = torch.tensor(digits.target).to(device)
     held = len(images) // 5

@@ -35,6 +35,7 @@ torchvision_shim.install()
 
 from fastvit_kernels import tuned
 from fastvit_kernels.tuned import Config
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import fastvit
@@ -51,12 +52,18 @@ from benchmarks.gpu import read_json, write_json
 from benchmarks.harness import Case, Provider
 
 GAIN = 0.99  # of the time: what a change must beat to be more than noise
-FIELDS = {
-    "GEMM": ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "GROUP_M", "SUBTILES"),
-    "GEMM_DW": ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"),
+TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+FIELDS = {  # of the tables whose kernels do not use all of them
+    "GEMM_DW": TILES,
     "ATTENTION": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
 }
-BOUNDS = {"num_warps": (1, 16), "num_stages": (1, 6), "GROUP_M": (1, 32), "SUBTILES": (1, 2)}
+BOUNDS = {
+    "num_warps": (1, 16),
+    "num_stages": (1, 6),
+    "GROUP_M": (1, 32),
+    "SUBTILES": (1, 8),
+    "CTAS": (1, 2),  # of a persistent kernel
+}
 TILE = 128 * 256  # accumulators that fit the registers of one program
 
 
@@ -91,9 +98,14 @@ class Line:
 
 def lines(arch: int) -> list[Line]:
     """Every line that serves this architecture; one without a tile says that no kernel serves."""
+    tables = [
+        name
+        for name, table in vars(tuned).items()
+        if isinstance(table, dict) and isinstance(table.get(tuned.DEFAULT), dict)
+    ]
     found = [
         Line(table, arch, name)
-        for table in FIELDS
+        for table in tables
         for name in tuned.look_up(getattr(tuned, table), arch)
     ]
     return [line for line in found if line.config.BLOCK_M]
@@ -102,7 +114,8 @@ def lines(arch: int) -> list[Line]:
 def neighbours(line: Line, config: Config) -> list[Config]:
     """One field halved or doubled; stages one more or less."""
     found = []
-    for field in FIELDS[line.table]:
+    extra = ("GROUP_M", "SUBTILES", *(("CTAS",) if getattr(config, "tma", False) else ()))
+    for field in FIELDS.get(line.table, TILES + extra):
         value = getattr(config, field)
         # How many keys a kernel holds is part of when it serves, not of how fast it is.
         if value == 0 or (field == "BLOCK_N" and re.search("resident|keys", line.name)):
@@ -199,7 +212,7 @@ def search(
         record |= {"standing": standing, "tried": {}, "best": standing, "finished": False}
     tried = record["tried"]
     tried.setdefault(standing, {"status": "ok", "ratio": 1.0})
-    best = _parse(record["best"])
+    best = parse(record["best"])
     while not record["finished"]:
         around = neighbours(line, best)
         fresh = [config for config in around if literal(config) not in tried]
@@ -220,7 +233,8 @@ def search(
     return record
 
 
-def _parse(text: str) -> Config:
+def parse(text: str) -> Config:
+    """The inverse of `literal`."""
     return eval(text, {"Config": Config})
 
 
@@ -234,10 +248,11 @@ def workloads(device: torch.device) -> list[Case]:
             bench_attention.case(device, 1, 33, 1, 16, f16, True),
         ]
     bf16, f32 = torch.bfloat16, torch.float32
-    shapes = [("B", 256, 768, bf16), ("L", 128, 1024, bf16), ("B", 1, 768, bf16)]
-    shapes.append(("B", 8, 768, f32))
-    tokens = ((256, 197, 12, 64), (512, 50, 12, 64), (1, 197, 12, 64), (64, 577, 16, 64))
-    tokens = (*tokens, (64, 257, 16, 80), (16, 577, 12, 128))
+    sizes = (("B", 256, 768), ("L", 128, 1024), ("S", 256, 384), ("B", 8, 768), ("B", 1, 768))
+    shapes = [*((*size, bf16) for size in sizes), ("S", 8, 384, bf16), ("B", 8, 768, f32)]
+    tokens = [(256, 197, 12, 64), (512, 50, 12, 64), (256, 128, 12, 64), (1, 197, 12, 64)]
+    tokens += [(64, 577, 16, 64), (1, 577, 12, 64), (64, 257, 16, 80), (512, 50, 12, 80)]
+    tokens += [(256, 128, 12, 80), (16, 577, 12, 128)]
     passes = (False, True)
     return [
         *(m.case(device, *shape, passed) for shape in shapes for m in rows for passed in passes),
@@ -246,43 +261,31 @@ def workloads(device: torch.device) -> list[Case]:
     ]
 
 
-class _Watched(dict):
-    """A table's entries that note which of them are read."""
+def reads(case: Case, every: Sequence[Line], device: torch.device) -> set[str]:
+    """The keys of the lines that the launches of a workload are made with."""
+    seen: set[int] = set()
 
-    def __init__(self, entries: dict[str, Config], table: str, seen: set[str]) -> None:
-        super().__init__(entries)
-        self.table, self.seen = table, seen
+    def note(run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        seen.add(kwargs.get("num_stages", 0))
 
-    def __getitem__(self, name: str) -> Config:
-        self.seen.add(f"{self.table} {name}")
-        return super().__getitem__(name)
-
-
-def reads(case: Case, device: torch.device) -> set[str]:
-    """Which lines ("TABLE name") the launches of a workload read."""
-    seen: set[str] = set()
-    before = {table: dict(getattr(tuned, table)) for table in FIELDS}
-    try:
-        for table, by_arch in before.items():
-            watched = {a: _Watched(entries, table, seen) for a, entries in by_arch.items()}
-            getattr(tuned, table).update(watched)
-        with launching(lambda run, *args, **kwargs: None):
-            _run_once(case, device)
-    finally:
-        for table, by_arch in before.items():
-            getattr(tuned, table).update(by_arch)
-    return seen
+    with contextlib.ExitStack() as stack:
+        # A number of stages that no other line has marks each line; nothing is compiled.
+        for i, line in enumerate(every):
+            stack.enter_context(line.using(replace(line.config, num_stages=100 + i)))
+        stack.enter_context(launching(note))
+        _run_once(case, device)
+    return {line.key for i, line in enumerate(every) if 100 + i in seen}
 
 
 @contextlib.contextmanager
 def launching(how: Callable[..., Any]) -> Iterator[None]:
-    """Compiled kernels are launched by how(run, kernel, ...) in the body; interpreted as ever."""
-    run = JITFunction.run
-    JITFunction.run = functools.partialmethod(_pass_to, how, run)
-    try:
+    """In the body a kernel is launched by how(run, kernel, ...), `run` being what would do it."""
+    with contextlib.ExitStack() as stack:
+        kinds: tuple[Any, ...] = (JITFunction, InterpretedFunction)
+        for kind in kinds:
+            stack.callback(setattr, kind, "run", kind.run)
+            kind.run = functools.partialmethod(_pass_to, how, kind.run)
         yield
-    finally:
-        JITFunction.run = run
 
 
 def _pass_to(kernel: Any, how: Callable[..., Any], run: Any, *args: Any, **kwargs: Any) -> Any:
@@ -324,10 +327,11 @@ def _pool() -> Any:
 @functools.cache
 def _readers(device: torch.device) -> dict[str, list[int]]:
     """The workloads, by their place, whose launches read each line."""
+    every = lines(arch_of(device))
     found: dict[str, list[int]] = {}
     for i, case in enumerate(workloads(device)):
-        for name in reads(_with_kernel(case), device):
-            found.setdefault(name, []).append(i)
+        for key in reads(_with_kernel(case), every, device):
+            found.setdefault(key, []).append(i)
     return found
 
 
@@ -346,7 +350,7 @@ def tune(
         state = {"code": digest, "device": _device_name(device), "lines": {}}
     record = state["lines"].setdefault(line.key, {})
     every = workloads(device)
-    readers = _readers(device).get(f"{line.table} {line.name}", [])
+    readers = _readers(device).get(line.key, [])
     # A forward reads fewer lines than a backward, so it tells more about each.
     readers = ([i for i in readers if not every[i].backward] or readers)[:4]
     if not readers:
