@@ -170,7 +170,7 @@ def judge(
 ) -> dict[str, Any]:
     """Checked on every job, then timed in turn with the standing line: ratio is new over old."""
     for job in jobs:
-        with line.using(config):
+        with line.using(config), poisoned():
             provider = Provider("candidate", job.call)
             wrong = harness.check_provider(job.case, provider, job.args, job.eager, job.truth)
         if wrong:
@@ -184,6 +184,17 @@ def judge(
         ratios.append(statistics.median(new / old for new, old in pairs))
         ms[job.case.key] = {k: 1e3 * statistics.median(s.seconds) for k, s in samples.items()}
     return {"status": "ok", "ratio": math.exp(statistics.fmean(map(math.log, ratios))), "ms": ms}
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty holds NaN, so that no result is left over from a configuration before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
 
 
 def _with(line: Line, config: Config, step: Callable[[], Any]) -> Callable[[], Any]:
