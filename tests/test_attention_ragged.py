@@ -1,5 +1,7 @@
 """Attention over padded keys and packed images, and its maps: against float64 and one another."""
 
+from typing import Any
+
 import pytest
 import torch
 from checks import check
@@ -127,28 +129,66 @@ def test_order_of_keys_does_not_matter(data: st.DataObject, device: torch.device
     )
 
 
+@examples(25)
+@given(data=st.data())
+def test_appending_masked_tokens_changes_nothing(data: st.DataObject, device: torch.device) -> None:
+    N, extra = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 150))
+    D = 8 * data.draw(st.integers(2, 16))
+    qkv = torch.randn(2, N + extra, 3, 1, D, device=device)
+    lengths = torch.tensor([N, N], device=device)
+    with fastvit.use_backend("triton"):
+        padded = ops.attention_qkv(qkv, key_padding=lengths)[:, :N]
+    alone = qkv[:, :N]
+    eager, truth = reference.attention_qkv(alone), reference.attention_qkv(alone.double())
+    check(f"N {N} + {extra} D {D}", padded, eager, truth)
+
+
 @pytest.mark.slow
 @examples(500)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject, device: torch.device) -> None:
-    N, D = data.draw(st.integers(1, 300)), 8 * data.draw(st.integers(2, 16))
+    """Any length, head dim and dtype; keys padded or not; q and k normed, turned, both or not."""
+    N, D = data.draw(st.integers(2, 300)), 8 * data.draw(st.integers(2, 16))
     B, H = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
-    check_parity(
-        "attention_qkv", {"qkv": leaf(B, N, 3, H, D)}, data.draw(st.sampled_from(DTYPES)), device
-    )
+    args: dict[str, Any] = {"qkv": leaf(B, N, 3, H, D)}
+    if data.draw(st.booleans()):
+        args["key_padding"] = torch.tensor([data.draw(st.integers(0, N)) for _ in range(B)])
+    if data.draw(st.booleans()):
+        angles = torch.randn(data.draw(st.integers(1, N)), D // 2)
+        args |= {"cos": angles.cos(), "sin": angles.sin()}
+        args["interleaved"] = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        args["norm_kind"] = data.draw(st.sampled_from(["layernorm", "rmsnorm"]))
+        args |= {"q_weight": leaf(D), "k_weight": leaf(D)}
+    check_parity("attention_qkv", args, data.draw(st.sampled_from(DTYPES)), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("rows", [(0,), (0, 7, -1), tuple(range(40))], ids=len)
-def test_maps(rows: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("lse_known", [False, True])
+def test_maps(
+    rows: tuple[int, ...], lse_known: bool, dtype: torch.dtype, device: torch.device
+) -> None:
     q, k, _ = torch.randn(2, 70, 3, 2, 24, device=device).to(dtype).unbind(2)
     with fastvit.use_backend("triton"):
-        got = ops.attention_maps(q, k, rows=rows)
+        lse = ops.attention_lse(q, k) if lse_known else None
+        got = ops.attention_maps(q, k, lse, rows)
     truth = torch.einsum("brhd,bnhd->bhrn", q.double()[:, list(rows)], k.double()) * 24**-0.5
     eager = reference.attention_maps(q, k, reference.attention_lse(q, k), rows)
     assert got.shape == (2, 2, len(rows), 70) and got.dtype == torch.float32
     check("maps", got, eager, truth.softmax(-1), dtype)
     torch.testing.assert_close(got.sum(-1), torch.ones(2, 2, len(rows), device=device))
+
+
+@pytest.mark.parametrize("N", [1, 64, 300])
+def test_maps_of_one_head_shared_by_programs(N: int, device: torch.device) -> None:
+    """Scores that grow with the key, so that the running maximum moves."""
+    q, k = torch.randn(2, 1, N, 1, 16, device=device)
+    k += q[:, :1] * torch.arange(N, device=device)[:, None, None] / 100
+    with fastvit.use_backend("triton"):
+        got = ops.attention_maps(q, k, rows=(0, N - 1))
+    truth = reference.attention_maps(q.double(), k.double(), rows=(0, N - 1))
+    check("maps", got, reference.attention_maps(q, k, rows=(0, N - 1)), truth.double())
 
 
 def test_maps_sum_to_the_output(device: torch.device) -> None:

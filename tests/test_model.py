@@ -101,6 +101,21 @@ def test_initialisation_is_timms() -> None:
         torch.testing.assert_close(got, expected, rtol=0.15, atol=1e-7, msg=f"std of {name}")
 
 
+def test_reference_block_passes_gradcheck_in_float64() -> None:
+    """The oracle's own gradients against finite differences: input, every parameter, LayerScale."""
+    block = Block(8, 2, 4, 12, layer_scale=0.5).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    names = [name for name, _ in block.named_parameters()]
+
+    def forward(x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(block, dict(zip(names, params, strict=True)), (x,))
+
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    with fastvit.use_backend("reference"):
+        assert torch.autograd.gradcheck(forward, (x, *block.parameters()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_model_on_the_kernels(dtype: torch.dtype, device: torch.device) -> None:
     """Logits, loss and every parameter's gradient of a tiny ViT against float64."""

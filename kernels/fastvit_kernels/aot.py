@@ -49,6 +49,7 @@ _POINTEES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int32: "i32",
+    torch.int64: "i64",
     torch.uint8: "u8",
 }
 

@@ -10,13 +10,20 @@ q, k, v: (B, N, H, D), any strides, or packed (B, N, 3, H, D) and, for images of
 contiguous; lse: (B, H, N) float32.
 Saved for backward: q, k, v (or qkv), o and lse2. p is computed again, from lse, in backward.
 Forward: one launch, all keys held at once up to 256 of them (`attention_resident`), else an online
-softmax (`attention_long`). Backward: one launch up to 128 keys where heads are many; else dQ with
-delta (float32, of the shape of lse), then dK and dV. `tuned.ATTENTION` sets the limits.
+softmax (`attention_long`). Backward: one launch, with a program a head up to 128 keys where heads
+are many (`attention_resident`), with programs for dQ and for dK, dV side by side up to 384 keys
+(`attention_long_bwd`); beyond, dQ with delta (float32, of the shape of lse), then dK and dV.
+`tuned` sets the limits.
+Dropout zeroes p with probability `dropout` where it meets v, and scales what is left by 1 / (1 -
+dropout). The mask is a function of a seed, the head, the row and the key, computed again in
+backward. The seed is one number on the device, drawn by torch's generator of that device:
+torch.manual_seed repeats it, activation checkpointing restores it, and nothing waits for the CPU.
 Rows are cut into tiles that end at the next multiple of 16, so N = 197 costs 208 x 208 scores: the
 share of scores computed for nothing is 39 % at N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 4 % at
 785, 2 % at 1029 and 1 % at 1370.
-FLOPs: 4 B H N^2 D forward, 10 backward in one launch, 14 in two. Bytes: each of q, k, v, o once
-forward; q, k, v, o, do, dq, dk, dv once backward in one launch; tiles are read again from L2.
+FLOPs: 4 B H N^2 D forward, 10 backward where one program has a head, else 14. Bytes: each of q, k,
+v, o once forward; q, k, v, o, do, dq, dk, dv once backward in one launch, q, k, v and do twice in
+two; tiles are read again from L2.
 """
 
 from dataclasses import dataclass
@@ -27,11 +34,8 @@ import triton
 from torch import Tensor
 
 from fastvit_kernels import library, tuned
-from fastvit_kernels.attention_long import (
-    _attention_bwd_dkv_kernel,
-    _attention_bwd_dq_kernel,
-    _attention_fwd_kernel,
-)
+from fastvit_kernels.attention_long import _attention_fwd_kernel
+from fastvit_kernels.attention_long_bwd import _attention_bwd_kernel
 from fastvit_kernels.attention_resident import (
     _attention_bwd_resident_kernel,
     _attention_fwd_resident_kernel,
@@ -71,35 +75,65 @@ def round_up(n: int, pieces: int, largest: int) -> int:
 
 
 def plan_fwd(
-    heads: int, N: int, D: int, dtype: torch.dtype, ragged: bool, arch: int, sms: int
+    heads: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    ragged: bool,
+    arch: int,
+    sms: int,
+    dropout: bool = False,
 ) -> Launch:
-    """How the forward of `heads` = B * H rows of N tokens is launched."""
+    """How the forward of `heads` = B * H rows of N tokens is launched.
+
+    With dropout, whose Philox takes most of the time and many registers, no row is held whole.
+    """
     resident = tuned.attention("fwd_resident", D, dtype, arch)
-    if not ragged and N <= resident.BLOCK_N:
+    if not ragged and not dropout and N <= resident.BLOCK_N:
         # Few heads: every query tile its own program, though each then loads all keys.
         splits = triton.cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
         constants = _resident(N, resident) | {"SPLITS": splits}
         return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
-    config = tuned.attention("fwd", D, dtype, arch)
+    config = tuned.attention("fwd", D, dtype, arch, dropout)
     if heads * triton.cdiv(N, config.BLOCK_M) < sms:
-        config = tuned.attention("fwd_small", D, dtype, arch)
-    return _long(_attention_fwd_kernel, "BLOCK_M", config, N, ragged)
+        config = tuned.attention("fwd_small", D, dtype, arch, dropout)
+    sizes = _sizes("M", config, "N", N, ragged, 2)
+    return Launch(_attention_fwd_kernel, _programs(N, sizes, "M", ragged), sizes, config)
 
 
 def plan_bwd(
-    heads: int, N: int, D: int, dtype: torch.dtype, ragged: bool, arch: int, sms: int
+    heads: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    ragged: bool,
+    arch: int,
+    sms: int,
+    dropout: bool = False,
 ) -> list[Launch]:
-    """The backward: one launch where all keys are resident, else dQ and delta, then dK and dV."""
-    for kernel in () if ragged or heads * 2 <= sms else ("bwd_64_keys", "bwd_128_keys"):
+    """The backward: one launch for short rows, else dQ and delta, then dK and dV."""
+    several = ragged or dropout or heads * 2 <= sms
+    for kernel in () if several else ("bwd_64_keys", "bwd_128_keys"):
         resident = tuned.attention(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
             constants = _resident(N, resident)
             return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
-    dq = tuned.attention("dq", D, dtype, arch)
-    dkv = tuned.attention("dkv", D, dtype, arch)
+    # Philox keeps the arithmetic busy: nothing waits for memory then.
+    beside = "_beside" if N <= tuned.ATTENTION_SIDE_BY_SIDE and not dropout else ""
+    if not tuned.attention("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
+        beside = ""
+    dq, dkv = (tuned.attention(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))
+    # Tiles of several blocks of columns leave no registers for a tail in two pieces.
+    pieces = 2 if D <= 64 else 1
+    dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, "STEP_")
+    dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_")
+    programs = [_programs(N, dq_sizes, "M", ragged), _programs(N, dkv_sizes, "N", ragged)]
+    if beside:
+        constants = {"PART": "both"} | dq_sizes | dkv_sizes
+        return [Launch(_attention_bwd_kernel, sum(programs), constants, dq)]
     return [
-        _long(_attention_bwd_dq_kernel, "BLOCK_M", dq, N, ragged),
-        _long(_attention_bwd_dkv_kernel, "BLOCK_N", dkv, N, ragged),
+        Launch(_attention_bwd_kernel, count, {"PART": part} | dq_sizes | dkv_sizes, config)
+        for part, count, config in zip(("dq", "dkv"), programs, (dq, dkv), strict=True)
     ]
 
 
@@ -113,23 +147,44 @@ def _resident(N: int, config: tuned.Config) -> dict[str, Any]:
     }
 
 
-def _long(kernel: Any, owned: str, config: tuned.Config, N: int, ragged: bool) -> Launch:
-    """A kernel whose programs each own one tile of `owned` rows and walk over the other side."""
+def _sizes(
+    owned: str,
+    config: tuned.Config,
+    walked: str,
+    N: int,
+    ragged: bool,
+    pieces: int,
+    step: str = "",
+) -> dict[str, int]:
+    """Tiles of a kernel whose programs each own rows of one side and walk over the other."""
     blocks = {"M": config.BLOCK_M, "N": config.BLOCK_N}
-    constants = {f"BLOCK_{side}": block for side, block in blocks.items()}
-    for side, block in blocks.items():
-        constants[f"TAIL_{side}"] = block if ragged else round_up(N % block, 2, block)
-    block, tail = constants[owned], constants[owned.replace("BLOCK", "TAIL")]
-    programs = triton.cdiv(N, block)
-    if not ragged:
-        programs = N // block + tail // block + (tail % block).bit_count()
-    return Launch(kernel, programs, constants, config)
+    sizes = {}
+    for side, prefix in ((owned, ""), (walked, step)):
+        block = blocks[side]
+        tail = block if ragged else round_up(N % block, pieces, block)
+        names = (f"BLOCK_{side}", f"TAIL_{side}")
+        if prefix:
+            names = (f"STEP_{side}", f"STEP_TAIL_{side}")
+        sizes |= dict(zip(names, (block, tail), strict=True))
+    return sizes
 
 
-def _plan_facts(q: Tensor, N: int, batch: int, ragged: bool) -> tuple[Any, ...]:
+def _programs(N: int, sizes: dict[str, int], owned: str, ragged: bool) -> int:
+    block, tail = sizes[f"BLOCK_{owned}"], sizes[f"TAIL_{owned}"]
+    if ragged:
+        return triton.cdiv(N, block)
+    return N // block + tail // block + (tail % block).bit_count()
+
+
+def _plan_facts(q: Tensor, at: "_Layout", dropout: float) -> tuple[Any, ...]:
     device = q.device.index
-    heads = batch * q.shape[2]
-    return heads, N, q.shape[3], q.dtype, ragged, tuned.arch(device), tuned.num_sms(device)
+    facts = (at.batch * q.shape[2], at.longest, q.shape[3], q.dtype, at.ragged)
+    return *facts, tuned.arch(device), tuned.num_sms(device), dropout > 0
+
+
+def _dropout_args(dropout: float) -> tuple[int, float]:
+    """Which 32 random bits, as a signed integer, keep a score; what is kept is multiplied by."""
+    return int(dropout * 2**32) - 2**31, 1.0 / (1.0 - dropout)
 
 
 def strides_divisor(*tensors: Tensor) -> int:
@@ -185,6 +240,8 @@ def _fwd(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, N, H, D = q.shape
     o = q.new_empty((B, N, H, D))
@@ -192,7 +249,7 @@ def _fwd(
     if q.numel() == 0:
         return o, lse2
     at = _layout(q, lengths, cu_seqlens, max_seqlen)
-    launch = plan_fwd(*_plan_facts(q, at.longest, at.batch, at.ragged))
+    launch = plan_fwd(*_plan_facts(q, at, dropout))
     strides = (*at.strides(q), *at.strides(k), *at.strides(v))
     constants = _constants(q, k, v)
     if launch.kernel is _attention_fwd_resident_kernel:
@@ -201,19 +258,19 @@ def _fwd(
     launch(
         H,
         at.batch,
-        *(q, k, v, o, lse2, cu_seqlens, lengths),
+        *(q, k, v, o, lse2, cu_seqlens, lengths, seed),
         *strides,
         at.outer(o.stride(0)),
         at.outer(lse2.stride(0)),
         lse2.stride(1),
-        *(H, N, scale * _LOG2E),
+        *(H, at.longest, scale * _LOG2E, *_dropout_args(dropout)),
         **at.constants,
         **constants,
     )
     return o, lse2
 
 
-def _fwd_fake(q, k, v, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
+def _fwd_fake(q, k, v, scale, lengths=None, cu_seqlens=None, max_seqlen=0, dropout=0.0, seed=None):
     B, N, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
 
@@ -232,33 +289,36 @@ def _bwd_into(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int,
+    dropout: float,
+    seed: Tensor | None,
 ) -> None:
     """Write dq, dk and dv, whose strides are alike and whose heads lie side by side."""
     if q.numel() == 0:
         return
-    B, N, H, _ = q.shape
+    H = q.shape[2]
     at = _layout(q, lengths, cu_seqlens, max_seqlen)
-    launches = plan_bwd(*_plan_facts(q, at.longest, at.batch, at.ragged))
+    launches = plan_bwd(*_plan_facts(q, at, dropout))
     strides = [at.strides(t) for t in (q, k, v, do)]
     strides = [stride for group in strides for stride in group]
     constants = _constants(q, k, v, do, dq)
     dq_strides = (at.outer(dq.stride(0)), dq.stride(1))
-    scales = (scale, scale * _LOG2E)
-    if len(launches) == 1:
-        args = (q, k, v, o, do, lse2, dq, dk, dv, *strides, *dq_strides, H, N, *scales)
-        launches[0](H, B, *args, **constants)
+    sizes = (H, at.longest, scale, scale * _LOG2E)
+    if launches[0].kernel is _attention_bwd_resident_kernel:
+        args = (q, k, v, o, do, lse2, dq, dk, dv, *strides, *dq_strides, *sizes)
+        launches[0](H, at.batch, *args, **constants)
         return
-    delta = torch.empty_like(lse2)
-    lse_strides = (at.outer(lse2.stride(0)), lse2.stride(1))
-    constants |= at.constants
-    sequences = (cu_seqlens, lengths)
-    to_dq, to_dkv = launches
-    o_stride = at.outer(o.stride(0))
-    sizes = (*dq_strides, *lse_strides, H, N, *scales)
-    args = (q, k, v, o, do, lse2, delta, dq, *sequences, *strides[:12], o_stride, *strides[12:])
-    to_dq(H, at.batch, *args, *sizes, **constants)
-    args = (q, k, v, do, lse2, delta, dk, dv, *sequences, *strides)
-    to_dkv(H, at.batch, *args, *sizes, **constants)
+    delta = torch.empty_like(lse2) if len(launches) > 1 else None
+    strides += [at.outer(o.stride(0)), *dq_strides, at.outer(lse2.stride(0)), lse2.stride(1)]
+    sequences = (cu_seqlens, lengths, seed)
+    sizes += _dropout_args(dropout)
+    for launch in launches:
+        # What a part leaves alone it is not given: the traffic count reads its arguments.
+        part = launch.constants["PART"]
+        own_o = None if part == "dkv" else o
+        own_dq = None if part == "dkv" else dq
+        own_dk, own_dv = (None, None) if part == "dq" else (dk, dv)
+        args = (q, k, v, own_o, do, lse2, delta, own_dq, own_dk, own_dv, *sequences)
+        launch(H, at.batch, *args, *strides, *sizes, **at.constants, **constants)
 
 
 def _bwd(
@@ -272,14 +332,16 @@ def _bwd(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    args = (do, q, k, v, o, lse2, scale, lengths, cu_seqlens, max_seqlen)
+    args = (do, q, k, v, o, lse2, scale, lengths, cu_seqlens, max_seqlen, dropout, seed)
     _bwd_into(dq, dk, dv, *args)
     return dq, dk, dv
 
 
-def _bwd_fake(do, q, k, v, o, lse2, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
+def _bwd_fake(do, q, *_, **__):
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
@@ -292,14 +354,16 @@ def _bwd_qkv(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     dqkv = qkv.new_empty(qkv.shape)
-    args = (do, *qkv.unbind(2), o, lse2, scale, lengths, cu_seqlens, max_seqlen)
-    _bwd_into(*dqkv.unbind(2), *args)
+    args = (o, lse2, scale, lengths, cu_seqlens, max_seqlen, dropout, seed)
+    _bwd_into(*dqkv.unbind(2), do, *qkv.unbind(2), *args)
     return dqkv
 
 
-def _bwd_qkv_fake(do, qkv, o, lse2, scale, lengths=None, cu_seqlens=None, max_seqlen=0):
+def _bwd_qkv_fake(do, qkv, *_, **__):
     return qkv.new_empty(qkv.shape)
 
 
@@ -311,18 +375,26 @@ attention_qkv_bwd = library.register("attention_qkv_bwd", _bwd_qkv_fake)(_bwd_qk
 class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lengths: Tensor | None,
+        dropout: float,
+        seed: Tensor | None,
     ) -> Tensor:
-        o, lse2 = attention_fwd(q, k, v, scale, lengths)
-        ctx.save_for_backward(q, k, v, o, lse2, lengths)
-        ctx.scale = scale
+        o, lse2 = attention_fwd(q, k, v, scale, lengths, None, 0, dropout, seed)
+        ctx.save_for_backward(q, k, v, o, lse2, lengths, seed)
+        ctx.scale, ctx.dropout = scale, dropout
         return o
 
     @staticmethod
     @library.first_order
     def backward(ctx: Any, do: Tensor) -> Any:
-        *saved, lengths = ctx.saved_tensors
-        return *attention_bwd(do, *saved, ctx.scale, lengths), None, None
+        *saved, lengths, seed = ctx.saved_tensors
+        grads = attention_bwd(do, *saved, ctx.scale, lengths, None, 0, ctx.dropout, seed)
+        return *grads, *[None] * 4
 
 
 class AttentionQKVFunction(torch.autograd.Function):
@@ -334,45 +406,71 @@ class AttentionQKVFunction(torch.autograd.Function):
         lengths: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
+        dropout: float,
+        seed: Tensor | None,
     ) -> Tensor:
-        o, lse2 = attention_fwd(*qkv.unbind(2), scale, lengths, cu_seqlens, max_seqlen)
-        ctx.save_for_backward(qkv, o, lse2, lengths, cu_seqlens)
-        ctx.scale, ctx.max_seqlen = scale, max_seqlen
+        sequences = (lengths, cu_seqlens, max_seqlen)
+        o, lse2 = attention_fwd(*qkv.unbind(2), scale, *sequences, dropout, seed)
+        ctx.save_for_backward(qkv, o, lse2, lengths, cu_seqlens, seed)
+        ctx.scale, ctx.max_seqlen, ctx.dropout = scale, max_seqlen, dropout
         return o
 
     @staticmethod
     @library.first_order
     def backward(ctx: Any, do: Tensor) -> Any:
-        *saved, lengths, cu_seqlens = ctx.saved_tensors
-        dqkv = attention_qkv_bwd(do, *saved, ctx.scale, lengths, cu_seqlens, ctx.max_seqlen)
-        return dqkv, None, None, None, None
+        *saved, lengths, cu_seqlens, seed = ctx.saved_tensors
+        sequences = (lengths, cu_seqlens, ctx.max_seqlen)
+        dqkv = attention_qkv_bwd(do, *saved, ctx.scale, *sequences, ctx.dropout, seed)
+        return dqkv, *[None] * 6
+
+
+def draw_seed(q: Tensor, dropout: float) -> Tensor | None:
+    """A fresh seed from the generator of q's device, on that device; None without dropout."""
+    if not dropout:
+        return None
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, lengths: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T * scale) v. q, k, v: (B, N, H, D), any strides -> (B, N, H, D).
 
-    lengths: (B,) integers; keys from lengths[b] on are left out.
+    lengths: (B,) integers; keys from lengths[b] on are left out. dropout: of the probabilities.
     """
-    return AttentionFunction.apply(q, k, v, _scale(q, scale), lengths)
+    seed = draw_seed(q, dropout)
+    return AttentionFunction.apply(q, k, v, _scale(q, scale), lengths, dropout, seed)
 
 
-def attention_qkv(qkv: Tensor, scale: float | None = None, lengths: Tensor | None = None) -> Tensor:
+def attention_qkv(
+    qkv: Tensor, scale: float | None = None, lengths: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
     """`attention` of a packed projection, (B, N, 3, H, D); its gradient is one tensor likewise."""
-    return AttentionQKVFunction.apply(qkv, _scale(qkv, scale), lengths, None, 0)
+    sequences = (lengths, None, 0)
+    seed = draw_seed(qkv, dropout)
+    return AttentionQKVFunction.apply(qkv, _scale(qkv, scale), *sequences, dropout, seed)
 
 
 def attention_packed(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention within each of the sequences that lie end to end in qkv, (total, 3, H, D).
 
     cu_seqlens: (B + 1,) integers, from 0 to total: sequence b is rows cu_seqlens[b] up to
     cu_seqlens[b + 1], at most max_seqlen of them. Returns (total, H, D).
     """
-    scale = _scale(qkv, scale)
-    return AttentionQKVFunction.apply(qkv[None], scale, None, cu_seqlens, max_seqlen)[0]
+    sequences = (None, cu_seqlens, max_seqlen)
+    args = (_scale(qkv, scale), *sequences, dropout, draw_seed(qkv, dropout))
+    return AttentionQKVFunction.apply(qkv[None], *args)[0]
 
 
 def attention_lse(

@@ -1,21 +1,41 @@
-"""Chosen rows of softmax(q k^T * scale), from the lse that attention gave: no N x N is built.
+"""Chosen rows of softmax(q k^T * scale): no N x N is built, and the other rows cost nothing.
 
 maps[b, h, i, n] = exp(scale q[b, rows[i], h] . k[b, n, h] - lse[b, h, rows[i]])
-q, k: (B, N, H, D) at any strides; lse: (B, H, N) float32; rows: (R,) -> (B, H, R, N) float32.
-Bytes: k once for every 16 rows, and the maps. No gradient.
+q, k: (B, N, H, D) at any strides; rows: (R,); lse: (B, H, N) float32, or None: then each program
+sums its 16 rows over all keys first -> (B, H, R, N) float32.
+Bytes: k once for every 16 rows (from L2 once more without lse), and the maps. No gradient. Where
+heads are few, SPLITS programs share the keys of 16 rows; each sums over all keys for itself.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit_kernels import library
+from fastvit_kernels import library, tuned
 from fastvit_kernels.attention import strides_divisor
 from fastvit_kernels.attention_tiles import dot_rows, load_tile, rows_of
 from fastvit_kernels.common import LOG2E, exp2, mul_rn
 from fastvit_kernels.gemm import precision
 
-_BLOCK_N = 64
+_BLOCK_R, _BLOCK_N = 16, 64
+
+
+@triton.jit
+def _scores(
+    n,
+    q,
+    k_rows,
+    N,
+    scale_log2,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Keys n .. n + BLOCK_N x rows, as elsewhere: the keys are the side with 64 of them."""
+    k = load_tile(k_rows, n + tl.arange(0, BLOCK_N), N, True, D, ALIGN)
+    return mul_rn(dot_rows(k, q, PRECISION), scale_log2)
 
 
 @triton.jit(do_not_specialize=["H", "N", "R"])
@@ -37,62 +57,80 @@ def _attention_maps_kernel(
     N,
     R,
     scale_log2,
+    SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    pid_r, pid_n, pid_bh = tl.program_id(1), tl.program_id(2), tl.program_id(0).to(tl.int64)
+    pid_r, pid_s, pid_bh = tl.program_id(1), tl.program_id(2), tl.program_id(0).to(tl.int64)
     pid_b, pid_h = pid_bh // H, pid_bh % H
     q_rows = rows_of(q_ptr, pid_b * stride_qb + pid_h * stride_qh, stride_qn, stride_qd, ALIGN)
     k_rows = rows_of(k_ptr, pid_b * stride_kb + pid_h * stride_kh, stride_kn, stride_kd, ALIGN)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_r, mask_n = offs_r < R, offs_n < N
+    mask_r = offs_r < R
     rows = tl.load(rows_ptr + offs_r, mask=mask_r, other=0)
     q = load_tile(q_rows, rows, N, True, D, ALIGN)
-    k = load_tile(k_rows, offs_n, N, True, D, ALIGN)
-    lse = tl.load(lse_ptr + pid_bh * N + rows) * LOG2E
-    # Keys x rows, as elsewhere: the keys are the side with 64 of them.
-    p = exp2(mul_rn(dot_rows(k, q, PRECISION), scale_log2) - lse[None, :])
-    offs = (pid_bh * R + offs_r)[None, :] * N + offs_n[:, None]
-    tl.store(maps_ptr + offs, p, mask=mask_n[:, None] & mask_r[None, :])
+    if lse_ptr is None:
+        shift = tl.full([BLOCK_R], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_R], tl.float32)
+        for n in range(0, N, BLOCK_N):
+            s = _scores(n, q, k_rows, N, scale_log2, BLOCK_N, D, ALIGN, PRECISION)
+            s = tl.where((n + tl.arange(0, BLOCK_N) < N)[:, None], s, float("-inf"))
+            new_shift = tl.maximum(shift, tl.max(s, axis=0))
+            # A row whose scores are all -inf so far must not meet -inf - -inf.
+            finite = tl.where(new_shift == float("-inf"), 0.0, new_shift)
+            total = total * exp2(shift - finite) + tl.sum(exp2(s - finite[None, :]), axis=0)
+            shift = new_shift
+        lse = shift + tl.log2(total)
+    else:
+        lse = tl.load(lse_ptr + pid_bh * N + rows) * LOG2E
+    for n in range(pid_s * BLOCK_N, N, SPLITS * BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        s = _scores(n, q, k_rows, N, scale_log2, BLOCK_N, D, ALIGN, PRECISION)
+        offs = (pid_bh * R + offs_r)[None, :] * N + offs_n[:, None]
+        mask = (offs_n < N)[:, None] & mask_r[None, :]
+        tl.store(maps_ptr + offs, exp2(s - lse[None, :]), mask=mask)
 
 
-def _maps(q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, scale: float) -> Tensor:
+def _maps(q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float) -> Tensor:
     B, N, H, D = q.shape
     R = len(rows)
-    maps = lse.new_empty((B, H, R, N))
+    maps = q.new_empty((B, H, R, N), dtype=torch.float32)
     if maps.numel() == 0:
         return maps
-    _attention_maps_kernel[(B * H, triton.cdiv(R, 16), triton.cdiv(N, _BLOCK_N))](
-        *(q, k, lse.contiguous(), rows, maps),
+    blocks = triton.cdiv(R, _BLOCK_R)
+    splits = tuned.attention_maps_splits(B * H * blocks, triton.cdiv(N, _BLOCK_N), q.device.index)
+    _attention_maps_kernel[(B * H, blocks, splits)](
+        *(q, k, None if lse is None else lse.contiguous(), rows, maps),
         *q.stride(),
         *k.stride(),
         *(H, N, R, scale * 1.4426950408889634),
-        BLOCK_R=16,
+        SPLITS=splits,
+        BLOCK_R=_BLOCK_R,
         BLOCK_N=_BLOCK_N,
         D=D,
         ALIGN=strides_divisor(q, k),
         PRECISION=precision(q.dtype),
         num_warps=4,
-        num_stages=1,
+        num_stages=2,
     )
     return maps
 
 
 def _maps_fake(q, k, lse, rows, scale):
     B, N, H, _ = q.shape
-    return lse.new_empty((B, H, len(rows), N))
+    return q.new_empty((B, H, len(rows), N), dtype=torch.float32)
 
 
 attention_maps_fwd = library.register("attention_maps", _maps_fake)(_maps)
 
 
 def attention_maps(
-    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, scale: float | None = None
+    q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Rows `rows` (R,) of the probabilities whose log sum exp is lse -> (B, H, R, N) float32."""
+    """Rows `rows` (R,) of the probabilities -> (B, H, R, N) float32; lse: theirs, where known."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    lse = None if lse is None else lse.detach()
     return attention_maps_fwd(q.detach(), k.detach(), lse, rows, scale)

@@ -187,3 +187,55 @@ def row_dots(a, b):
     for i in tl.static_range(1, len(a)):
         total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), axis=1)
     return total
+
+
+@triton.jit
+def sequence_of(
+    pid_b, cu_seqlens_ptr, lengths_ptr, N, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr
+):
+    """First row, number of rows and number of keys of sequence pid_b."""
+    start = pid_b * 0
+    if PACKED:
+        start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
+        N = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
+    keys = N
+    if HAS_LENGTHS:
+        keys = tl.minimum(tl.load(lengths_ptr + pid_b).to(tl.int32), N)
+    return start, N, keys
+
+
+@triton.jit
+def dropout_of(seed_ptr, threshold, inv_keep, head):
+    """What keep_mask needs, or () where there is no dropout."""
+    drop = ()
+    if seed_ptr is not None:
+        drop = (tl.load(seed_ptr), threshold, inv_keep, head)
+    return drop
+
+
+@triton.jit
+def _kept(bits, threshold):
+    return bits.to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit
+def keep_mask(drop, offs_m, n, BLOCK_N: tl.constexpr, TRANS: tl.constexpr):
+    """Which of rows offs_m x keys n .. n + BLOCK_N dropout keeps; with TRANS, keys x rows.
+
+    A function of the seed, the head, the row and the key alone, so that tiles of any shape agree.
+    The counter is (key / 4, row, head): one Philox draw serves four keys. Seven rounds are the
+    fewest that pass BigCrush (Salmon et al., 2011).
+    """
+    seed, threshold, _, head = drop
+    group = n // 4 + tl.arange(0, BLOCK_N // 4)
+    zero = tl.zeros([offs_m.shape[0], BLOCK_N // 4], tl.int32)
+    row, group = offs_m.to(tl.int32)[:, None] + zero, group.to(tl.int32)[None, :] + zero
+    a, b, c, d = tl.philox(seed, group, row, zero + head, zero, 7)
+    keep = tl.join(
+        tl.join(_kept(a, threshold), _kept(c, threshold)),
+        tl.join(_kept(b, threshold), _kept(d, threshold)),
+    )
+    keep = tl.reshape(keep, [offs_m.shape[0], BLOCK_N])
+    if TRANS:
+        keep = tl.trans(keep)
+    return keep

@@ -342,7 +342,7 @@ def gemm(
     plain = plain and (prologue == "none" or (layer_scale is None and path_scale is None))
     b_rows = b.t() if b.stride(0) == 1 else b
     tma = plain and tma_takes(a, b_rows)
-    config = tuned.gemm(M, N, K, b.dtype, a.device.index, tma)
+    config = tuned.gemm(M, N, b.dtype, a.device.index, tma)
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     outputs = (out, u, h), (residual, bias)
     scales = (layer_scale, path_scale)

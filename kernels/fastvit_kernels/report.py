@@ -3,11 +3,13 @@
 The cases are the launches of real models: one encoder block and stem, forward and backward, at each
 width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves.
 `--traffic MODEL` counts launches, bytes and FLOPs instead, beside eager PyTorch's.
-`--update` writes both into benchmarks/results: what the tests hold later kernels to.
+`--update` writes both into benchmarks/results, what the tests hold later kernels to; with --arch or
+--only, no more than those rows.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterable
@@ -21,6 +23,8 @@ import triton
 from fastvit_kernels import (
     aot,
     attention,
+    attention_maps,
+    attention_qk,
     layernorm_linear,
     layernorm_mlp,
     linear_residual,
@@ -49,7 +53,10 @@ class Workload:
 MODELS = (
     Workload("B/16", 768, 12, 3072),
     Workload("B/16 autocast", 768, 12, 3072, residual_dtype=torch.float32, branch=True),
+    Workload("B/16 batch 48", 768, 12, 3072, batch=48),
+    Workload("B/16 batch 48 autocast", 768, 12, 3072, batch=48, residual_dtype=torch.float32),
     Workload("Ti/16 batch 1", 192, 3, 768, batch=1),
+    Workload("Ti/16 batch 1 autocast", 192, 3, 768, batch=1, residual_dtype=torch.float32),
     Workload("so400m/14", 1152, 16, 4304, patch=14),
     Workload("H/14 autocast", 1280, 16, 5120, patch=14, residual_dtype=torch.float32),
     Workload("g/14", 1408, 16, 6144, patch=14),
@@ -60,8 +67,12 @@ MODELS = (
     Workload("7B/16 float32", 4096, 32, 8192, 4, 16, 256, torch.float32, torch.float32),
     Workload("B/16 TF32", 768, 12, 3072, 256, 16, 224, torch.float32, torch.float32, tf32=True),
 )
+# Attention alone, in bfloat16: rows of every regime, and every option on top of them.
+HEAD_DIMS = range(16, 129, 8)
+ATTENTION = {f"attention D{D}": D for D in HEAD_DIMS}
+OPTIONS = {f"attention options D{D}": D for D in HEAD_DIMS}
 # What CI compiles at each change; the rest is one command away.
-CI = ("B/16 autocast", "S/16 float32")
+CI = ("B/16 autocast", "S/16 float32", "attention options D64")
 
 
 def run(w: Workload) -> None:
@@ -110,17 +121,62 @@ def run(w: Workload) -> None:
         layernorm_mlp._bwd(x, *saved, *branch, 1e-6, False, act, True)
 
 
+def run_attention(D: int, H: int = 12) -> None:
+    """Rows of 50 to 577 tokens, many heads and few."""
+    for B, N in ((256, 50), (256, 100), (256, 197), (256, 577), (1, 197), (1, 577)):
+        q, k, v = torch.empty(B, N, 3, H, D, dtype=torch.bfloat16, device="meta").unbind(2)
+        o, lse = attention._fwd(q, k, v, 0.125)
+        attention._bwd(o, q, k, v, o, lse, 0.125)
+
+
+def run_attention_options(D: int, B: int = 256, N: int = 197, H: int = 12) -> None:
+    """Padded and packed rows, dropout, QK-norm and RoPE, maps."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    lengths, cu_seqlens = new(B, dtype=torch.int32), new(B + 1, dtype=torch.int32)
+    rows, packed, seed = new(B, N, 3, H, D), new(1, B * N, 3, H, D), new(1, dtype=torch.int64)
+    for qkv, options in (
+        (rows, (lengths, None, 0, 0.0, None)),
+        (packed, (None, cu_seqlens, N, 0.0, None)),
+        (rows, (None, None, 0, 0.1, seed)),
+        (packed, (None, cu_seqlens, N, 0.1, seed)),
+    ):
+        q, k, v = qkv.unbind(2)
+        o, lse = attention._fwd(q, k, v, 0.125, *options)
+        attention._bwd(o, q, k, v, o, lse, 0.125, *options)
+    q, k, _ = rows.unbind(2)
+    lse = new(B, H, N, dtype=torch.float32)
+    for known in (lse, None):
+        attention_maps._maps(q, k, known, new(1, dtype=torch.int32), 0.125)
+    weight, table = new(D, dtype=torch.float32), new(N - 1, D // 2, dtype=torch.float32)
+    for weights, tables, norm, interleaved in (
+        ([weight] * 4, [table] * 2, "layernorm", False),
+        ([weight, None] * 2, [table] * 2, "rmsnorm", True),
+        ([weight] * 4, [None] * 2, "layernorm", False),
+        ([None] * 4, [table] * 2, None, False),
+        ([None] * 4, [table] * 2, None, True),
+    ):
+        attention_qk._fwd(rows, *weights, *tables, 1e-6, norm, interleaved)
+        two = weights[::2]
+        attention_qk._bwd_in_place(rows, rows, *two, *tables, 1e-6, norm, interleaved)
+
+
 def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
     """Distinct launches of the named workloads (all of them by default) on `arch`."""
     found: dict[str, aot.Case] = {}
-    for workload in MODELS:
-        if names is not None and workload.name not in names:
+    runs = [(w.name, w.tf32, functools.partial(run, w)) for w in MODELS]
+    runs += [(n, False, functools.partial(run_attention, D)) for n, D in ATTENTION.items()]
+    runs += [(n, False, functools.partial(run_attention_options, D)) for n, D in OPTIONS.items()]
+    for name, tf32, launch in runs:
+        if names is not None and name not in names:
             continue
         before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = workload.tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         try:
             with aot.record(arch) as launches:
-                run(workload)
+                launch()
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
         for case in launches:
@@ -137,6 +193,7 @@ _WORDS = {
     "ACTIVATION": "{}",
     "B_TRANSPOSED": "b^T",
     "stride_bk": "b^T",  # a constant where it is 1
+    "PART": "{}",
     "D": "D{}",
     "KEYS": "keys {}",
     "TAIL_M": "tail_m {}",
@@ -145,10 +202,16 @@ _WORDS = {
     "P_H": "patch {}",
     "VEC": "vec {}",
     "RMS": "rms",
+    "PACKED": "packed",
+    "HAS_LENGTHS": "padded",
+    "NORM": "{}",
+    "JOINED": "neighbours",
 }
 # Pointers whose absence compiles to less.
 _OPTIONAL = {"y", "h", "g", "residual", "layer_scale", "slabs2", "norm_rows"}
 _ALWAYS_FLOAT32 = {"mean", "rstd", "lse", "delta", "path_scale", "slabs", "db_slabs"}
+_ALWAYS_FLOAT32 |= {"cos", "sin", "dparams", "maps"}
+_INTEGERS = {"cu_seqlens", "lengths", "rows", "seed"}
 
 
 def describe(case: aot.Case) -> str:
@@ -161,19 +224,24 @@ def describe(case: aot.Case) -> str:
     ragged = {name for name, kind in case.types if kind == "i32"} & specialized & {"N", "K", "C"}
     ragged |= {"K"} if constants.get("EVEN_K") is False else set()
     words += [f"ragged {name}" for name in sorted(ragged)]
-    blocks = [constants.get(f"BLOCK_{x}") for x in ("B", "M", "N", "K", "C")]
+    blocks = [constants.get(f"BLOCK_{x}") for x in ("B", "M", "N", "K", "C", "T")]
     words.append("x".join(str(b) for b in blocks if b))
     pointers: dict[str, list[str]] = {}
     for name, kind in case.types:
         name = name.removesuffix("_ptr").removesuffix("_desc")
         kind = kind.replace("tensordesc<", "*").partition("[")[0]
-        if kind.startswith("*") and name not in _ALWAYS_FLOAT32:
+        if kind.startswith("*") and name not in _ALWAYS_FLOAT32 | _INTEGERS:
             pointers.setdefault(kind[1:], []).append(name)
     if len(pointers) == 1:
         ((kind, names),) = pointers.items()
         words += [kind, *(name for name in names if name in _OPTIONAL)]
     else:
         words += [" ".join([kind, *names]) for kind, names in sorted(pointers.items())]
+    given = {"seed_ptr": "dropout", "cos_ptr": "rope"}
+    if case.name == "attention_maps":
+        given = {"lse_ptr": "lse"}
+    types = dict(case.types)
+    words += [word for name, word in given.items() if name in types]
     if constants.get("PRECISION") == "tf32":
         words.append("tf32")
     if "COMPUTE" in constants:
@@ -227,6 +295,16 @@ COMPILE_TABLE = RESULTS / "compile_report.json"
 TRAFFIC_TABLE = RESULTS / "traffic.json"
 # Models to hold to their traffic, in plain bf16 (False) or under autocast (True).
 TRAFFIC = {"vit_base_patch16_224": (False, True), "vit_large_patch16_224": (True,)}
+
+
+def merged(rows: list[aot.Cost], archs: Iterable[int], only: str) -> list[aot.Cost]:
+    """The committed table with `rows` in place of all that `archs` and `only` select."""
+    table = json.loads(COMPILE_TABLE.read_text()) if COMPILE_TABLE.exists() else {}
+    before = table["rows"] if table.get("triton") == triton.__version__ else []
+    kept = [
+        aot.Cost(**row) for row in before if row["arch"] not in archs or only not in row["name"]
+    ]
+    return sorted([*kept, *rows], key=lambda c: (c.arch, c.name))
 
 
 def to_json(rows: list[aot.Cost]) -> str:
@@ -286,8 +364,8 @@ def main(argv: list[str] | None = None) -> int:
         part = traffic.PARTS[args.part]
         print(traffic.table(args.traffic, args.batch, args.autocast, part))
         return 0
-    if args.update and (args.arch or args.only or args.ci):
-        parser.error("--update writes every row; it goes with none of --arch, --only and --ci")
+    if args.update and args.ci:
+        parser.error("--update wants every model of what it writes; it does not go with --ci")
     if args.update and not RESULTS.is_dir():
         parser.error(f"--update needs a checkout: there is no {RESULTS}")
     selected = [
@@ -302,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(to_json(rows))
     if args.update:
-        COMPILE_TABLE.write_text(to_json(rows))
+        COMPILE_TABLE.write_text(to_json(merged(rows, args.arch or aot.ARCHS, args.only)))
         TRAFFIC_TABLE.write_text(json.dumps(traffic_summary(), indent=1) + "\n")
     return 1 if any(c.spills for c in rows) else 0
 

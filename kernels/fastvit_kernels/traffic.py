@@ -133,20 +133,21 @@ WRITES = {
     "attention_fwd": ("o", "lse"),
     "attention_fwd_resident": ("o", "lse"),
     "attention_bwd_resident": ("dq", "dk", "dv"),
-    "attention_bwd_dq": ("dq", "delta"),
-    "attention_bwd_dkv": ("dk", "dv"),
+    "attention_bwd": ("dq", "dk", "dv"),
     "patch_embed_fwd": ("out",),
     "patch_embed_dw": ("dw", "db"),
     "patch_embed_dtokens": ("dpos", "dprefix"),
     "patch_embed_dimages": ("dimages",),
 }
-_ATTENTION_PRODUCTS = {"fwd": 2, "fwd_resident": 2, "bwd_resident": 5, "bwd_dq": 3, "bwd_dkv": 4}
+_ATTENTION_PRODUCTS = {"attention_fwd": 2, "attention_fwd_resident": 2, "attention_bwd_resident": 5}
+_ATTENTION_BWD_PRODUCTS = {"dq": 3, "dkv": 4, "both": 7}
 
 
 def written_by(name: str, values: dict[str, Any]) -> set[str]:
     """Names of the tensors that a launch writes."""
     is_gelu = values.get("EPILOGUE") == "gelu"
-    return {*WRITES[name], *(("u",) if is_gelu else ())}
+    is_dq = name == "attention_bwd" and values["PART"] == "dq"
+    return {*WRITES[name], *(("u",) if is_gelu else ()), *(("delta",) if is_dq else ())}
 
 
 def launch_cost(name: str, values: dict[str, Any]) -> Pass:
@@ -161,12 +162,13 @@ def launch_cost(name: str, values: dict[str, Any]) -> Pass:
         flops = 2 * values["M"] * values["N"] * values["K"]
     elif name.startswith("attention"):
         B, N, H, D = tensors["q"].shape
-        flops = 2 * _ATTENTION_PRODUCTS[name.removeprefix("attention_")] * B * H * N * N * D
+        products = _ATTENTION_PRODUCTS.get(name) or _ATTENTION_BWD_PRODUCTS[values["PART"]]
+        flops = 2 * products * B * H * N * N * D
     elif name.startswith("patch_embed") and "K" in values:
         flops = 2 * values["B"] * values["m"] * values["N"] * values["K"]
     words = [
         name,
-        *(values[k] for k in ("PROLOGUE", "EPILOGUE") if values.get(k, "none") != "none"),
+        *(values[k] for k in ("PROLOGUE", "EPILOGUE", "PART") if values.get(k, "none") != "none"),
     ]
     return Pass(" ".join(words), 1, read, written, flops)
 

@@ -74,10 +74,8 @@ def look_up(table: dict[int, T], arch: int) -> T:
 
 DEFAULT = 80
 
-# Forward and dX products. "wide": enough 128 x 256 tiles for every SM; "square": enough 128 x 128;
-# "small": few rows; "float32": four bytes an element. SUBTILES keeps the epilogues from spilling.
-# "tma_.." serve plain 16-bit operands. Shared memory and registers leave one program of 128 x 256
-# per SM, or two of 128 x 128 with 4 warps, whose epilogues then run beside each other's products.
+# Forward and dX products of 16 bits, in three sizes of tile that `gemm_class` chooses from, and
+# those of float32. "tma_.." serve plain operands. SUBTILES keeps the epilogues from spilling.
 GEMM: dict[int, dict[str, Config]] = {
     0: {
         **{name: Config(128, 128, 128) for name in ("wide", "square", "small", "float32")},
@@ -117,17 +115,26 @@ GEMM: dict[int, dict[str, Config]] = {
 # The patch embedding's two products of this family, whose pixels are loaded through addresses;
 # "gather": one or two pixels at an address.
 PATCH_EMBED: dict[int, dict[str, Config]] = {
-    0: {name: Config(128, 128, 128) for name in ("square", "small", "float32", "gather")},
+    0: {
+        name: Config(128, 128, 128)
+        for name in ("square", "small", "float32", "gather", "gather_float32")
+    },
     80: {
         **{name: GEMM[80][name] for name in ("square", "small", "float32")},
         "gather": Config(64, 64, 32, num_warps=8, num_stages=3),
+        "gather_float32": Config(64, 64, 32, num_warps=4, num_stages=2),
     },
     90: {name: GEMM[90][name] for name in ("square", "small", "float32")},
     100: {
-        **{name: GEMM[100][name] for name in ("small", "float32")},
         "square": Config(128, 64, 64, num_warps=8, num_stages=4),
+        "small": GEMM[100]["small"],
+        "float32": Config(64, 64, 32, num_warps=8, num_stages=3),
     },
-    120: {name: GEMM[120][name] for name in ("square", "small", "float32")},
+    120: {
+        "square": GEMM[120]["square"],
+        "small": GEMM[120]["small"],
+        "float32": Config(64, 32, 32, num_warps=4, num_stages=3),
+    },
 }
 PATCH_GATHER_DW = Config(32, 64, 64, num_warps=8, num_stages=3)
 
@@ -160,6 +167,7 @@ GEMM_DW: dict[int, dict[str, Config]] = {
 
 REDUCE_SLABS = Config(BLOCK_M=0, BLOCK_N=4, BLOCK_K=256, num_warps=8)
 REDUCE_NORM = Config(BLOCK_M=64, BLOCK_N=32)
+SUM_ROWS = Config(BLOCK_M=64, BLOCK_N=32, num_warps=4)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 
@@ -174,18 +182,12 @@ def normalizes_on_load(C: int, x: torch.dtype, compute: torch.dtype) -> bool:
     return compute == torch.float32 or (x == compute and C <= 384)
 
 
-def gemm(
-    M: int,
-    N: int,
-    K: int,
-    dtype: torch.dtype,
-    device_index: int | None,
-    tma: bool = False,
-) -> Config:
+def gemm(M: int, N: int, dtype: torch.dtype, device_index: int | None, tma: bool = False) -> Config:
     """The configuration of one forward or dX product. tma: TMA can take its operands."""
     table = look_up(GEMM, arch(device_index))
-    name = gemm_class(M, N, dtype, num_sms(device_index))
-    return table.get(f"tma_{name}", table[name]) if tma else table[name]
+    if tma:
+        table = table | {k.removeprefix("tma_"): c for k, c in table.items() if c.tma}
+    return table[gemm_class(M, N, dtype, num_sms(device_index), table)]
 
 
 def patch_embed(
@@ -194,18 +196,26 @@ def patch_embed(
     """The configuration of the patch embedding's forward and dimages products."""
     table = look_up(PATCH_EMBED, arch(device_index))
     if access == "gather":
-        return table.get("gather", PATCH_EMBED[DEFAULT]["gather"])
-    # The address arithmetic of pixels spills on 128 x 256.
-    return table[gemm_class(M, N, dtype, num_sms(device_index), widest=128)]
+        name = "gather_float32" if dtype == torch.float32 else "gather"
+        return table.get(name, PATCH_EMBED[DEFAULT][name])
+    return table[gemm_class(M, N, dtype, num_sms(device_index), table)]
 
 
-def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int, widest: int = 256) -> str:
+# Of the tensor cores' rate, what a tile of each class reaches: larger ones load less per product.
+_RATES = {"wide": 1.0, "square": 0.9, "small": 0.55}
+
+
+def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int, table: dict[str, Config]) -> str:
+    """The class of least estimated time: the tiles of the busiest SM at the rate of their size."""
     if dtype == torch.float32:
         return "float32"
-    for name, block_n in (("wide", 256), ("square", 128)):
-        if block_n <= widest and -(-M // 128) * -(-N // block_n) >= sms:
-            return name
-    return "small"
+
+    def cost(name: str) -> float:
+        block_m, block_n = table[name].BLOCK_M, table[name].BLOCK_N
+        tiles = -(-M // block_m) * -(-N // block_n)
+        return -(-tiles // sms) * block_m * block_n / _RATES[name]
+
+    return min((name for name in _RATES if name in table), key=cost)
 
 
 def gemm_dw(
@@ -267,7 +277,8 @@ def layernorm_bwd(M: int, C: int, device_index: int | None) -> tuple[Config, int
 
 # Attention. "fwd_resident" and "bwd_.._keys" hold every key of a row, at most BLOCK_N of them; the
 # others walk over the keys (fwd, dq) or over the queries (dkv) in blocks. "_128" serves head dims
-# over 64, "_112" those over 80 that are several blocks of columns.
+# over 64, "_112" those over 80 that are several blocks of columns, "_72" that one alone; "_dropout"
+# rows with dropout, whose random numbers take registers.
 _ATTENTION_MMA = {
     "fwd_resident": Config(32, 256, num_warps=4, num_stages=1),
     "fwd_resident_128": Config(64, 64, num_warps=4, num_stages=1),
@@ -291,10 +302,16 @@ _ATTENTION_WGMMA = {
     "fwd": Config(128, 128, num_warps=8, num_stages=2),
     "fwd_128": Config(128, 64, num_warps=8, num_stages=2),
     "fwd_small": Config(64, 64, num_warps=4, num_stages=2),
+    "dq_beside": Config(64, 64, num_warps=4, num_stages=2),
+    "dkv_beside": Config(32, 64, num_warps=4, num_stages=2),
+    "dq_beside_128": Config(0, 0),
     "dq": Config(64, 64, num_warps=4, num_stages=2),
     "dq_128": Config(64, 64, num_warps=4, num_stages=1),
     "dkv": Config(64, 64, num_warps=4, num_stages=2),
     "dkv_128": Config(32, 64, num_warps=8, num_stages=1),
+    "fwd_dropout": Config(128, 64, num_warps=8, num_stages=2),
+    "dq_128_dropout": Config(64, 32, num_warps=4, num_stages=1),
+    "dkv_dropout": Config(32, 64, num_warps=4, num_stages=2),
     "float32": Config(16, 32, num_warps=8, num_stages=1),
 }
 ATTENTION: dict[int, dict[str, Config]] = {
@@ -304,6 +321,9 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "bwd_128_keys": Config(64, 128),
         "fwd": Config(128, 128),
         "fwd_small": Config(64, 128),
+        "dq_beside": Config(128, 128),
+        "dkv_beside": Config(128, 128),
+        "dq_beside_128": Config(0, 0),
         "dq": Config(128, 128),
         "dkv": Config(128, 128),
     },
@@ -314,12 +334,43 @@ ATTENTION: dict[int, dict[str, Config]] = {
 }
 
 
-def attention(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
+# Up to this many keys the programs of dq_beside and dkv_beside share one launch, where a table has
+# these lines: about where a backward of an H100 stops waiting for memory (computed: 12 passes over
+# tensors the size of q become 8, while each key tile's delta costs a fifth more arithmetic).
+ATTENTION_SIDE_BY_SIDE = 384
+
+
+def attention(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool = False) -> Config:
     """The configuration of one attention kernel at head dim D; BLOCK_N 0 where it never serves."""
     table = look_up(ATTENTION, arch)
-    resident = "resident" in kernel or "keys" in kernel
+    one_launch = any(word in kernel for word in ("resident", "keys", "beside"))
     if dtype == torch.float32 and arch != 0:
-        return Config(0, 0) if resident else table["float32"]
-    widths = ("_112",) * (80 < D <= 112) + ("_128",) * (D > 64) + ("",)
-    names = (kernel + width for width in widths)
+        return Config(0, 0) if one_launch else table["float32"]
+    widths = (f"_{D}", *("_112",) * (80 < D <= 112), *("_128",) * (D > 64), "")
+    kinds = ("_dropout", "") if dropout else ("",)
+    names = (kernel + width + kind for width in widths for kind in kinds)
     return next((table[name] for name in names if name in table), Config(0, 0))
+
+
+def attention_qk(D: int, device_index: int | None) -> Config:
+    """Tokens a program has in hand, and pairs of channels padded: 1024 pairs, eight a thread."""
+    pairs = _power_of_two(D // 2)
+    return Config((4096 if arch(device_index) == 0 else 1024) // pairs, pairs, num_warps=4)
+
+
+def attention_qk_groups(blocks: int, H: int, device_index: int | None) -> int:
+    """Programs that share the heads of a block of tokens: more than one where blocks are few."""
+    return min(H, -(-2 * num_sms(device_index) // (2 * blocks)))
+
+
+def attention_qk_run(blocks: int, device_index: int | None) -> int:
+    """Blocks of tokens that a program walks over in backward: two waves of four CTAs an SM."""
+    return -(-2 * blocks // (8 * num_sms(device_index)))
+
+
+def attention_maps_splits(programs: int, tiles: int, device_index: int | None) -> int:
+    """Programs that share the keys, `tiles` tiles of them, of a few rows: a power of two."""
+    splits = 1
+    while 2 * splits <= tiles and 2 * splits * programs <= 2 * num_sms(device_index):
+        splits *= 2
+    return splits

@@ -6,6 +6,7 @@ last.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,24 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     if len(sizes) != 2 or not all(isinstance(s, int) and s > 0 for s in sizes):
         raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
     return sizes
+
+
+def check_sizes(least: int, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+            raise ValueError(f"{name} must be an int >= {least}, got {size!r}")
+
+
+def check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+
+
+def check_choice(choices: tuple[Any, ...], **values: Any) -> None:
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -162,10 +181,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         dropout, proj_dropout = (self.dropout, self.proj_dropout) if self.training else (0.0, 0.0)
         qkv, x = self.project(x, norm)
-        if self.q_norm is None and rope is None:
-            o = ops.attention_qkv(qkv, dropout=dropout)
-        else:
-            o = ops.attention(*self.split(qkv, rope), dropout=dropout)
+        o = ops.attention_qkv(qkv, dropout=dropout, **self.qk_options(rope))
         return ops.linear_residual(
             o.flatten(2), self.proj.weight, self.proj.bias, x, layer_scale, path_scale, proj_dropout
         )
@@ -180,18 +196,16 @@ class Attention(nn.Module):
         )
         return qkv.unflatten(-1, (3, self.heads, self.dim_head)), x
 
-    def split(self, qkv: Tensor, rope: Tables | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as attention takes them, normed and turned: three (B, N, H, D)."""
-        q, k, v = qkv.unbind(2)
+    def qk_options(self, rope: Tables | None) -> dict[str, Any]:
+        """QK-norm and RoPE, as `ops.attention_qkv` and `ops.qk_norm_rope` take them."""
+        options: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = (
-                ops.norm(t, n.weight, n.bias, n.eps, n.kind)
-                for t, n in ((q, self.q_norm), (k, self.k_norm))
-            )
+            q, k = self.q_norm, self.k_norm
+            options |= {"q_weight": q.weight, "q_bias": q.bias, "eps": q.eps, "norm_kind": q.kind}
+            options |= {"k_weight": k.weight, "k_bias": k.bias}
         if rope is not None:
-            cos, sin, interleaved = rope
-            q, k = (ops.rope(t, cos, sin, interleaved) for t in (q, k))
-        return q, k, v
+            options |= dict(zip(("cos", "sin", "interleaved"), rope, strict=True))
+        return options
 
 
 class Mlp(nn.Module):

@@ -101,38 +101,6 @@ def layernorm_linear_fork(
     return reference.layernorm_linear_fork(*args)
 
 
-def norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float = 1e-6,
-    kind: str = "layernorm",
-) -> Tensor:
-    """LayerNorm or RMSNorm over the last dimension, alone: what QK-norm needs. No kernel yet."""
-    op = "norm"
-    _shaped(op, "weight", weight, (x.shape[-1],))
-    _shaped(op, "bias", bias, (x.shape[-1],))
-    _norm_kind(op, kind)
-    choose_triton(op, x, _compute_dtype(op, "x", x, weight=weight), _NO_KERNEL)
-    return reference.norm(x, weight, bias, eps, kind)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Turn pairs of channels of the last m tokens by angles. x: (B, N, ..., D). No kernel yet.
-
-    cos, sin: (m, D / 2) or (B, m, D / 2); interleaved: channel 2 i pairs with 2 i + 1, else i with
-    i + D / 2.
-    """
-    op = "rope"
-    m = cos.shape[-2] if cos.ndim >= 2 else 0
-    expected = [(m, x.shape[-1] // 2), (x.shape[0], m, x.shape[-1] // 2)]
-    if x.shape[-1] % 2 or _shape(cos) not in expected or m > x.shape[1]:
-        raise ValueError(f"{op}: cos must be (m, D / 2) or (B, m, D / 2), got {_shape(cos)}")
-    _shaped(op, "sin", sin, _shape(cos))
-    choose_triton(op, x, x.dtype, _NO_KERNEL)
-    return reference.rope(x, cos, sin, interleaved)
-
-
 def swiglu(x: Tensor) -> Tensor:
     """SiLU(x[..., :F]) * x[..., F:]. x: (..., 2 F) -> (..., F). No kernel yet."""
     op = "swiglu"
@@ -175,12 +143,13 @@ def attention(
     _shaped(op, "k", k, tuple(q.shape))
     _shaped(op, "v", v, tuple(q.shape))
     _integers(op, "key_padding", key_padding, q, q.shape[0])
+    _rate(op, dropout)
     dtype = _compute_dtype(op, "q", q, k=k, v=v)
-    unsupported = limits.attention(q.shape[-1], scale) or (_NO_DROPOUT if dropout else None)
+    unsupported = limits.attention(q.shape[-1], scale)
     if choose_triton(op, q, dtype, unsupported):
         from fastvit_kernels.attention import attention as kernel
 
-        return kernel(q.to(dtype), k.to(dtype), v.to(dtype), scale, key_padding)
+        return kernel(q.to(dtype), k.to(dtype), v.to(dtype), scale, key_padding, dropout)
     return reference.attention(q, k, v, scale, dropout, key_padding)
 
 
@@ -189,28 +158,63 @@ def attention_qkv(
     scale: float | None = None,
     dropout: float = 0.0,
     key_padding: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
-    """`attention` on a packed projection. qkv: (B, N, 3, H, D) -> (B, N, H, D)."""
+    """`attention` on a packed projection. qkv: (B, N, 3, H, D) -> (B, N, H, D).
+
+    norm_kind 'layernorm' or 'rmsnorm': q and k are normed over D first, with weights and biases
+    (D,). cos, sin: (m, D / 2) or (B, m, D / 2): then the last m tokens are turned by these angles,
+    channel i with i + D / 2, or with `interleaved` 2 i with 2 i + 1.
+    """
     op = "attention"
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
     _integers(op, "key_padding", key_padding, qkv, qkv.shape[0])
+    _rate(op, dropout)
+    _check_qk(op, qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     dtype = _compute_dtype(op, "qkv", qkv)
-    unsupported = limits.attention(qkv.shape[-1], scale) or (_NO_DROPOUT if dropout else None)
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
+    unsupported = limits.attention(qkv.shape[-1], scale)
     if choose_triton(op, qkv, dtype, unsupported):
+        if norm_kind is not None or cos is not None:
+            from fastvit_kernels.attention_qk import attention_qk as kernel
+
+            return kernel(qkv.to(dtype), *params, scale, key_padding, dropout=dropout)
         from fastvit_kernels.attention import attention_qkv as kernel
 
-        return kernel(qkv.to(dtype), scale, key_padding)
-    return reference.attention_qkv(qkv, scale, dropout, key_padding)
+        return kernel(qkv.to(dtype), scale, key_padding, dropout)
+    return reference.attention_qkv(qkv, scale, dropout, key_padding, *params)
 
 
 def attention_packed(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """Attention within each of the sequences that lie end to end in qkv, (total, 3, H, D).
 
     cu_seqlens: (B + 1,) int32, from 0 to total, their bounds; max_seqlen: the longest of them, or
-    more. Images of different sizes make one batch, without padding. Returns (total, H, D).
+    more. Images of different sizes make one batch, without padding. cos, sin: (total, D / 2); the
+    rest is as in `attention_qkv`. Returns (total, H, D).
     """
     op = "attention"
     if qkv.ndim != 4 or qkv.shape[1] != 3:
@@ -221,12 +225,54 @@ def attention_packed(
     _integers(op, "cu_seqlens", cu_seqlens, qkv, len(cu_seqlens))
     if max_seqlen < 1:
         raise ValueError(f"{op}: max_seqlen must be at least 1, got {max_seqlen}")
+    _rate(op, dropout)
+    _check_qk(op, qkv[None], q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
+    _shaped(op, "cos", cos, (len(qkv), qkv.shape[-1] // 2))
     dtype = _compute_dtype(op, "qkv", qkv)
-    if choose_triton(op, qkv, dtype, limits.attention(qkv.shape[-1], scale)):
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
+    unsupported = limits.attention(qkv.shape[-1], scale)
+    if choose_triton(op, qkv, dtype, unsupported):
+        if norm_kind is not None or cos is not None:
+            from fastvit_kernels.attention_qk import attention_qk
+
+            x = qkv.to(dtype)[None]
+            return attention_qk(x, *params, scale, None, cu_seqlens, max_seqlen, dropout)[0]
         from fastvit_kernels.attention import attention_packed as kernel
 
-        return kernel(qkv.to(dtype), cu_seqlens, max_seqlen, scale)
-    return reference.attention_packed(qkv, cu_seqlens, max_seqlen, scale)
+        return kernel(qkv.to(dtype), cu_seqlens, max_seqlen, scale, dropout)
+    return reference.attention_packed(qkv, cu_seqlens, max_seqlen, scale, dropout, *params)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """q and k as `attention_qkv` with the same arguments has them; no gradient.
+
+    qkv: (B, N, 3, H, D) -> two (B, N, H, D), which `attention_maps` takes.
+    """
+    op = "qk_norm_rope"
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
+    _check_qk(op, qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
+    dtype = _compute_dtype(op, "qkv", qkv)
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
+    if choose_triton(op, qkv, dtype, limits.attention(qkv.shape[-1])):
+        from fastvit_kernels.attention_qk import qk_norm_rope as kernel
+
+        q, k = kernel(qkv.to(dtype), *params).unbind(2)
+        return q, k
+    with torch.no_grad():
+        q, k = reference.qk_norm_rope(qkv, *params)
+    return q.to(dtype), k.to(dtype)
 
 
 def attention_lse(
@@ -254,8 +300,8 @@ def attention_maps(
 ) -> Tensor:
     """Chosen rows of softmax(q k^T * scale), without the other rows and without a gradient.
 
-    q, k: (B, N, H, D); lse: (B, H, N), of `attention_lse`, made here where it is not given; rows:
-    indices into N, negative ones from the end. Returns (B, H, len(rows), N) float32.
+    q, k: (B, N, H, D); lse: (B, H, N), of `attention_lse`, where it is known; rows: indices into N,
+    negative ones from the end. Returns (B, H, len(rows), N) float32.
     """
     op = "attention_maps"
     _rank(op, "q", q, 4)
@@ -265,7 +311,6 @@ def attention_maps(
     if wrong:
         raise ValueError(f"{op}: rows {wrong} are out of range for {N} tokens")
     rows = [row % N for row in rows]
-    lse = attention_lse(q, k, scale) if lse is None else lse
     _shaped(op, "lse", lse, (B, H, N))
     dtype = _compute_dtype(op, "q", q, k=k)
     if choose_triton(op, q, dtype, limits.attention(D, scale)):
@@ -365,6 +410,41 @@ def layernorm_mlp(
 def _norm_kind(op: str, kind: str) -> None:
     if kind not in NORMS:
         raise ValueError(f"{op}: norm {kind!r} is unknown; expected {NORMS}")
+
+
+def _rate(op: str, dropout: float) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{op}: dropout must be in [0, 1), got {dropout}")
+
+
+def _check_qk(
+    op: str,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    norm_kind: str | None,
+) -> None:
+    """The options of QK-norm and RoPE on qkv, (B, N, 3, H, D)."""
+    B, N, _, _, D = qkv.shape
+    params = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    for name, param in params.items():
+        _shaped(op, name, param, (D,))
+        if param is not None and norm_kind is None:
+            raise ValueError(f"{op}: {name} was given without norm_kind")
+    if norm_kind not in (None, *NORMS):
+        raise ValueError(f"{op}: norm_kind {norm_kind!r} is unknown; expected {NORMS}")
+    if (cos is None) != (sin is None):
+        raise ValueError(f"{op}: cos and sin go together")
+    if cos is not None:
+        m = cos.shape[-2] if cos.ndim >= 2 else 0
+        if D % 2 or _shape(cos) not in [(m, D // 2), (B, m, D // 2)] or m > N:
+            expected = f"(m, {D // 2}) or ({B}, m, {D // 2}) with m <= {N}"
+            raise ValueError(f"{op}: cos must be {expected}, got {_shape(cos)}")
+        _shaped(op, "sin", sin, _shape(cos))
 
 
 def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> torch.dtype:

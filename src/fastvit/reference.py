@@ -131,27 +131,79 @@ def attention(
     return o.transpose(1, 2)
 
 
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """q and k of qkv, (B, N, 3, H, D), through `norm` of norm_kind and `rope`, where given."""
+    q, k, _ = qkv.unbind(2)
+    if norm_kind is not None:
+        q, k = norm(q, q_weight, q_bias, eps, norm_kind), norm(k, k_weight, k_bias, eps, norm_kind)
+    if cos is not None and sin is not None:
+        q, k = rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved)
+    return q, k
+
+
 def attention_qkv(
     qkv: Tensor,
     scale: float | None = None,
     dropout: float = 0.0,
     key_padding: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
-    """Attention on the packed output of a QKV projection. qkv: (B, N, 3, H, D) -> (B, N, H, D)."""
-    q, k, v = qkv.unbind(2)
-    return attention(q, k, v, scale, dropout, key_padding)
+    """Attention on the packed output of a QKV projection. qkv: (B, N, 3, H, D) -> (B, N, H, D).
+
+    The rest is `qk_norm_rope`'s.
+    """
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin)
+    q, k = qk_norm_rope(qkv, *params, eps, norm_kind, interleaved)
+    v = qkv.select(2, 2)
+    return attention(q.to(v.dtype), k.to(v.dtype), v, scale, dropout, key_padding)
 
 
 def attention_packed(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """Attention within each of the sequences that lie end to end in qkv, (total, 3, H, D).
 
-    cu_seqlens: (B + 1,) int32, from 0 to total, their bounds; max_seqlen: the longest. Returns
-    (total, H, D).
+    cu_seqlens: (B + 1,) int32, from 0 to total, their bounds; max_seqlen: the longest. cos, sin:
+    (total, D / 2). Returns (total, H, D).
     """
     lengths = cu_seqlens.diff().tolist()
-    return torch.cat([attention_qkv(x[None], scale)[0] for x in qkv.split(lengths)])
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin)
+    q, k = qk_norm_rope(qkv[None], *params, eps, norm_kind, interleaved)
+    tensors = (q.to(qkv.dtype), k.to(qkv.dtype), qkv[None, :, 2])
+    parts = zip(*(t.split(lengths, dim=1) for t in tensors), strict=True)
+    return torch.cat([attention(q, k, v, scale, dropout)[0] for q, k, v in parts])
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -170,23 +222,20 @@ def attention_lse(
 
 
 def attention_maps(
-    q: Tensor, k: Tensor, lse: Tensor, rows: Sequence[int] = (0,), scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    rows: Sequence[int] = (0,),
+    scale: float | None = None,
 ) -> Tensor:
-    """Chosen rows of the probabilities whose log sum exp is lse: exp(q[rows] k^T * scale - lse).
+    """Chosen rows of softmax(q k^T * scale), from their log sum exp where it is known.
 
-    q, k: (B, N, H, D); lse: (B, H, N), as attention gives it -> (B, H, len(rows), N) float32.
+    q, k: (B, N, H, D); lse: (B, H, N), as `attention_lse` gives it -> (B, H, len(rows), N) float32.
     """
-    scores = torch.einsum("brhd,bnhd->bhrn", q[:, list(rows)], k) * _scale(q, scale)
+    scores = torch.einsum("brhd,bnhd->bhrn", q[:, list(rows)] * _scale(q, scale), k)
+    if lse is None:
+        return scores.float().softmax(-1)
     return (scores - lse[:, :, list(rows), None]).exp().float()
-
-
-def attention_rows(
-    q: Tensor, k: Tensor, rows: Sequence[int] = (0,), scale: float | None = None
-) -> Tensor:
-    """Chosen rows of softmax(q k^T * scale). q, k: (B, N, H, D) -> (B, H, len(rows), N)."""
-    q = q[:, list(rows)] * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.einsum("brhd,bnhd->bhrn", q, k)
-    return scores.float().softmax(-1)
 
 
 def linear_residual(

@@ -1,0 +1,404 @@
+"""Backward of rows that no program holds whole, of padded keys, packed images and dropout.
+
+dQ is summed by programs that own query tiles, dK and dV by programs that own key tiles: each sum by
+one program in a fixed order, no atomics, no float32 copy of dQ. PART says which of them a launch
+has. "both": one grid, side by side. The programs of a head then read q, k, v, o and do from memory
+once, not twice, but each key tile computes delta = rowsum(o * do) for itself: right for short rows,
+which wait for memory. "dq" writes delta and "dkv" reads it: right for long rows, which wait for
+arithmetic.
+
+No single program has a head of more than 128 keys, as `attention_resident` has it below: with 208
+keys at D = 64, sm_90, 8 warps and 32 query rows in hand take all 255 registers and spill 16 bytes
+(64 rows 672 bytes; 16 warps, of 128 registers each, 1,248), so one CTA would fill an SM.
+"""
+
+import triton
+import triton.language as tl
+
+from fastvit_kernels.attention_tiles import (
+    dot_rows,
+    dot_tile,
+    dropout_of,
+    finish_tile,
+    is_tail,
+    keep_mask,
+    load_tile,
+    num_pieces,
+    piece_bounds,
+    piece_size,
+    piece_start,
+    row_dots,
+    rows_of,
+    sequence_of,
+    spread,
+    store_tile,
+    zero_tile,
+)
+from fastvit_kernels.common import exp2, mul_rn
+
+
+@triton.jit
+def _dq_keys(
+    n,
+    dq,
+    q,
+    do,
+    lse,
+    delta,
+    k_rows,
+    v_rows,
+    keys,
+    scale_log2,
+    offs_m,
+    drop,
+    T: tl.constexpr,
+    MASK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq with the part of keys n .. n + BLOCK_N added."""
+    offs_n = n + tl.arange(0, BLOCK_N)
+    k = load_tile(k_rows, offs_n, keys, MASK_N, D, ALIGN)
+    v = load_tile(v_rows, offs_n, keys, MASK_N, D, ALIGN)
+    p = exp2(mul_rn(dot_rows(q, k, PRECISION, T), scale_log2) - spread(lse, T))
+    if MASK_N:
+        p = tl.where(spread(offs_n < keys, not T), p, 0.0)
+    dp = dot_rows(do, v, PRECISION, T)
+    if len(drop):
+        dp = tl.where(keep_mask(drop, offs_m, n, BLOCK_N, T), dp * drop[2], 0.0)
+    ds = p * (dp - spread(delta, T))
+    return dot_tile(dq, ds, k, PRECISION, T)
+
+
+@triton.jit
+def _dq_rows(
+    m,
+    q_rows,
+    k_rows,
+    v_rows,
+    o_rows,
+    do_rows,
+    dq_rows,
+    lse_ptr,
+    delta_ptr,
+    N,
+    keys,
+    scale,
+    scale_log2,
+    drop,
+    MASK_M: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq and delta of query rows m .. m + BLOCK_M."""
+    T: tl.constexpr = is_tail(BLOCK_M)
+    offs_m = m + tl.arange(0, BLOCK_M)
+    q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
+    do = load_tile(do_rows, offs_m, N, MASK_M, D, ALIGN)
+    delta = row_dots(load_tile(o_rows, offs_m, N, MASK_M, D, ALIGN), do)
+    if delta_ptr is not None:
+        tl.store(delta_ptr + offs_m, delta, mask=offs_m < N)
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < N, other=float("inf"))
+    dq = zero_tile(BLOCK_M, D, T)
+    args = (q, do, lse, delta, k_rows, v_rows, keys, scale_log2, offs_m, drop)
+    full = keys // BLOCK_N * BLOCK_N
+    for n in range(0, full, BLOCK_N):
+        dq = _dq_keys(n, dq, *args, T, False, BLOCK_N, D, ALIGN, PRECISION)
+    for i in tl.static_range(num_pieces(TAIL_N, BLOCK_N)):
+        first, end = piece_bounds(full, keys, TAIL_N, BLOCK_N, i)
+        for n in tl.range(first, end, piece_size(TAIL_N, BLOCK_N, i), num_stages=1):
+            dq = _dq_keys(
+                n, dq, *args, T, True, piece_size(TAIL_N, BLOCK_N, i), D, ALIGN, PRECISION
+            )
+    store_tile(dq_rows, finish_tile(dq, scale, T), offs_m, N, MASK_M, D, ALIGN)
+
+
+@triton.jit
+def _dkv_rows(
+    m,
+    dk,
+    dv,
+    k,
+    v,
+    n,
+    mask_n,
+    q_rows,
+    o_rows,
+    do_rows,
+    lse_ptr,
+    delta_ptr,
+    N,
+    scale_log2,
+    drop,
+    T: tl.constexpr,
+    MASK_M: tl.constexpr,
+    MASK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv with the part of query rows m .. m + BLOCK_M added."""
+    offs_m = m + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < N
+    q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
+    do = load_tile(do_rows, offs_m, N, MASK_M, D, ALIGN)
+    # Rows past N take lse = +inf, hence p = 0.
+    lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
+    if delta_ptr is not None:
+        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+    else:
+        delta = row_dots(load_tile(o_rows, offs_m, N, MASK_M, D, ALIGN), do)
+    # Keys x queries: p and ds are then the left operands of dV and dK, still in registers.
+    p = exp2(mul_rn(dot_rows(k, q, PRECISION, T), scale_log2) - spread(lse, not T))
+    if MASK_N:
+        p = tl.where(spread(mask_n, T), p, 0.0)
+    kept = p
+    if len(drop):
+        keep = keep_mask(drop, offs_m, n, BLOCK_N, not T)
+        kept = tl.where(keep, p, 0.0)
+    dv = dot_tile(dv, kept, do, PRECISION, T)
+    dp = dot_rows(v, do, PRECISION, T)
+    if len(drop):
+        dp = tl.where(keep, dp * drop[2], 0.0)
+    ds = p * (dp - spread(delta, not T))
+    dk = dot_tile(dk, ds, q, PRECISION, T)
+    return dk, dv
+
+
+@triton.jit
+def _dkv_keys(
+    n,
+    q_rows,
+    k_rows,
+    v_rows,
+    o_rows,
+    do_rows,
+    dk_rows,
+    dv_rows,
+    lse_ptr,
+    delta_ptr,
+    N,
+    keys,
+    scale,
+    scale_log2,
+    drop,
+    MASK_N: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv of key rows n .. n + BLOCK_N."""
+    T: tl.constexpr = is_tail(BLOCK_N)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    k = load_tile(k_rows, offs_n, keys, MASK_N, D, ALIGN)
+    v = load_tile(v_rows, offs_n, keys, MASK_N, D, ALIGN)
+    dk = zero_tile(BLOCK_N, D, T)
+    dv = dk
+    args = (
+        k,
+        v,
+        n,
+        offs_n < keys,
+        q_rows,
+        o_rows,
+        do_rows,
+        lse_ptr,
+        delta_ptr,
+        N,
+        scale_log2,
+        drop,
+    )
+    full = N // BLOCK_M * BLOCK_M
+    for m in range(0, full, BLOCK_M):
+        dk, dv = _dkv_rows(
+            m, dk, dv, *args, T, False, MASK_N, BLOCK_M, BLOCK_N, D, ALIGN, PRECISION
+        )
+    for i in tl.static_range(num_pieces(TAIL_M, BLOCK_M)):
+        first, end = piece_bounds(full, N, TAIL_M, BLOCK_M, i)
+        for m in tl.range(first, end, piece_size(TAIL_M, BLOCK_M, i), num_stages=1):
+            dk, dv = _dkv_rows(
+                m,
+                dk,
+                dv,
+                *args,
+                T,
+                True,
+                MASK_N,
+                piece_size(TAIL_M, BLOCK_M, i),
+                BLOCK_N,
+                D,
+                ALIGN,
+                PRECISION,
+            )
+    store_tile(dk_rows, finish_tile(dk, scale, T), offs_n, N, MASK_N, D, ALIGN)
+    inv_keep = 1.0
+    if len(drop):
+        inv_keep = drop[2]
+    store_tile(dv_rows, finish_tile(dv, inv_keep, T), offs_n, N, MASK_N, D, ALIGN)
+
+
+@triton.jit(do_not_specialize=["H", "N"])
+def _attention_bwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_seqlens_ptr,
+    lengths_ptr,
+    seed_ptr,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_vd,
+    stride_dob,
+    stride_don,
+    stride_doh,
+    stride_dod,
+    stride_ob,
+    stride_dqb,
+    stride_dqn,
+    stride_lseb,
+    stride_lseh,
+    H,
+    N,
+    scale,
+    scale_log2,
+    threshold,
+    inv_keep,
+    PART: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    STEP_N: tl.constexpr,
+    STEP_TAIL_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    STEP_M: tl.constexpr,
+    STEP_TAIL_M: tl.constexpr,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ: BLOCK_M queries a program, in steps of STEP_N keys. dK, dV: BLOCK_N keys, STEP_M queries.
+
+    dq, dk and dv share their strides; their heads lie side by side.
+    """
+    pid, pid_h, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    RAGGED: tl.constexpr = PACKED or HAS_LENGTHS
+    longest = N
+    start, N, keys = sequence_of(pid_b, cu_seqlens_ptr, lengths_ptr, N, PACKED, HAS_LENGTHS)
+    q_offset = pid_b * stride_qb + start * stride_qn + pid_h * stride_qh
+    k_offset = pid_b * stride_kb + start * stride_kn + pid_h * stride_kh
+    v_offset = pid_b * stride_vb + start * stride_vn + pid_h * stride_vh
+    o_offset = pid_b * stride_ob + (start * H + pid_h) * D
+    do_offset = pid_b * stride_dob + start * stride_don + pid_h * stride_doh
+    dq_offset = pid_b * stride_dqb + start * stride_dqn + pid_h * D
+    lse_offset = pid_b * stride_lseb + pid_h * stride_lseh + start
+    q_rows = rows_of(q_ptr, q_offset, stride_qn, stride_qd, ALIGN)
+    k_rows = rows_of(k_ptr, k_offset, stride_kn, stride_kd, ALIGN)
+    v_rows = rows_of(v_ptr, v_offset, stride_vn, stride_vd, ALIGN)
+    o_rows = q_rows
+    if o_ptr is not None:
+        o_rows = rows_of(o_ptr, o_offset, H * D, 1, ALIGN)
+    do_rows = rows_of(do_ptr, do_offset, stride_don, stride_dod, ALIGN)
+    lse_ptr += lse_offset
+    if delta_ptr is not None:
+        delta_ptr += lse_offset
+    drop = dropout_of(seed_ptr, threshold, inv_keep, pid_b.to(tl.int32) * H + pid_h)
+    dq_tiles = 0
+    if PART != "dkv":
+        dq_tiles = tl.cdiv(longest, BLOCK_M) if RAGGED else N // BLOCK_M
+        dq_rows = rows_of(dq_ptr, dq_offset, stride_dqn, 1, ALIGN)
+        args = (q_rows, k_rows, v_rows, o_rows, do_rows, dq_rows, lse_ptr, delta_ptr)
+        args += (N, keys, scale, scale_log2, drop)
+        # In a packed batch a short sequence has fewer tiles than the grid has programs.
+        if pid < (tl.minimum(dq_tiles, tl.cdiv(N, BLOCK_M)) if RAGGED else dq_tiles):
+            _dq_rows(
+                pid * BLOCK_M,
+                *args,
+                RAGGED,
+                RAGGED,
+                BLOCK_M,
+                STEP_N,
+                STEP_TAIL_N,
+                D,
+                ALIGN,
+                PRECISION,
+            )
+        for i in tl.static_range(0 if RAGGED else num_pieces(TAIL_M, BLOCK_M)):
+            if pid == dq_tiles + i:
+                _dq_rows(
+                    dq_tiles * BLOCK_M + piece_start(TAIL_M, BLOCK_M, i),
+                    *args,
+                    True,
+                    RAGGED,
+                    piece_size(TAIL_M, BLOCK_M, i),
+                    STEP_N,
+                    STEP_TAIL_N,
+                    D,
+                    ALIGN,
+                    PRECISION,
+                )
+        dq_tiles += 0 if RAGGED else num_pieces(TAIL_M, BLOCK_M)
+    if PART != "dq":
+        pid_n = pid - dq_tiles
+        tiles = tl.cdiv(N, BLOCK_N) if RAGGED else N // BLOCK_N
+        dk_rows = rows_of(dk_ptr, dq_offset, stride_dqn, 1, ALIGN)
+        dv_rows = rows_of(dv_ptr, dq_offset, stride_dqn, 1, ALIGN)
+        args = (q_rows, k_rows, v_rows, o_rows, do_rows, dk_rows, dv_rows, lse_ptr, delta_ptr)
+        args += (N, keys, scale, scale_log2, drop)
+        if (pid_n >= 0) & (pid_n < tiles):
+            _dkv_keys(
+                pid_n * BLOCK_N,
+                *args,
+                RAGGED,
+                RAGGED,
+                BLOCK_N,
+                STEP_M,
+                STEP_TAIL_M,
+                D,
+                ALIGN,
+                PRECISION,
+            )
+        for i in tl.static_range(0 if RAGGED else num_pieces(TAIL_N, BLOCK_N)):
+            if pid_n == tiles + i:
+                _dkv_keys(
+                    tiles * BLOCK_N + piece_start(TAIL_N, BLOCK_N, i),
+                    *args,
+                    True,
+                    RAGGED,
+                    piece_size(TAIL_N, BLOCK_N, i),
+                    STEP_M,
+                    STEP_TAIL_M,
+                    D,
+                    ALIGN,
+                    PRECISION,
+                )
