@@ -72,6 +72,7 @@ def steps(device: torch.device, out: Path) -> list[Step]:
         Step("train", f"profile {base.name}", 60, lambda d, _: _profile(d, base)),
         *first,
         _train(base, "compiled"),
+        *(_op("ops", case, "compiled") for case in bench_block.cases(device)[:2]),
         *(_infer(base, batch) for batch in batches[:-1]),
         _infer(base, batches[-1], "compiled"),
         *(Step("parity", f"pytest {t.stem}", 150, _pytest(t)) for t in op_tests(device)),
@@ -94,9 +95,11 @@ def steps(device: torch.device, out: Path) -> list[Step]:
         ),
         _model("autotune", Task("train", base, base.batch, torch.bfloat16), "max-autotune", 300),
         *(
-            Step("autotune", f"{case.key} compiled", 120, _op(case, compiled=True))
-            for module in OPS[1:]
+            _op("autotune", case, which)
+            for module in OPS
             for case in module.cases(device)[:2]
+            for which in ("compiled", "max-autotune")
+            if (module, which) != (bench_block, "compiled")
         ),
         *(
             Step("tune", line.key, 150, _tune(line, out))
@@ -159,19 +162,24 @@ def _ops(device: torch.device) -> tuple[list[Step], list[Step]]:
     later: list[Step] = []
     for module in OPS:
         for i, case in enumerate(module.cases(device)):
-            compiled = module is bench_block and i < 2
-            step = Step("ops", case.key, 150 if compiled else 90, _op(case, compiled))
-            (first if i < 2 else later).append(step)
+            (first if i < 2 else later).append(_op("ops", case))
     return first, later
 
 
-def _op(case: Case, compiled: bool = False) -> Callable[..., list[dict]]:
-    """Ours with the peers that run at once, or with torch.compile's."""
-    seconds = 0.4 if torch.cuda.is_available() else 0.02
-    slow = [p for p in case.providers if p.name.startswith("torch.compile")]
+def _op(part: str, case: Case, which: str = "eager") -> Step:
+    """Ours with the peers that run at once; or, with the first of these, what `which` compiles."""
+    slow = [p for p in case.providers if "torch.compile" in p.name]
     quick = [p for p in case.providers if p not in slow]
-    case = replace(case, providers=[*quick[:2], *slow] if compiled else quick)
-    return lambda device, ceilings: _rows(harness.run(case, device, ceilings, seconds))
+    if which != "eager":
+        quick = quick[:2] + [p for p in slow if ("max-autotune" in p.name) == (which != "compiled")]
+    case = replace(case, providers=quick)
+
+    def run(device: torch.device, ceilings: Ceilings) -> list[dict]:
+        seconds = 0.4 if device.type == "cuda" else 0.02
+        return _rows(harness.run(case, device, ceilings, seconds))
+
+    key = case.key + (f" {which}" if which != "eager" else "")
+    return Step(part, key, {"eager": 90, "compiled": 120}.get(which, 200), run)
 
 
 def _small(device: torch.device) -> Iterator[Case]:
