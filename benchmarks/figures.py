@@ -14,7 +14,7 @@ OURS, PEER = "#2a6f97", "#b8c4cc"
 
 
 def draw(result: dict, path: Path) -> None:
-    """<gpu>-throughput.png, -memory.png, -roofline.png and -ops.png, each where there is data."""
+    """<gpu>-throughput, -memory, -roofline, -block and -training.png, each where there is data."""
     title = result["environment"]["device"]
     train = [r for r in report.rows(result, "train") if r.get("images_per_s")]
     infer = [r for r in report.rows(result, "infer") if r.get("images_per_s")]
@@ -26,7 +26,10 @@ def draw(result: dict, path: Path) -> None:
         _bars(train, "peak_mb", f"peak memory of a step, MB, {title}", f"{stem}-memory.png")
     if ops:
         _roofline(result, ops, title, f"{stem}-roofline.png")
-        _split(ops, title, f"{stem}-ops.png")
+        _split(ops, title, f"{stem}-block.png")
+    for row in report.rows(result, "numerics"):
+        if row["kind"] == "training curve":
+            curves(row, Path(f"{stem}-training.png"))
 
 
 def _bars(rows: list[dict], value: str, title: str, name: str) -> None:
@@ -69,9 +72,10 @@ def _roofline(result: dict, ops: list[dict], title: str, name: str) -> None:
 
 
 def _split(ops: list[dict], title: str, name: str) -> None:
-    """Where a block's time goes: each op's first shape, forward + backward, by provider."""
+    """Where a block's time goes: its ops' first shape, forward + backward, by provider."""
     first: dict[str, dict[str, float]] = {}
-    for op in dict.fromkeys(r["op"] for r in ops):
+    parts = [r["op"] for r in ops if r["op"] not in ("block", "patch_embed")]
+    for op in dict.fromkeys(parts):
         mine = [r for r in ops if r["op"] == op and r["pass"] == "forward+backward"]
         if mine:
             shape = mine[0]["shape"]
@@ -88,6 +92,18 @@ def _split(ops: list[dict], title: str, name: str) -> None:
     axis.set_xlabel("ms, forward + backward")
     axis.legend(fontsize=7)
     _save(figure, f"time by op, {title}", name)
+
+
+def curves(row: dict, name: Path) -> None:
+    """The loss of a training run, ours among the seeds of eager."""
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for i, curve in enumerate(row["loss_eager"]):
+        label = "eager, same start" if i == 0 else "eager, other seeds" if i == 1 else None
+        axis.plot(curve, color="black" if i == 0 else PEER, linewidth=0.8, label=label)
+    axis.plot(row["loss"], color=OURS, linewidth=0.8, linestyle="--", label=row["ours"])
+    axis.set(xlabel="step", ylabel="loss")
+    axis.legend(fontsize=7)
+    _save(figure, f"{row['model']}, bf16, batch {row['batch']}", str(name))
 
 
 def _save(figure: Any, title: str, name: str) -> None:

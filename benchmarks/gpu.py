@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
 sys.path[:0] = PATHS
 RESULTS = ROOT / "benchmarks" / "results"
+if "--cpu" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 # After these the CUDA context is lost and everything behind it would fail too.
 FATAL = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
 
@@ -72,7 +74,7 @@ def chosen_steps(args: argparse.Namespace) -> list[Any]:
     torchvision_shim.install()
     from benchmarks import gpu_steps
 
-    found = gpu_steps.steps(torch.device("cpu" if args.cpu else "cuda"))
+    found = gpu_steps.steps(torch.device("cpu" if args.cpu else "cuda"), args.out)
     found = [*gpu_steps.faults(), *found] if args.faults else found
     parts = [p for p in args.only.split(",") if p]
     known = {s.part for s in found} | set(gpu_steps.PARTS)
@@ -83,9 +85,9 @@ def chosen_steps(args: argparse.Namespace) -> list[Any]:
 
 
 def done(result: dict, step: Any, code: str, args: argparse.Namespace) -> bool:
-    """Whether a step's result is there, from this code; with --again only from this run."""
+    """Whether a step's result is there, whole and from this code; with --again from this run."""
     old = result["steps"].get(step.key)
-    if old is None:
+    if old is None or any(row.get("unfinished") for row in old.get("rows", ())):
         return False
     return old["when"] >= args.start if args.again else old["code"] == code
 
@@ -96,8 +98,9 @@ def work(args: argparse.Namespace) -> int:
     import torchvision_shim
 
     torchvision_shim.install()
-    from benchmarks import harness, machine
+    from benchmarks import harness, machine, report
 
+    machine.die_with_parent()
     device = torch.device("cpu" if args.cpu else "cuda")
     path = result_path(args)
     result = read_json(path, {"steps": {}})
@@ -127,6 +130,10 @@ def work(args: argparse.Namespace) -> int:
         result["steps"][step.key] = record
         write_json(path, result)
         (args.out / "running.json").unlink(missing_ok=True)
+        try:
+            path.with_suffix(".md").write_text(report.device_report(result))
+        except Exception as error:
+            print(f"the report could not be written: {harness.describe(error)}", flush=True)
         if any(word in json.dumps(record) for word in FATAL):
             return 3
     return 0
@@ -136,7 +143,7 @@ def drive(args: argparse.Namespace) -> None:
     """Keep a worker going; end and record a step that outlives its limit or kills its process."""
     from benchmarks import machine
 
-    running = args.out / "running.json"
+    running, pid = args.out / "running.json", args.out / "worker.pid"
     running.unlink(missing_ok=True)
     path = result_path(args)
     forward = [a for a in sys.argv[1:] if a != "--worker"]
@@ -146,10 +153,12 @@ def drive(args: argparse.Namespace) -> None:
         env = {**os.environ, "FASTVIT_BENCH_START": str(args.start)}
         env["PYTHONPATH"] = os.pathsep.join([*PATHS, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         worker = subprocess.Popen(command, env=env, start_new_session=True)
+        pid.write_text(str(worker.pid))
         try:
             why = watch(worker, running, args.start + args.budget)
         finally:
             end(worker)
+            pid.unlink(missing_ok=True)
         lost = read_json(running, None)
         running.unlink(missing_ok=True)
         if lost is not None:

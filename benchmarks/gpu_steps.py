@@ -2,18 +2,22 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import (
     bench_attention,
+    bench_block,
     bench_layernorm_linear,
     bench_layernorm_mlp,
     bench_linear_residual,
@@ -22,14 +26,16 @@ from benchmarks import (
     models,
     numerics,
     peers,
+    tune,
 )
 from benchmarks.harness import Case
-from benchmarks.machine import ROOT, Ceilings
+from benchmarks.machine import ROOT, Ceilings, die_with_parent
 from benchmarks.models import Task
 from benchmarks.workloads import INFERENCE_BATCHES, SIZES, TOY, Size
 
-PARTS = ("parity", "ops", "train", "infer", "numerics", "autotune")
+PARTS = ("parity", "ops", "train", "infer", "numerics", "autotune", "tune")
 OPS = (
+    bench_block,
     bench_attention,
     bench_layernorm_mlp,
     bench_layernorm_linear,
@@ -48,83 +54,104 @@ class Step:
     run: Callable[[torch.device, Ceilings], list[dict[str, Any]]]
 
 
-def steps(device: torch.device) -> list[Step]:
-    """All steps in the order of their worth. On a CPU the same paths with toy sizes."""
+def steps(device: torch.device, out: Path) -> list[Step]:
+    """All steps in the order of their worth. On a CPU the same paths with toy sizes.
+
+    out: where the search for configurations keeps what it tried.
+    """
     cuda = device.type == "cuda"
-    dtype = torch.bfloat16
-    sizes = list(SIZES.values()) if cuda else [TOY]
     base = SIZES["B/16"] if cuda else TOY
-    seconds = 2.0 if cuda else 0.05
+    batches = INFERENCE_BATCHES if cuda else (2,)
+    others = [SIZES[n] for n in ("L/16", "S/16", "DINOv2-L/14 518", "H/14", "B/16 384", "Ti/16")]
+    others = others if cuda else []
     first, later = _ops(device)
-    found = [Step("parity", f"check {c.key}", 60, _check(c)) for c in _small(device)]
-    found += [_train(base, seconds), _train(base, seconds, compiled=True)]
-    found += first
-    found += [Step("parity", "pytest", 150, _pytest)]
-    found += [_infer(base, b, seconds) for b in (INFERENCE_BATCHES[::-1] if cuda else (2,))]
-    found += [_infer(base, b, seconds, compiled=True) for b in ((256, 1) if cuda else (2,))]
-    if cuda:
-        for name in ("L/16", "S/16", "DINOv2-L/14 518", "H/14", "B/16 384", "Ti/16"):
-            found += [_train(SIZES[name], seconds, c) for c in (False, True)]
-    found += [Step("train", f"profile {base.name}", 60, lambda d, _: _profile(d, base))]
-    found += [Step("numerics", "ops", 90, lambda d, _: numerics.ops(d))]
-    found += [Step("numerics", "models", 120, lambda d, _: numerics.models(d, sizes[:3]))]
-    found += later
-    if cuda:
-        found += [
-            _infer(SIZES[name], b, seconds)
-            for name in ("L/16", "S/16", "H/14", "Ti/16")
-            for b in INFERENCE_BATCHES[::-1]
-        ]
-    big = SIZES["L/16"] if cuda else TOY
-    found += [Step("train", f"largest batch {big.name}", 120, lambda d, _: _largest(d, big))]
-    task = Task("train", base, base.batch, dtype)
-    found += [Step("autotune", task.key, 300, _autotune(task, seconds))]
-    found += [
-        Step("autotune", f"{case.key} compiled", 120, _op(case, compiled=True))
-        for module in OPS[1:]
-        for case in module.cases(device)[:2]
+    return [
+        *(Step("parity", f"check {c.key}", 60, _check(c)) for c in _small(device)),
+        _train(base),
+        _infer(base, batches[-1]),
+        Step("train", f"profile {base.name}", 60, lambda d, _: _profile(d, base)),
+        *first,
+        _train(base, "compiled"),
+        *(_op("ops", case, "compiled") for case in bench_block.cases(device)[:2]),
+        *(_infer(base, batch) for batch in batches[:-1]),
+        _infer(base, batches[-1], "compiled"),
+        *(Step("parity", f"pytest {t.stem}", 150, _pytest(t)) for t in op_tests(device)),
+        *(_infer(base, batch, "graph") for batch in batches[:2]),
+        _train(base, "graph"),
+        *(_train(size) for size in others),
+        Step("numerics", "ops", 90, lambda d, _: numerics.ops(d)),
+        Step("numerics", "models", 120, lambda d, _: numerics.models(d, numerics.sizes(d))),
+        *(Step("train", f"largest batch {s.name}", 120, _largest(s)) for s in (base, *others[:1])),
+        Step("parity", "sanitizer", 200, _sanitizer),
+        *(_train(size, "compiled") for size in others),
+        *(_infer(base, batch, "compiled") for batch in batches[:-1]),
+        *later,
+        *(_infer(size, batch) for size in others for batch in batches[::-1]),
+        Step(
+            "numerics",
+            "training curve",
+            300,
+            lambda d, _: numerics.curves(d, numerics.STEPS if cuda else 10, 5 if cuda else 2),
+        ),
+        _model("autotune", Task("train", base, base.batch, torch.bfloat16), "max-autotune", 300),
+        *(
+            _op("autotune", case, which)
+            for module in OPS
+            for case in module.cases(device)[:2]
+            for which in ("compiled", "max-autotune")
+            if (module, which) != (bench_block, "compiled")
+        ),
+        *(
+            Step("tune", line.key, 150, _tune(line, out))
+            for line in tune.lines(tune.arch_of(device))
+            if cuda or line.name == "float32"
+        ),
     ]
-    return found
 
 
-def _train(size: Size, seconds: float, compiled: bool = False) -> Step:
-    task = Task("train", size, size.batch, torch.bfloat16)
-    return _model("train", task, seconds, compiled)
+def _train(size: Size, which: str = "eager") -> Step:
+    return _model("train", Task("train", size, size.batch, torch.bfloat16), which)
 
 
-def _infer(size: Size, batch: int, seconds: float, compiled: bool = False) -> Step:
-    task = Task("infer", size, batch, torch.bfloat16)
-    return _model("infer", task, seconds / 2, compiled)
+def _infer(size: Size, batch: int, which: str = "eager") -> Step:
+    return _model("infer", Task("infer", size, batch, torch.bfloat16), which)
 
 
-def _model(part: str, task: Task, seconds: float, compiled: bool) -> Step:
-    """All that runs at once, or, a step of its own as it takes long, ours and timm compiled."""
+def _model(part: str, task: Task, which: str, limit: float = 200) -> Step:
+    """All that runs at once; or, each a step of its own, ours and timm compiled, or as a graph."""
+    own = (models._fastvit, models._timm)
+
+    def chosen(device: torch.device) -> list[models.Entry]:
+        entries = models.entries(device, autotune=which == "max-autotune")
+        if which == "eager":
+            return [e for e in entries if e.mode is None and not e.graph]
+        if which == "graph":
+            return [e for e in entries if e.build in own and e.mode is None]
+        mode = "default" if which == "compiled" else which
+        return [e for e in entries if e.build in own and e.mode in (None, mode) and not e.graph]
 
     def run(device: torch.device, ceilings: Ceilings) -> list[dict]:
-        entries = models.entries(device)
-        pair = (models._fastvit, models._timm)
-        if compiled:
-            entries = [e for e in entries if e.build in pair and not e.graph]
-        else:
-            entries = [e for e in entries if e.mode is None]
+        seconds = 0.05 if device.type != "cuda" else 1.0 if task.kind == "infer" else 2.0
         batch = task.batch
         while True:
-            smaller = replace(task, batch=batch)
             try:
-                return _rows(models.run(smaller, device, ceilings, seconds, entries))
+                smaller = replace(task, batch=batch)
+                return _rows(models.run(smaller, device, ceilings, seconds, chosen(device)))
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
                 batch //= 2
 
-    return Step(part, task.key + " compiled" * compiled, 200, run)
+    return Step(part, task.key + (f" {which}" if which != "eager" else ""), limit, run)
 
 
-def _autotune(task: Task, seconds: float) -> Callable[..., list[dict]]:
-    def run(device: torch.device, ceilings: Ceilings) -> list[dict]:
-        wanted = ("fastvit", "timm eager (SDPA)", "timm + torch.compile max-autotune")
-        chosen = [e for e in models.entries(device, autotune=True) if e.name.startswith(wanted)]
-        return _rows(models.run(task, device, ceilings, seconds, chosen))
+def _tune(line: tune.Line, out: Path) -> Callable[..., list[dict]]:
+    def run(device: torch.device, _: Ceilings) -> list[dict]:
+        seconds, budget = (0.05, 100) if device.type == "cuda" else (0.01, 2)
+        path = tune.result_path(out, device)
+        record = tune.tune(line, path, device, seconds, time.time() + budget)
+        row = {"kind": "tuned line", "line": tune.printed(line, record, device)}
+        return [row | {"unfinished": not record.get("finished", True)}]
 
     return run
 
@@ -135,35 +162,38 @@ def _ops(device: torch.device) -> tuple[list[Step], list[Step]]:
     later: list[Step] = []
     for module in OPS:
         for i, case in enumerate(module.cases(device)):
-            step = Step("ops", case.key, 90, _op(case))
-            (first if i < 2 else later).append(step)
+            (first if i < 2 else later).append(_op("ops", case))
     return first, later
 
 
-def _op(case: Case, compiled: bool = False) -> Callable[..., list[dict]]:
-    """Ours with the peers that run at once, or with torch.compile's."""
-    seconds = 0.4 if torch.cuda.is_available() else 0.02
-    slow = [p for p in case.providers if p.name.startswith("torch.compile")]
+def _op(part: str, case: Case, which: str = "eager") -> Step:
+    """Ours with the peers that run at once; or, with the first of these, what `which` compiles."""
+    slow = [p for p in case.providers if "torch.compile" in p.name]
     quick = [p for p in case.providers if p not in slow]
-    case = replace(case, providers=[*quick[:2], *slow] if compiled else quick)
-    return lambda device, ceilings: _rows(harness.run(case, device, ceilings, seconds))
+    if which != "eager":
+        quick = quick[:2] + [p for p in slow if ("max-autotune" in p.name) == (which != "compiled")]
+    case = replace(case, providers=quick)
+
+    def run(device: torch.device, ceilings: Ceilings) -> list[dict]:
+        seconds = 0.4 if device.type == "cuda" else 0.02
+        return _rows(harness.run(case, device, ceilings, seconds))
+
+    key = case.key + (f" {which}" if which != "eager" else "")
+    return Step(part, key, {"eager": 90, "compiled": 120}.get(which, 200), run)
 
 
 def _small(device: torch.device) -> Iterator[Case]:
-    """Every op, forward and backward, at one real and one odd shape, ours alone."""
+    """Every op, forward and backward, at ViT-B's shape and at an odd one, ours alone."""
     own = peers.ours_name(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    batch = 64 if device.type == "cuda" else 2
     for module in OPS:
-        for case in _odd(module, device):
+        if module is bench_attention:
+            shapes = [(batch, 197, 12, 64), (3, 50, 2, 80)]
+        else:
+            shapes = [("B", batch, 768)] + [("odd", 3, 72)] * (module is not bench_block)
+        for case in (module.case(device, *shape, dtype, True) for shape in shapes):
             yield replace(case, providers=[p for p in case.providers if p.name == own])
-
-
-def _odd(module: Any, device: torch.device) -> list[Case]:
-    dtypes = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
-    if module is bench_attention:
-        shapes = ((2, 197, 12, 64), (3, 50, 2, 80), (2, 257, 16, 80))
-        return [module.case(device, *shape, dtype, True) for shape in shapes for dtype in dtypes]
-    shapes = (("B", 2, 768), ("odd", 3, 72))
-    return [module.case(device, *shape, dtype, True) for shape in shapes for dtype in dtypes]
 
 
 def _check(case: Case) -> Callable[..., list[dict]]:
@@ -178,45 +208,91 @@ def _rows(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def _pytest(device: torch.device, _: Ceilings) -> list[dict]:
-    """The parity tests as they are, on this device, in a process of their own."""
-    tests = [f"tests/test_{name}.py" for name in ("attention", "gemm_ops", "patch_embed")]
-    tests = [t for t in tests if (ROOT / t).exists()]
+def op_tests(device: torch.device) -> list[Path]:
+    """The test files that run on the device at hand, as their fixture says."""
     if device.type != "cuda":
-        tests = ["tests/test_ops.py::test_use_backend_nests_and_restores"]
-    # A configuration of its own: plug-ins that the project's names may be absent here.
-    with tempfile.NamedTemporaryFile("w", suffix=".ini") as config:
-        config.write(
-            "[pytest]\npythonpath = src kernels tests .\n"
-            "markers =\n    gpu: needs an NVIDIA GPU\n    slow: slow\n"
-        )
-        config.flush()
+        return [ROOT / "tests" / "test_ops.py"]
+    found = sorted((ROOT / "tests").glob("test_*.py"))
+    return [t for t in found if re.search(r"\bdevice: torch\.device\b", t.read_text())]
+
+
+def _pytest(test: Path) -> Callable[..., list[dict]]:
+    """Parity tests as they are, on this device, in a process of their own."""
+
+    def run(device: torch.device, _: Ceilings) -> list[dict]:
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=20"]
-        command += ["-p", "no:cacheprovider", "-c", config.name, f"--rootdir={ROOT}", *tests]
-        path = os.pathsep.join(str(ROOT / p) for p in ("src", "kernels", "tests", "."))
-        env = {**os.environ, "PYTHONPATH": path}
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=130
+        if device.type == "cuda" and find_spec("xdist") is not None:
+            command += ["-n", str(min(8, os.cpu_count() or 1))]  # compiling is most of the work
+        # A configuration of its own: plug-ins that the project's names may be absent here.
+        with tempfile.NamedTemporaryFile("w", suffix=".ini") as config:
+            config.write(
+                "[pytest]\npythonpath = src kernels tests .\n"
+                "markers =\n    gpu: needs an NVIDIA GPU\n    slow: slow\n"
             )
-            out, code = done.stdout + done.stderr, done.returncode
-        except subprocess.TimeoutExpired as late:
-            out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-            code = None
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", out)}
-    status = "ok" if code == 0 else "out of time" if code is None else "failed"
-    return [{"kind": "pytest", "status": status, **counts, "output": out[-8000:]}]
+            config.flush()
+            command += ["-p", "no:cacheprovider", "-c", config.name, f"--rootdir={ROOT}", str(test)]
+            code, out = _outcome(command, 140)
+        words = r"(\d+) (passed|failed|skipped|errors?)"
+        counts = {word: int(n) for n, word in re.findall(words, out)}
+        status = "ok" if code == 0 else "out of time" if code is None else "failed"
+        row = {"kind": "pytest", "shape": test.stem, "status": status, **counts}
+        return [row | {"output": out[-6000:]}]
+
+    return run
 
 
-def _largest(device: torch.device, size: Size) -> list[dict]:
-    limit = 1 << 14 if device.type == "cuda" else 4
-    rows = []
-    for entry in models.entries(device)[:2]:
-        batch = models.largest_batch(entry, size, torch.bfloat16, device, limit)
-        rows.append(
-            {"kind": "largest batch", "model": size.name, "provider": entry.name, "batch": batch}
+def _sanitizer(device: torch.device, _: Ceilings) -> list[dict]:
+    """Every op once under compute-sanitizer's memcheck: no access outside a tensor."""
+    row: dict[str, Any] = {"kind": "compute-sanitizer", "shape": "memcheck"}
+    found = shutil.which("compute-sanitizer") or shutil.which(
+        "/usr/local/cuda/bin/compute-sanitizer"
+    )
+    if device.type != "cuda" or found is None:
+        reason = peers.missing(device=device) or "compute-sanitizer is not on the PATH"
+        return [row | {"status": "absent", "reason": reason}]
+    command = [found, "--tool", "memcheck", "--error-exitcode", "99"]
+    command += [sys.executable, str(ROOT / "benchmarks" / "touch.py")]
+    # Without the cache each tensor is an allocation of its own, whose ends are watched.
+    code, out = _outcome(command, 190, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    status = {0: "ok", 99: "failed", None: "out of time"}.get(code, "error")
+    return [
+        row | {"status": status, "reason": out.strip().split("\n")[-1][:200], "output": out[-6000:]}
+    ]
+
+
+def _outcome(
+    command: list[str], seconds: float, env: dict[str, str] | None = None
+) -> tuple[int | None, str]:
+    """(exit code, None where time ran out; what it printed)."""
+    path = os.pathsep.join(str(ROOT / p) for p in ("src", "kernels", "tests", "."))
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+            preexec_fn=die_with_parent,
         )
-    return rows
+        return done.returncode, done.stdout.decode(errors="replace")
+    except subprocess.TimeoutExpired as late:
+        return None, (late.stdout or b"").decode(errors="replace")
+
+
+def _largest(size: Size) -> Callable[..., list[dict]]:
+    def run(device: torch.device, _: Ceilings) -> list[dict]:
+        limit = 1 << 14 if device.type == "cuda" else 4
+        rows = []
+        for entry in models.entries(device)[:2]:
+            if entry.absent:
+                continue
+            batch = models.largest_batch(entry, size, torch.bfloat16, device, limit)
+            row = {"kind": "largest batch", "model": size.name, "provider": entry.name}
+            rows.append(row | {"batch": batch})
+        return rows
+
+    return run
 
 
 def _profile(device: torch.device, size: Size) -> list[dict]:
@@ -230,7 +306,7 @@ def _profile(device: torch.device, size: Size) -> list[dict]:
     for entry in models.entries(device)[:2]:
         if entry.absent:
             continue
-        module = models._seeded(entry.build, size).to(device)
+        module = models.seeded(entry.build, size, device)
         step = models.make_step(module, Task("train", size, size.batch, torch.bfloat16), device)
         for _ in range(3):
             step()

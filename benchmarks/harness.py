@@ -106,7 +106,10 @@ def run(case: Case, device: torch.device, ceilings: Ceilings, seconds: float) ->
         row = rows[provider.name]
         row.update(check_provider(case, provider, args, eager, truth))
         if "status" not in row:
-            calls[provider.name] = _caller(case, provider.call, args)
+            try:
+                calls[provider.name] = _caller(case, provider.call, args)
+            except Exception as error:
+                row.update(status="error", reason=describe(error))
     del truth, eager
     samples = measure(calls, device, seconds, hide_launch=True)
     for name, call in calls.items():

@@ -3,7 +3,9 @@
 import ctypes
 import hashlib
 import platform
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -71,7 +73,10 @@ def _exps_per_second(device: torch.device) -> float | None:
     if clock is None:
         return None
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return EXPS_PER_CLOCK * sms * float(clock.split()[0]) * 1e6
+    try:
+        return EXPS_PER_CLOCK * sms * float(clock.split()[0]) * 1e6
+    except ValueError:  # "[N/A]"
+        return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -122,13 +127,21 @@ def commit() -> str:
     return head.stdout.strip()[:12] + ("+" if dirty.stdout.strip() else "")
 
 
-def code_digest() -> str:
+def code_digest(without: str = "") -> str:
     """A hash of the code that a figure depends on, so that old figures are known as old."""
     digest = hashlib.sha256()
     for folder in CODE:
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.name == without:
+                continue
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def die_with_parent() -> None:
+    """Linux then ends this process when its parent ends, however that came about."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _version(name: str) -> str | None:
@@ -155,16 +168,16 @@ class Energy:
         self._handle: ctypes.c_void_p | None = None
         if device.type != "cuda":
             return
+        handle = ctypes.c_void_p()
         try:
             self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        except OSError:
-            return
-        handle = ctypes.c_void_p()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        name = (uuid if uuid.startswith("GPU-") else f"GPU-{uuid}").encode()
-        if self._nvml.nvmlInit_v2() == 0:
-            if self._nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0:
-                self._handle = handle
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            name = (uuid if uuid.startswith("GPU-") else f"GPU-{uuid}").encode()
+            if self._nvml.nvmlInit_v2() == 0:
+                if self._nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0:
+                    self._handle = handle
+        except (OSError, AttributeError):
+            return  # no NVML, or one without these functions
 
     def joules(self) -> float | None:
         if self._handle is None:

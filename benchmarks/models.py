@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastvit
 from benchmarks import harness, peers
+from benchmarks.harness import Work
 from benchmarks.machine import Ceilings, Energy
 from benchmarks.workloads import Size
 
@@ -44,8 +45,9 @@ class Task:
         return f"{self.kind} {self.size.name} batch {self.batch} {harness.dtype_name(self.dtype)}"
 
     @property
-    def flops(self) -> float:
-        return (3 if self.kind == "train" else 1) * self.batch * self.size.flops
+    def work(self) -> Work:
+        flops = (3 if self.kind == "train" else 1) * self.batch * self.size.flops
+        return Work(flops, self.size.bytes(self.kind, self.batch, self.dtype.itemsize))
 
 
 def entries(device: torch.device, autotune: bool = False) -> list[Entry]:
@@ -75,6 +77,7 @@ def run(
     ceilings: Ceilings,
     seconds: float,
     chosen: list[Entry] | None = None,
+    rounds: tuple[int, int] = (3, 60),
 ) -> list[dict]:
     """One row per entry: parity on a small batch, then steps timed interleaved, then memory."""
     harness.release(device)
@@ -91,8 +94,8 @@ def run(
         try:
             # Everybody's error is measured against the float64 model of their own weights; ours
             # has timm's weights, so its truth is timm's.
-            module = _seeded(entry.build, task.size).to(device)
-            error = _error(module, _truth_of(entry, module, task), task, device)
+            module = seeded(entry.build, task.size, device)
+            error = _error(module, _truth_of(entry, module, task, device), task, device)
             row["relative_error"] = error
             if tolerance is None and entry.build is _timm:
                 tolerance = 2 * error + torch.finfo(task.dtype).eps
@@ -113,16 +116,20 @@ def run(
         if "status" in row:
             steps.pop(entry.name, None)
             harness_free(device)
-    samples = harness.measure(steps, device, seconds, rounds=(3, 60))
+    samples = harness.measure(steps, device, seconds, rounds=rounds)
     for name, step in steps.items():
         rows[name] |= _timed(task, samples[name], ceilings)
         # A captured graph allocates once, before; compiled code keeps other tensors.
         entry = used[name]
         whole = entry.graph or entry.mode == "max-autotune"
-        rows[name]["peak_mb"] = None if whole else harness.peak_mb(step, device)
-        rows[name]["joules_per_image"] = joules_per_image(step, task, device, rows[name])
-        if task.kind == "train" and not (entry.graph or entry.mode):
-            rows[name]["saved_mb"] = _saved_mb(modules[name], task, device)
+        rows[name] |= {"peak_mb": None, "joules_per_image": None}
+        try:
+            rows[name]["peak_mb"] = None if whole else harness.peak_mb(step, device)
+            rows[name]["joules_per_image"] = joules_per_image(step, task, device, rows[name])
+            if task.kind == "train" and not (entry.graph or entry.mode):
+                rows[name]["saved_mb"] = _saved_mb(modules[name], task, device)
+        except Exception as failure:  # the time is known all the same
+            rows[name]["reason"] = harness.describe(failure)
     return list(rows.values())
 
 
@@ -197,7 +204,7 @@ def largest_batch(
     entry: Entry, size: Size, dtype: torch.dtype, device: torch.device, limit: int = 1 << 14
 ) -> int:
     """The largest batch, to an eighth, whose training step fits in memory; 0 if not even one."""
-    module = _seeded(entry.build, size).to(device)
+    module = seeded(entry.build, size, device)
 
     def fits(batch: int) -> bool:
         try:
@@ -265,32 +272,34 @@ def _graphed(step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _batch(task: Task, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     side = task.size.image
-    images = torch.randn(batch, 3, side, side, generator=generator)
-    labels = torch.randint(CLASSES, (batch,), generator=generator)
-    return images.to(device), labels.to(device)
+    images = torch.randn(batch, 3, side, side, generator=generator, device=device)
+    labels = torch.randint(CLASSES, (batch,), generator=generator, device=device)
+    return images, labels
 
 
 def _logits(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def _seeded(build: Callable[[Size], nn.Module], size: Size) -> nn.Module:
+def seeded(build: Callable[[Size], nn.Module], size: Size, device: torch.device) -> nn.Module:
+    """The module with the weights of seed 0, drawn where it will live."""
     torch.manual_seed(0)
-    return build(size)
+    with device:
+        return build(size).to(device)
 
 
-def _truth_of(entry: Entry, module: nn.Module, task: Task) -> nn.Module:
-    if entry.build is _fastvit:
-        return _seeded(_timm, task.size)
+def _truth_of(entry: Entry, module: nn.Module, task: Task, device: torch.device) -> nn.Module:
+    if entry.build is _fastvit and not _no_timm():
+        return seeded(_timm, task.size, device)
     return copy.deepcopy(module)
 
 
 def _error(module: nn.Module, truth: nn.Module, task: Task, device: torch.device) -> float:
     """Relative L2 error of the logits, and in training of all gradients, against float64."""
     images, labels = _batch(task, min(PARITY_BATCH, task.batch), device)
-    truth = truth.to(device).double()
+    truth = truth.double()
     backend = peers.backend(device)
     if task.kind == "infer":
         copied = copy.deepcopy(module).to(task.dtype).eval()
@@ -350,21 +359,26 @@ def _row(task: Task, entry: Entry) -> dict:
 def _timed(task: Task, samples: harness.Samples, ceilings: Ceilings) -> dict:
     row: dict[str, Any] = {"status": "ok", **harness.spread(samples.seconds)}
     ms = row["median_ms"]
-    floor = 1e3 * task.flops / ceilings.flops[harness.dtype_name(task.dtype)]
+    floor = task.work.floor_ms(ceilings, task.dtype)
+    rate = ceilings.flops[harness.dtype_name(task.dtype)]
     return row | {
         "seconds": samples.seconds,
         "launch_us": samples.launch_us,
         "images_per_s": 1e3 * task.batch / ms,
-        "tflops": task.flops / ms / 1e9,
+        "tflops": task.work.flops / ms / 1e9,
         "floor_ms": floor,
         "times_floor": ms / floor,
-        "mfu_of_measured": floor / ms,
+        "mfu_of_measured": 1e3 * task.work.flops / rate / ms,
     }
 
 
 def _timm_first(chosen: list[Entry]) -> list[Entry]:
     """timm eager is the yardstick of parity, so it is built first."""
     return sorted(chosen, key=lambda e: not (e.build is _timm and e.mode is None))
+
+
+def _no_timm() -> str | None:
+    return peers.missing("timm", device=torch.device("cpu"), gpu=False)
 
 
 def _timm(size: Size) -> nn.Module:
@@ -383,7 +397,7 @@ def _timm(size: Size) -> nn.Module:
 
 def _fastvit(size: Size) -> nn.Module:
     module = fastvit.ViT(num_classes=CLASSES, **size.arguments())
-    if peers.missing("timm", device=torch.device("cpu"), gpu=False):
+    if _no_timm():
         return _lively(module)
     torch.manual_seed(0)
     module.load_state_dict(_timm(size).state_dict(), strict=True)

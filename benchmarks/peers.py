@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastvit
 from benchmarks.harness import Provider
-from fastvit import ops
+from fastvit import ops, reference
 
 NEEDS_GPU = "needs an NVIDIA GPU"
 
@@ -254,5 +254,76 @@ def _te_mlp() -> Callable[..., Tensor]:
         layer = module(x.shape[-1], w1.shape[0], x.dtype)
         values: dict[str, Tensor] = dict(zip(names, (nw, nb, w1, b1, *second), strict=True))
         return x + torch.func.functional_call(layer, values, (x,))
+
+    return call
+
+
+def chain(room: Any) -> Callable[..., Tensor]:
+    """An encoder block of `room`'s ops, `fastvit.ops` or `fastvit.reference`.
+
+    x: (B, N, C), then weight and bias of norm1, qkv, proj, norm2, fc1, fc2; 64 channels a head.
+    """
+
+    def block(x: Tensor, *parameters: Tensor) -> Tensor:
+        nw, nb, w, b, proj, proj_b, *mlp = parameters
+        qkv = room.layernorm_linear(x, nw, nb, w, b).unflatten(-1, (3, -1, 64))
+        x = room.linear_residual(room.attention_qkv(qkv).flatten(2), proj, proj_b, x)
+        return room.layernorm_mlp(x, *mlp)
+
+    return block
+
+
+def block(device: torch.device) -> list[Provider]:
+    timm = missing("timm", device=device, gpu=False)
+    mine = ours(chain(ops), device)
+
+    def compiled_ours() -> Callable[..., Tensor]:
+        call = ours(torch.compile(chain(ops), dynamic=False), device).call
+        assert call is not None
+        return call
+
+    return [
+        mine,
+        entry("timm eager (SDPA)", timm, _timm_block),
+        Provider("nn.TransformerEncoderLayer", _torch_block()),
+        entry(f"{mine.name} + torch.compile", missing(device=device), compiled_ours),
+        *(compiled(chain(reference), mode, device) for mode in COMPILED),
+    ]
+
+
+def _timm_block() -> Callable[..., Tensor]:
+    layer: Any = import_module("timm.models.vision_transformer").Block
+    norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
+    return _functional(
+        lambda width: layer(width, width // 64, qkv_bias=True, norm_layer=norm),
+        "norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2",
+    )
+
+
+def _torch_block() -> Callable[..., Tensor]:
+    layer = functools.partial(
+        torch.nn.TransformerEncoderLayer,
+        dropout=0.0,
+        activation="gelu",
+        layer_norm_eps=1e-6,
+        batch_first=True,
+        norm_first=True,
+    )
+    return _functional(
+        lambda width: layer(width, width // 64, 4 * width),
+        "norm1 self_attn.in_proj_ self_attn.out_proj norm2 linear1 linear2",
+    )
+
+
+def _functional(make: Callable[[int], torch.nn.Module], names: str) -> Callable[..., Tensor]:
+    """A module of a given width as a function of its input, and weight and bias of each name."""
+    module = functools.cache(make)
+    words = [name if name.endswith("_") else f"{name}." for name in names.split()]
+    keys = [word + part for word in words for part in ("weight", "bias")]
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        with torch.device("meta"):  # the parameters come with the call
+            own = module(x.shape[-1])
+        return torch.func.functional_call(own, dict(zip(keys, parameters, strict=True)), (x,))
 
     return call

@@ -76,9 +76,7 @@ def models_table(found: list[dict]) -> str:
             )
         elif r.get("status") not in (None, "absent"):
             lines.append([r["model"], str(r["batch"]), r["provider"], _state(r), *["-"] * 7])
-    header: str = (
-        "model,batch,provider,ms,IQR,images/s,of matmul rate,x floor,peak MB,saved MB,J/image"
-    )
+    header: str = "model,batch,provider,ms,IQR,images/s,MFU,x floor,peak MB,saved MB,J/image"
     return table(header.split(","), lines)
 
 
@@ -132,7 +130,8 @@ def ceilings_line(result: dict) -> str:
     c = result["ceilings"]
     rates = ", ".join(f"{k} {number(v / 1e12)} TFLOP/s" for k, v in c["flops"].items())
     return (
-        f"Measured in the same run: matrix products {rates}; copy {c['bandwidth'] / 1e9:.0f} GB/s."
+        f"Measured in the same run: matrix products {rates}; copy {c['bandwidth'] / 1e9:.0f} GB/s. "
+        "MFU is of that rate; a floor is the longer of FLOPs at that rate and bytes at that speed."
     )
 
 
@@ -161,8 +160,13 @@ def device_report(result: dict) -> str:
             "## One training step by kernel",
             table(["provider", "us", "calls", "kernel"], lines),
         ]
-    if rows(result, "numerics"):
-        out += ["## Error against float64, ours / eager", numerics.table(rows(result, "numerics"))]
+    exact = rows(result, "numerics")
+    if exact:
+        out += ["## Error against float64, ours / eager", numerics.table(exact)]
+        out += [numerics.curve_line(r) for r in exact if r["kind"] == "training curve"]
+    if rows(result, "tune"):
+        lines = [r["line"] for r in rows(result, "tune")]
+        out += ["## Lines for tuned.py", "\n".join(["```", *lines, "```"])]
     bad = failures(result)
     out += ["## Steps that failed", "\n".join(f"- {line}" for line in bad)] if bad else []
     return "\n\n".join(out) + "\n"
@@ -212,6 +216,7 @@ def summary(result: dict) -> str:
         if step["part"] == "parity"
         for r in step.get("rows", [step])
     ]
+    checks = [r for r in checks if r["status"] != "absent"]
     good = sum(r["status"] == "ok" for r in checks)
     out += ["", f"parity: {good} of {len(checks)} checks pass"]
     out += [
@@ -219,6 +224,7 @@ def summary(result: dict) -> str:
         for r in checks
         if r["status"] != "ok"
     ]
+    out += [r["line"] for r in rows(result, "tune")]
     return "\n".join(out + [f"FAILED {line}" for line in failures(result)])
 
 
@@ -231,13 +237,70 @@ def cpu_table(result: dict) -> str:
             r["dtype"],
             number(r["fastvit_ms"]),
             number(r["timm_ms"]),
-            "{median:.2f}x ({low:.2f} to {high:.2f})".format(**r["ratio"]),
+            "{median:.3f}x ({low:.3f} to {high:.3f})".format(**r["ratio"]),
         ]
         for r in result["rows"]
     ]
     return table(
-        ["model", "pass", "dtype", "fastvit ms", "timm ms", "timm / fastvit (quartiles)"], lines
+        ["model", "pass", "dtype", "fastvit ms", "timm ms", "timm / fastvit (95 % interval)"],
+        lines,
     )
+
+
+def traffic_table(tables: dict) -> str:
+    """One encoder block, forward and backward: what is launched, moved and kept."""
+    lines = []
+    for name, parts in tables.items():
+        own, eager = parts["block"]["fastvit"], parts["block"]["eager"]
+        pairs = [
+            f"{own['launches_forward']} + {own['launches_backward']}",
+            f"{eager['launches_forward']} + {eager['launches_backward']}",
+        ]
+        for key in ("bytes", "saved"):
+            fewer = 1 - own[key] / eager[key]
+            pairs.append(f"{own[key] / 1e9:.2f} / {eager[key] / 1e9:.2f} GB ({fewer:.0%} less)")
+        lines.append([name, *pairs])
+    header = ["block of", "launches", "eager's", "moved, ours / eager", "kept for backward"]
+    return table(header, lines)
+
+
+def compile_line(report: dict) -> str:
+    """How many launches compile, for which architectures, and what they spill."""
+    found = report["rows"]
+    archs = ", ".join(f"sm_{a}" for a in sorted({r["arch"] for r in found}))
+    spilled = sum(r["spills"] > 0 for r in found)
+    wgmma = sum(r["hgmma"] > 0 for r in found if r["arch"] == 90)
+    return (
+        f"Of {len(found)} launches compiled for {archs} (triton {report['triton']}), {spilled} "
+        f"spill registers; {wgmma} on sm_90 hold wgmma instructions."
+    )
+
+
+def without_gpu(results: Path) -> list[str]:
+    """What is known without a GPU: traffic, compiled code, numerics; each where it is committed."""
+    from benchmarks import numerics
+
+    out = []
+    names = ("traffic.json", "compile_report.json", "numerics.json")
+    traffic, compiled, exact = (results / name for name in names)
+    if traffic.exists():
+        out.append(
+            "Counted, not timed: launches (forward + backward) and bytes of one block, where "
+            "eager's attention is counted as FlashAttention 2:"
+        )
+        out.append(traffic_table(json.loads(traffic.read_text())))
+    if compiled.exists():
+        out.append(compile_line(json.loads(compiled.read_text())))
+    if exact.exists():
+        found = json.loads(exact.read_text())["rows"]
+        out.append(
+            f"Relative L2 error against float64, ours ({found[0]['ours']}) / eager. Triton's "
+            "interpreter cuts float32 off to bfloat16 where a GPU rounds:"
+        )
+        out.append(numerics.table(found))
+        out += [numerics.curve_line(r) for r in found if r["kind"] == "training curve"]
+        out.append("![loss of the training run](benchmarks/results/training-curve.png)")
+    return out
 
 
 def readme(results: Path = RESULTS) -> str:
@@ -251,6 +314,7 @@ def readme(results: Path = RESULTS) -> str:
         found = [r for part in own for r in rows(result, part) if "images_per_s" in r]
         out += [f"{provenance(result)}. {ceilings_line(result)}", models_table(found)]
         out.append(f"All figures: `benchmarks/results/{path.stem}.md`.")
+    out += without_gpu(results)
     cpu = results / "cpu.json"
     if cpu.exists():
         result = json.loads(cpu.read_text())

@@ -29,6 +29,23 @@ class Size:
         block = 2 * n * 12 * d * d + 4 * n * n * d
         return self.depth * block + 2 * (n - 1) * 3 * self.patch**2 * d + 2000 * d
 
+    @property
+    def parameters(self) -> int:
+        d = self.dim
+        block = 12 * d * d + 13 * d + (2 * d if self.layer_scale is not None else 0)
+        stem = (3 * self.patch**2 + 1) * d + (self.tokens + 1) * d
+        return self.depth * block + stem + 2 * d + 1000 * (d + 1)
+
+    def bytes(self, kind: str, batch: int, itemsize: int) -> float:
+        """What one batch cannot but move: images and weights once; in training also float32
+        weights, gradients and AdamW's two moments, each read and written as the step needs them.
+        """
+        images = batch * 3 * self.image**2
+        if kind == "infer":
+            return (self.parameters + images) * itemsize
+        # weights: forward, update twice; gradients: written, read; moments: each read, written.
+        return 4 * (9 * self.parameters + images)
+
     def arguments(self) -> dict:
         return {
             "image_size": self.image,

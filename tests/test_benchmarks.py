@@ -12,12 +12,21 @@ import pytest
 import torch
 
 import fastvit
-from benchmarks import bench_attention, harness, models, report
+from benchmarks import (
+    bench_attention,
+    bench_linear_residual,
+    gpu_steps,
+    harness,
+    models,
+    numerics,
+    report,
+    tune,
+)
 from benchmarks.harness import Provider, Work
 from benchmarks.machine import Ceilings
 from benchmarks.models import Entry, Task
 from benchmarks.workloads import SIZES, TOY
-from fastvit import reference
+from fastvit import ops, reference
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings({"float32": 1e9, "bfloat16": 1e9}, 1e9)
@@ -121,6 +130,7 @@ def test_model_flops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, size.image, size.image))
     assert counter.get_total_flops() == pytest.approx(size.flops, rel=1e-3)
+    assert sum(p.numel() for p in model.parameters()) == size.parameters
 
 
 @MODELS
@@ -132,8 +142,8 @@ def test_models_agree_or_are_not_timed(kind: str) -> None:
             module.get_parameter("blocks.1.mlp.fc2.weight").mul_(1.05)
         return module
 
-    def truth_is_timm(entry, module, task):
-        return models._seeded(models._timm, task.size)
+    def truth_is_timm(entry, module, task, device):
+        return models.seeded(models._timm, task.size, device)
 
     entries = [
         *(e for e in models.entries(CPU) if not e.absent),
@@ -151,20 +161,30 @@ def test_models_agree_or_are_not_timed(kind: str) -> None:
 
 
 @MODELS
-def test_gpu_script_survives_every_failure_and_resumes(tmp_path: Path) -> None:
+def test_gpu_script_survives_a_kill_and_every_failure(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--cpu", "--out", str(tmp_path)]
-    command += [
-        "--budget",
-        "150",
-        "--faults",
-        "--match",
-        "fault|attention B3|train toy batch 4 bfloat16$",
-    ]
+    match = "fault|attention B3|train toy batch 4 bfloat16$"
+    command += ["--budget", "150", "--faults", "--match", match]
+    path = tmp_path / "cpu-dry-run.json"
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(1000):
+        if path.exists() and json.loads(path.read_text())["steps"]:
+            break
+        time.sleep(0.1)
+    worker = int((tmp_path / "worker.pid").read_text())
+    killed.kill()
+    killed.wait()
+    before = json.loads(path.read_text())["steps"]
+    assert before
+    for _ in range(100):
+        if not _alive(worker):
+            break
+        time.sleep(0.1)
+    assert not _alive(worker), "the worker outlived its driver"
     first = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert first.returncode == 0, first.stderr
-    path = tmp_path / "cpu-dry-run.json"
-    result = json.loads(path.read_text())
-    steps = result["steps"]
+    steps = json.loads(path.read_text())["steps"]
+    assert {k: steps[k] for k in before} == before  # measured once, not again
     assert {k: s["status"] for k, s in steps.items() if s["part"] == "faults"} == {
         "fault raise": "error",
         "fault memory": "error",
@@ -175,9 +195,121 @@ def test_gpu_script_survives_every_failure_and_resumes(tmp_path: Path) -> None:
     assert len(others) == 2 and {s["status"] for s in others} == {"ok"}
     assert "asked to fail" in steps["fault raise"]["traceback"]
     assert "# " in path.with_suffix(".md").read_text()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(path.read_text())["steps"] == steps  # measured once, not again
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_plan_of_a_gpu_run(tmp_path: Path) -> None:
+    """Built here for a GPU: each part is there, each key once, every op's tests in it."""
+    cuda = torch.device("cuda")
+    steps = gpu_steps.steps(cuda, tmp_path)
+    assert {s.part for s in steps} == set(gpu_steps.PARTS)
+    assert len({s.key for s in steps}) == len(steps)
+    tests = {t.stem for t in gpu_steps.op_tests(cuda)}
+    ops = {"attention", "attention_ragged", "gemm_ops", "patch_embed"}
+    assert {f"test_{op}" for op in ops} <= tests
+    keys = [s.key for s in steps]
+    for size in SIZES.values():
+        assert f"train {size.name} batch {size.batch} bfloat16" in keys
+    for batch in (1, 8, 64, 256):
+        assert f"infer B/16 batch {batch} bfloat16" in keys
+
+
+LINE = tune.Line("GEMM", 0, "small")
+
+
+def test_search_climbs_resumes_and_keeps_to_its_time() -> None:
+    calls: list[tune.Config] = []
+
+    def try_out(config: tune.Config) -> dict:
+        calls.append(config)
+        if config.num_warps == 2:
+            return {"status": "failed parity", "ratio": 0.1}
+        if config.BLOCK_N == 256:
+            return {"status": "error", "reason": "out of shared memory"}
+        ms = abs(config.BLOCK_K - 32) + abs(config.num_stages - 4) + config.num_warps
+        return {"status": "ok", "ratio": ms / 102, "ms": {"a": {"old": 102.0, "new": ms}}}
+
+    record: dict = {}
+    tune.search(LINE, record, try_out, lambda: None, deadline=0.0)
+    assert not calls and not record["finished"]
+    end = time.time() + 100
+    saved: list[str] = []
+    half = 5
+
+    def save() -> None:
+        saved.append(json.dumps(record))
+        if len(saved) == half:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.search(LINE, record, try_out, save, end)
+    record = json.loads(saved[-1])
+    tune.search(LINE, record, try_out, lambda: None, end)
+    assert len(set(calls)) == len(calls), "a configuration was tried twice"
+    best = tune.parse(record["best"])
+    assert record["finished"] and (best.BLOCK_K, best.num_stages, best.num_warps) == (32, 4, 4)
+    assert record["best"] in tune.printed(LINE, record, CPU)
+    done = len(calls)
+    tune.search(LINE, record, try_out, lambda: None, end)
+    assert len(calls) == done
+
+
+@pytest.mark.parametrize("config", [LINE.config, tune.Config(64, 32, 16, 8, 3, SUBTILES=2)])
+def test_a_line_is_printed_as_it_is_written(config: tune.Config) -> None:
+    assert tune.parse(tune.literal(config)) == config
+
+
+def test_a_wrong_candidate_is_not_timed() -> None:
+    case = bench_attention.case(CPU, 1, 17, 1, 16, torch.float32, backward=False)
+    standing, wrong = LINE.config, tune.Config(16, 16, 16)
+
+    def op(qkv: torch.Tensor) -> torch.Tensor:
+        return reference.attention_qkv(qkv) * (1.01 if LINE.config == wrong else 1.0)
+
+    job = tune.Job.of(replace(case, providers=[Provider("ours", op)]), CPU)
+    found = tune.judge(LINE, wrong, [job], CPU, 0.0)
+    assert found["status"] == "failed parity" and "ratio" not in found
+    right = tune.judge(LINE, tune.Config(32, 32, 32), [job], CPU, 0.0)
+    assert right["status"] == "ok" and right["ratio"] > 0 and LINE.config == standing
+
+
+def test_which_lines_a_workload_reads() -> None:
+    every = tune.lines(0)
+    before = [line.config for line in every]
+    found = []
+    for backward in (False, True):
+        case = bench_attention.case(CPU, 1, 300, 1, 16, torch.float16, backward)
+        case = replace(case, providers=[Provider("", ops.attention_qkv)])
+        found.append(tune.reads(case, every, CPU))
+    assert found[0] == {"ATTENTION 0 fwd"} < found[1]
+    assert all(key.startswith("ATTENTION") for key in found[1])
+    case = bench_linear_residual.case(CPU, "odd", 1, 72, torch.float32, backward=True)
+    found = tune.reads(replace(case, providers=[Provider("", ops.linear_residual)]), every, CPU)
+    assert found == {"GEMM 0 float32", "GEMM_DW 0 float32"}
+    assert [line.config for line in every] == before
+
+
+@pytest.mark.slow
+def test_training_stays_within_the_noise_of_eager() -> None:
+    (row,) = numerics.curves(CPU, steps=30, seeds=4)
+    assert row["ours"] == "Triton, interpreted" and len(row["loss"]) == 30
+    assert row["apart"] < row["noise"] and row["agreement"] > 0.9
+
+
+def test_committed_training_run_is_within_the_noise_of_eager() -> None:
+    result = json.loads((report.RESULTS / "numerics.json").read_text())
+    row = next(r for r in result["rows"] if r["kind"] == "training curve")
+    assert row["steps"] == len(row["loss"]) == 300 and row["apart"] < row["noise"]
+    smooth = [numerics._smoothed(curve) for curve in row["loss_eager"]]
+    assert row["apart"] == pytest.approx(
+        numerics._distance(numerics._smoothed(row["loss"]), smooth[0])
+    )
 
 
 def test_gpu_script_refuses_to_pass_off_a_dry_run() -> None:

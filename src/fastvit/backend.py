@@ -58,6 +58,8 @@ def choose_triton(op: str, x: Tensor, dtype: torch.dtype, unsupported: str | Non
 
     dtype: what the kernel computes in; unsupported: the op's own reason against its kernel.
     """
+    if _record is None and (_backend == "reference" or (_backend == "auto" and not x.is_cuda)):
+        return False  # what follows would only find the reason
     reason = _why_not_triton(x, dtype) or unsupported
     if _backend == "triton" and reason:
         raise RuntimeError(

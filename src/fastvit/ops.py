@@ -449,17 +449,17 @@ def _check_qk(
 
 def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> torch.dtype:
     """What the op multiplies in: autocast's dtype, else the one dtype that all operands share."""
-    device = x.device.type
+    dtype = x.dtype
     # Autocast knows no meta device, which only asks for shapes.
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     for other, tensor in others.items():
-        if tensor is not None and tensor.dtype != x.dtype:
+        if tensor is not None and tensor.dtype != dtype:
             raise TypeError(
-                f"{op}: {name} is {x.dtype} but {other} is {tensor.dtype}; "
+                f"{op}: {name} is {dtype} but {other} is {tensor.dtype}; "
                 "expected one dtype, or torch.autocast"
             )
-    return x.dtype
+    return dtype
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
@@ -485,5 +485,5 @@ def _integers(op: str, name: str, t: Tensor | None, like: Tensor, size: int) -> 
 
 
 def _shaped(op: str, name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
-    if t is not None and tuple(t.shape) != shape:
+    if t is not None and t.shape != shape:
         raise ValueError(f"{op}: {name} must be {shape}, got {_shape(t)}")

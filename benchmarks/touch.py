@@ -1,0 +1,34 @@
+"""Every op once, forward and backward, on odd shapes: what compute-sanitizer watches."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
+
+import torch
+import torchvision_shim
+
+torchvision_shim.install()
+
+from benchmarks import bench_attention, gpu_steps, harness
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for module in gpu_steps.OPS:
+        shapes = [("odd", 3, 192)]
+        if module is bench_attention:
+            shapes = [(2, 17, 3, 64), (1, 197, 2, 80), (1, 333, 2, 64)]
+        for shape in shapes:
+            case = module.case(device, *shape, dtype, True)
+            call = case.providers[0].call
+            assert call is not None
+            harness._caller(case, call, case.inputs(device, dtype))()
+            harness.synchronize(device)
+            print(case.key, flush=True)
+
+
+if __name__ == "__main__":
+    main()
