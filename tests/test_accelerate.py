@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision_shim
 from checks import check
 from torch import nn
 
@@ -17,12 +18,18 @@ import fastvit
 
 OPS = {"layernorm_linear": 2, "attention": 2, "linear_residual": 2, "layernorm_mlp": 2}
 STEM = {"patch_embed": 1}
+GATED = {"layernorm_linear": 4, "attention": 2, "linear_residual": 4, "swiglu": 2}
 
 
 def timm_vit(**kwargs):
     vit = pytest.importorskip("timm.models.vision_transformer")
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
     return vit.VisionTransformer(**{**args, "num_classes": 10, **kwargs})
+
+
+def timm_gated(kind, **kwargs):
+    mlp = getattr(pytest.importorskip("timm.layers"), kind)
+    return timm_vit(mlp_layer=mlp, act_layer=None if kind == "GluMlp" else nn.SiLU, **kwargs)
 
 
 def _hf(config, model, **kwargs):
@@ -73,17 +80,23 @@ PEERS = {
         partial(timm_vit, qk_norm=True),
         {"attention": 2, "layernorm_mlp": 2} | STEM,
     ),
-    "timm_rmsnorm": (partial(timm_vit, norm_layer="rmsnorm"), {"attention": 2} | STEM),
+    "timm_rmsnorm": (partial(timm_vit, norm_layer="rmsnorm"), OPS | STEM),
+    "timm_simplenorm": (partial(timm_vit, norm_layer="simplenorm"), {"attention": 2} | STEM),
+    "timm_quick_gelu": (partial(timm_vit, act_layer="quick_gelu"), OPS | STEM),
     "timm_relu": (
         partial(timm_vit, act_layer="relu"),
         {"layernorm_linear": 2, "attention": 2, "linear_residual": 2} | STEM,
     ),
     "hf_vit": (hf_vit, OPS | STEM),
     "hf_vit_eager": (partial(hf_vit, attn_implementation="eager", qkv_bias=False), OPS | STEM),
+    "hf_vit_quick": (partial(hf_vit, hidden_act="quick_gelu"), OPS | STEM),
     "hf_vit_tanh": (partial(hf_vit, hidden_act="gelu_pytorch_tanh"), OPS | STEM),
     "hf_dinov2": (hf_dinov2, OPS | STEM),
-    "hf_dinov2_swiglu": (
-        partial(hf_dinov2, use_swiglu_ffn=True),
+    "hf_dinov2_swiglu": (partial(hf_dinov2, use_swiglu_ffn=True), GATED | STEM),
+    "timm_swiglu": (partial(timm_gated, "SwiGLU"), GATED | STEM),
+    "timm_swiglu_packed": (partial(timm_gated, "SwiGLUPacked"), GATED | STEM),
+    "timm_glu": (
+        partial(timm_gated, "GluMlp"),
         {"layernorm_linear": 2, "attention": 2, "linear_residual": 2} | STEM,
     ),
     "hf_registers": (hf_registers, OPS | STEM),
@@ -504,13 +517,17 @@ def test_vit_pytorch_wrappers():
 
 
 def test_report_names_what_is_left():
-    report = fastvit.accelerate(make("timm_rmsnorm"))
+    report = fastvit.accelerate(make("timm_simplenorm"))
     text = str(report)
-    assert "norm is RmsNorm" in text and "blocks.*" in text
+    assert "norm is SimpleNorm" in text and "blocks.*" in text
     assert "3 of 7 parts run on fastvit.ops" in text
     assert {r.part for r in report.taken} == {"patch projection", "attention core"}
-    text = str(fastvit.accelerate(make("hf_dinov2_swiglu")))
-    assert "mlp is Dinov2SwiGLUFFN" in text
+    text = str(fastvit.accelerate(make("timm_glu")))
+    assert "the gate comes last" in text
+    gated = make("hf_dinov2_swiglu")
+    gated.dinov2.encoder.layer[1].mlp.up_proj.register_forward_hook(lambda m, a, o: None)
+    left = [(r.module, r.part, r.reason) for r in fastvit.accelerate(gated).left]
+    assert left == [("dinov2.encoder.layer.1", "mlp", "projection has hooks")]
     text = str(fastvit.accelerate(make("timm_relu")))
     assert "activation is ReLU" in text
     text = str(fastvit.accelerate(make(timm_vit(num_heads=8))))
@@ -555,6 +572,40 @@ def test_inside_another_module_and_distributed(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+
+
+def _two_ranks(rank, folder, after):
+    """One rank of two: DDP around the accelerated model, or accelerated inside DDP."""
+    torchvision_shim.install()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, x = make("timm_layer_scale", train=True), images(4)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    if not after:
+        fastvit.accelerate(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    if after:
+        fastvit.accelerate(wrapped)
+    assert served(wrapped, x) == PEERS["timm_layer_scale"][1]
+    wrapped(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+    torch.save({n: p.grad for n, p in model.named_parameters()}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True], ids=["before DDP", "inside DDP"])
+def test_two_ranks_give_the_gradient_of_the_whole_batch(after, tmp_path):
+    torch.manual_seed(0)
+    model, x = make("timm_layer_scale", train=True), images(4)
+    torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
+        _two_ranks, (tmp_path, after), nprocs=2
+    )
+    model(x).square().mean().backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    for rank in range(2):
+        close(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
 @pytest.mark.parametrize("name", MAIN)

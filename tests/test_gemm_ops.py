@@ -88,10 +88,94 @@ def test_autocast(op: str, dtype: torch.dtype, device: torch.device) -> None:
     check_parity(op, OPS[op](2, 33, 48, 64), dtype, device, autocast=True)
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_tanh_gelu(dtype: torch.dtype, device: torch.device) -> None:
-    args = {**layernorm_mlp(2, 17, 32, 64), "activation": "gelu_tanh"}
+def test_activations(activation: str, dtype: torch.dtype, device: torch.device) -> None:
+    args = {**layernorm_mlp(2, 17, 32, 64), "activation": activation}
     check_parity("layernorm_mlp", args, dtype, device)
+
+
+@pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_rmsnorm(op: str, dtype: torch.dtype, device: torch.device) -> None:
+    args = {**OPS[op](2, 17, 72, 24), "norm_bias": None, "norm_kind": "rmsnorm"}
+    check_parity(op, args, dtype, device)
+    check_parity(op, args, dtype, device, autocast=dtype != torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_recompute_saves_the_arguments_alone(backend: str, device: torch.device) -> None:
+    """The same output and gradients, bit for bit, without the hidden activation in between."""
+    args = layernorm_mlp(2, 33, 48, 64)
+    runs, saved = [], []
+    for save in ("all", "recompute"):
+        kept: dict[int, int] = {}
+
+        def pack(t: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with fastvit.use_backend(backend), hooks:
+            runs.append(results(ops.layernorm_mlp, {**args, "save": save}, device))
+        saved.append(sum(kept.values()))
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name]), name
+    assert saved[0] - saved[1] >= 2 * 33 * 64 * 4
+    with pytest.raises(ValueError, match="save 'none' is unknown"):
+        ops.layernorm_mlp(**args, save="none")
+
+
+def test_inference_writes_no_hidden_activation(device: torch.device) -> None:
+    import fastvit_kernels.layernorm_mlp as kernel
+
+    given = []
+    launch = kernel.layernorm_mlp_fwd
+    args = layernorm_mlp(2, 9, 32, 48)
+    with pytest.MonkeyPatch.context() as patch, fastvit.use_backend("triton"):
+        patch.setattr(kernel, "layernorm_mlp_fwd", lambda *a: given.append(launch(*a)) or given[-1])
+        out = ops.layernorm_mlp(**{k: v.to(device) for k, v in args.items()})
+        with torch.no_grad():
+            again = ops.layernorm_mlp(**{k: v.to(device) for k, v in args.items()})
+    assert torch.equal(out, again)
+    assert [u.shape for _, u, *_ in given] == [(18, 48), (0, 0)]
+
+
+def test_fork_adds_the_residuals_gradient(device: torch.device) -> None:
+    """x, used again behind the fork, gets the sum of both gradients; either may be absent."""
+    args = layernorm_linear(2, 17, 40, 24)
+    for uses in ("both", "product", "residual"):
+        grads = []
+        for backend in ("reference", "triton"):
+            given = {k: v.detach().to(device).requires_grad_() for k, v in args.items()}
+            with fastvit.use_backend(backend):
+                y, x = ops.layernorm_linear_fork(**given)
+            loss = (y.square().sum() if uses != "residual" else 0) + (
+                x.pow(3).sum() if uses != "product" else 0
+            )
+            assert isinstance(loss, torch.Tensor)
+            loss.backward()
+            grads.append({k: v.grad for k, v in given.items() if v.grad is not None})
+        assert grads[0].keys() == grads[1].keys()
+        for name, grad in grads[0].items():
+            torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-3)
+
+
+@every_op
+def test_frozen_parameters(op: str, device: torch.device) -> None:
+    """Only x and residual want a gradient: it is the same, and no parameter's is made."""
+    grads = []
+    for frozen in (False, True):
+        args = {k: v.detach().to(device) for k, v in OPS[op](2, 17, 40, 24).items()}
+        torch.manual_seed(0)
+        for name, value in args.items():
+            value.copy_(torch.randn(value.shape))
+            value.requires_grad_(name in ("x", "residual") or not frozen)
+        with fastvit.use_backend("triton"):
+            getattr(ops, op)(**args).square().sum().backward()
+        assert frozen == (args["layer_scale" if op != "layernorm_linear" else "bias"].grad is None)
+        grads.append(args["x"].grad)
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
@@ -194,8 +278,8 @@ def test_saved_bytes_are_what_the_docstring_says(op: str, device: torch.device) 
 def _gelu_kernel(x_ptr, y_ptr, dy_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs)
-    tl.store(y_ptr + offs, gelu(x, False, False))
-    tl.store(dy_ptr + offs, dgelu(x, False, False))
+    tl.store(y_ptr + offs, gelu(x, "gelu", False))
+    tl.store(dy_ptr + offs, dgelu(x, "gelu", False))
 
 
 def test_cheap_erf_is_under_half_a_rounding_of_16_bits(device: torch.device) -> None:
@@ -211,16 +295,15 @@ def test_cheap_erf_is_under_half_a_rounding_of_16_bits(device: torch.device) -> 
     assert float((dy.double() - truth.grad).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
-def test_what_the_kernel_lacks_runs_in_eager_and_says_so(op: str) -> None:
-    args = OPS[op](2, 5, 16, 24)
-    choices = [{"norm_kind": "rmsnorm"}]
-    choices += [{"activation": "quick_gelu"}, {"dropout": 0.5}] if op == "layernorm_mlp" else []
-    for extra in choices:
-        getattr(ops, op)(**args, **extra)
-        with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="not in the kernel"):
-            getattr(ops, op)(**args, **extra)
-    x = args["x"].detach()
+def test_what_the_kernel_lacks_runs_in_eager_and_says_so() -> None:
+    args = layernorm_mlp(2, 5, 16, 24)
+    ops.layernorm_mlp(**args, dropout=0.5)
+    with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="not in the kernel"):
+        ops.layernorm_mlp(**args, dropout=0.5)
+
+
+def test_rmsnorm_is_its_formula() -> None:
+    x = torch.randn(2, 5, 16)
     got = ops.layernorm_linear(x, None, None, torch.eye(16), norm_kind="rmsnorm")
     torch.testing.assert_close(got, x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
 
@@ -234,4 +317,4 @@ def test_every_argument_of_the_ops_is_tested() -> None:
 
     for op, make in OPS.items():
         arguments = set(inspect.signature(getattr(ops, op)).parameters)
-        assert arguments - _names(make) <= {"eps", "activation", "dropout", "norm_kind"}
+        assert arguments - _names(make) <= {"eps", "activation", "dropout", "norm_kind", "save"}

@@ -1,5 +1,7 @@
 """Patch embedding against float64: forward and every gradient, any geometry and layout."""
 
+from typing import Any
+
 import pytest
 import torch
 from parity import (
@@ -80,7 +82,7 @@ def test_channels_last_is_read_in_place_by_whole_runs(
 
     given = []
 
-    def launch(images: torch.Tensor, *args: object) -> torch.Tensor:
+    def launch(images: torch.Tensor, *args: Any) -> torch.Tensor:
         given.append(images)
         return patch_embed._fwd(images, *args)
 

@@ -53,7 +53,7 @@ def test_less_than_eager(tables: dict[str, Any]) -> None:
     for model, table in tables.items():
         for where, both in table.items():
             ours, eager = both["fastvit"], both["eager"]
-            assert ours["bytes"] < 0.7 * eager["bytes"], (model, where)
+            assert ours["bytes"] < 0.75 * eager["bytes"], (model, where)
         assert table["block"]["fastvit"]["saved"] < 0.7 * table["block"]["eager"]["saved"], model
 
 
@@ -134,13 +134,18 @@ def test_kernels_write_what_the_count_says(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", watched)
 
     def step(function: Any, s: traffic.Sizes, shapes: dict[str, tuple[int, ...]]) -> None:
-        tensors = {k: torch.randn(shape).requires_grad_() for k, shape in shapes.items()}
+        tensors = {
+            k: torch.randn(shape, dtype=s.residual_dtype).requires_grad_()
+            for k, shape in shapes.items()
+        }
         out = function(s, **tensors)
         out.backward(torch.randn_like(out))
 
     float32 = (torch.float32, torch.float32)
     small = traffic.Sizes(2, 16, 4, 32, 2, 64, *float32)
-    step(traffic.block, small, traffic.block_shapes(small))
+    autocast = traffic.Sizes(2, 36, 4, 32, 2, 64, torch.bfloat16, torch.float32)
+    for s in (small, autocast):
+        step(traffic.block, s, traffic.block_shapes(s))
     step(traffic.stem, small, traffic.stem_shapes(small))
     for N in (130, 260):
         qkv = torch.randn(2, N, 3, 2, 16, requires_grad=True)

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit_kernels import tuned
 
@@ -125,6 +126,8 @@ def _type(value: Any, specialize: bool = True) -> str | None:
     """The type that triton gives an argument; None where it becomes a constant (None and 1)."""
     if isinstance(value, torch.Tensor):
         return "*" + _POINTEES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_POINTEES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     if value is None or (value == 1 and specialize):

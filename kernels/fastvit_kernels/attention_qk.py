@@ -30,7 +30,6 @@ from fastvit_kernels.attention import (
     draw_seed,
     strides_divisor,
 )
-from fastvit_kernels.layernorm import _sum_rows
 
 
 @triton.jit
@@ -241,6 +240,18 @@ def _attention_qk_bwd_kernel(
         tl.store(dparams_ptr + D + second_d, tl.sum(db_b, axis=0), mask=mask)
 
 
+@triton.jit(do_not_specialize=["M"])
+def _attention_qk_sum_kernel(x_ptr, out_ptr, M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Column sums of a float32 (M, C), rows taken in order."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    for m in range(0, M, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask = (offs_m < M)[:, None] & (offs_c < C)[None, :]
+        total += tl.sum(tl.load(x_ptr + offs_m[:, None] * C + offs_c, mask=mask, other=0.0), axis=0)
+    tl.store(out_ptr + offs_c, total, mask=offs_c < C)
+
+
 def _arguments(
     qkv: Tensor, cos: Tensor | None, norm: str | None, interleaved: bool
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -322,7 +333,11 @@ def _bwd_in_place(
         *(*sizes, heads, per_program, eps),
         **constants,
     )
-    return _sum_rows(partial, dparams.view(-1)).view(4, D) if norm else dparams
+    if norm:
+        _attention_qk_sum_kernel[(triton.cdiv(4 * D, 16),)](
+            partial, dparams, len(partial), 4 * D, BLOCK_M=128, BLOCK_C=16, num_warps=4
+        )
+    return dparams
 
 
 def _bwd(

@@ -49,6 +49,12 @@ def reciprocal(x):
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return reciprocal(1.0 + exp2(x * -1.4426950408889634))
+
+
+@triton.jit
 def tanh(x):
     """tanh(x) as 1 - 2 / (1 + e^2x): right for any x, infinite ones too."""
     return 1.0 - 2.0 * reciprocal(1.0 + exp2(x * 2.8853900817779268))
@@ -76,21 +82,29 @@ def _normal_cdf_pdf(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def gelu(x, TANH: tl.constexpr, EXACT: tl.constexpr):
-    """GELU of float32 x, by erf or by tanh; EXACT is for float32 results."""
-    if TANH:
+def gelu(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """GELU of float32 x: 'gelu' by erf, 'gelu_tanh', or 'quick_gelu', x sigmoid(1.702 x).
+
+    EXACT is for float32 results.
+    """
+    if ACTIVATION == "gelu_tanh":
         return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    if ACTIVATION == "quick_gelu":
+        return x * sigmoid(1.702 * x)
     cdf, _ = _normal_cdf_pdf(x, EXACT)
     return x * cdf
 
 
 @triton.jit
-def dgelu(x, TANH: tl.constexpr, EXACT: tl.constexpr):
+def dgelu(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """The derivative of `gelu` at float32 x."""
-    if TANH:
+    if ACTIVATION == "gelu_tanh":
         t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
         slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
         return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
+    if ACTIVATION == "quick_gelu":
+        s = sigmoid(1.702 * x)
+        return s + 1.702 * x * s * (1.0 - s)
     cdf, pdf = _normal_cdf_pdf(x, EXACT)
     return cdf + x * pdf
 

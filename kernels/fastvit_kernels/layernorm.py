@@ -1,9 +1,12 @@
-"""LayerNorm's two row kernels: statistics forward, and the whole of its backward.
+"""LayerNorm's two row kernels: forward, and the whole of its backward.
 
-forward   mean, rstd of each row; the normalised row itself exists only inside a GEMM's prologue
-backward  dx = rstd * (dy w - mean(dy w) - xhat mean(dy w xhat)) + dresidual
-          dw = sum over rows of dy xhat, db = sum over rows of dy, in a fixed order
-Bytes: x read; then dy, x, dresidual read and dx written, once each.
+forward   mean, rstd = 1 / sqrt(var + eps) and, where the product that follows does not normalise on
+          load, y = xhat w + b
+backward  dx = rstd * (dy w - mean(dy w) - xhat mean(dy w xhat)) + dresidual, and y once more, for
+          the dW of that product; sums of dy xhat (for w) and of dy (for b) over runs of rows, which
+          `gemm_dw.reduce_slabs` adds in order
+RMSNorm is the same with mean = 0 and var = mean(x^2), and without mean(dy w) in dx.
+Bytes: x read, y written; then dy, x, dresidual read, dx and y written, once each.
 """
 
 import torch
@@ -14,15 +17,30 @@ from torch import Tensor
 from fastvit_kernels import tuned
 
 
+@triton.jit
+def _affine(xhat, norm_weight_ptr, norm_bias_ptr, offs_c, C):
+    if norm_weight_ptr is not None:
+        w = tl.load(norm_weight_ptr + offs_c, mask=offs_c < C, other=0.0)
+        xhat *= w.to(tl.float32)[None, :]
+    if norm_bias_ptr is not None:
+        b = tl.load(norm_bias_ptr + offs_c, mask=offs_c < C, other=0.0)
+        xhat += b.to(tl.float32)[None, :]
+    return xhat
+
+
 @triton.jit(do_not_specialize=["M"])
-def _row_stats_kernel(
+def _layernorm_fwd_kernel(
     x_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    y_ptr,
     mean_ptr,
     rstd_ptr,
     M,
     C,
     stride_xm,
     eps,
+    RMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -33,15 +51,24 @@ def _row_stats_kernel(
     x = tl.load(
         x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_c[None, :], mask=mask, other=0.0
     ).to(tl.float32)
-    mean = tl.sum(x, axis=1) / C
-    # Deviations from the mean, not mean(x^2) - mean^2, and the mean corrected by what they sum to:
-    # rows far from zero keep their digits.
-    deviation = tl.where(mask_c[None, :], x - mean[:, None], 0.0)
-    correction = tl.sum(deviation, axis=1) / C
-    mean += correction
-    var = tl.sum(deviation * deviation, axis=1) / C - correction * correction
+    if RMS:
+        mean = tl.zeros([BLOCK_M], tl.float32)
+        var = tl.sum(x * x, axis=1) / C
+    else:
+        mean = tl.sum(x, axis=1) / C
+        # Deviations from the mean, not mean(x^2) - mean^2, and the mean corrected by what they sum
+        # to: rows far from zero keep their digits.
+        deviation = tl.where(mask_c[None, :], x - mean[:, None], 0.0)
+        correction = tl.sum(deviation, axis=1) / C
+        mean += correction
+        var = tl.sum(deviation * deviation, axis=1) / C - correction * correction
+    rstd = 1.0 / tl.sqrt(var + eps)
     tl.store(mean_ptr + offs_m, mean, mask=mask_m)
-    tl.store(rstd_ptr + offs_m, 1.0 / tl.sqrt(var + eps), mask=mask_m)
+    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+    if y_ptr is not None:
+        y = _affine((x - mean[:, None]) * rstd[:, None], norm_weight_ptr, norm_bias_ptr, offs_c, C)
+        offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
+        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_program"])
@@ -52,15 +79,15 @@ def _layernorm_bwd_kernel(
     mean_ptr,
     rstd_ptr,
     norm_weight_ptr,
+    norm_bias_ptr,
     dx_ptr,
-    dw_ptr,
-    db_ptr,
+    y_ptr,
+    norm_rows_ptr,
     M,
     C,
     rows_per_program,
     stride_xm,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_PARAMS: tl.constexpr,
+    RMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -84,61 +111,60 @@ def _layernorm_bwd_kernel(
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_c[None, :], mask=mask, other=0.0)
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         xhat = tl.where(mask, (x.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
-        dw += tl.sum(dy * xhat, axis=0)
-        db += tl.sum(dy, axis=0)
+        if norm_rows_ptr is not None:
+            dw += tl.sum(dy * xhat, axis=0)
+            db += tl.sum(dy, axis=0)
+        if y_ptr is not None:
+            y = _affine(xhat, norm_weight_ptr, norm_bias_ptr, offs_c, C)
+            tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
         dxhat = dy * w[None, :]
-        c1 = tl.sum(dxhat, axis=1) / C
-        c2 = tl.sum(dxhat * xhat, axis=1) / C
-        dx = (dxhat - c1[:, None] - xhat * c2[:, None]) * rstd[:, None]
-        if HAS_RESIDUAL:
+        dx = dxhat - xhat * (tl.sum(dxhat * xhat, axis=1) / C)[:, None]
+        if not RMS:
+            dx -= (tl.sum(dxhat, axis=1) / C)[:, None]
+        dx *= rstd[:, None]
+        if residual_ptr is not None:
             dx += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    if HAS_PARAMS:
-        tl.store(dw_ptr + pid * C + offs_c, dw, mask=mask_c)
-        tl.store(db_ptr + pid * C + offs_c, db, mask=mask_c)
+    if norm_rows_ptr is not None:
+        tl.store(norm_rows_ptr + pid * 2 * C + offs_c, dw, mask=mask_c)
+        tl.store(norm_rows_ptr + (pid * 2 + 1) * C + offs_c, db, mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _sum_rows_kernel(
-    x_ptr,
-    out_ptr,
-    M,
-    C,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Column sums of a float32 (M, C), rows taken in order."""
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for m in range(0, M, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask = (offs_m < M)[:, None] & mask_c[None, :]
-        offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
-        total += tl.sum(tl.load(x_ptr + offs, mask=mask, other=0.0), axis=0)
-    tl.store(out_ptr + offs_c, total.to(out_ptr.dtype.element_ty), mask=mask_c)
+def layernorm_fwd(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    y_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """y = norm(x) in y_dtype (None: not written), mean and rstd.
 
-
-def row_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """mean and 1 / sqrt(var + eps) of each row, float32. x: (M, C) -> (M,), (M,)."""
+    x: (M, C) -> (M, C), and (M,) float32 twice.
+    """
     M, C = x.shape
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
+    y = None if y_dtype is None else torch.empty((M, C), dtype=y_dtype, device=x.device)
     if M:
-        config = tuned.row_stats(C)
-        _row_stats_kernel[(triton.cdiv(M, config.BLOCK_M),)](
+        config = tuned.layernorm_fwd(C)
+        _layernorm_fwd_kernel[(triton.cdiv(M, config.BLOCK_M),)](
             x,
+            norm_weight,
+            norm_bias,
+            y,
             mean,
             rstd,
             M,
             C,
             x.stride(0),
             eps,
+            RMS=rms,
             BLOCK_M=config.BLOCK_M,
             BLOCK_C=config.BLOCK_N,
             num_warps=config.num_warps,
         )
-    return mean, rstd
+    return y, mean, rstd
 
 
 def layernorm_bwd(
@@ -148,22 +174,23 @@ def layernorm_bwd(
     rstd: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    rms: bool,
     residual: Tensor | None = None,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx (+ residual, the gradient that bypasses the norm), dnorm_weight, dnorm_bias.
+    """dx (+ residual, the gradient that bypasses the norm), y in y_dtype (None: not written), and
+    the rows (R, 2, C) that add up to dnorm_weight and dnorm_bias (None without either).
 
     dy: (M, C) contiguous; x: (M, C) rows; residual: (M, C) contiguous. dx has x's dtype.
     """
     M, C = x.shape
     dx = torch.empty((M, C), dtype=x.dtype, device=x.device)
-    has_params = norm_weight is not None or norm_bias is not None
-    if M == 0:
-        dw = None if norm_weight is None else torch.zeros_like(norm_weight)
-        return dx, dw, None if norm_bias is None else torch.zeros_like(norm_bias)
+    y = None if y_dtype is None else torch.empty((M, C), dtype=y_dtype, device=x.device)
     config, programs = tuned.layernorm_bwd(M, C, x.device.index)
     rows_per_program = triton.cdiv(triton.cdiv(M, programs), config.BLOCK_M) * config.BLOCK_M
     programs = triton.cdiv(M, rows_per_program)
-    partial = x.new_empty((2, programs if has_params else 0, C), dtype=torch.float32)
+    has_params = norm_weight is not None or norm_bias is not None
+    norm_rows = x.new_empty((programs, 2, C), dtype=torch.float32) if has_params else None
     _layernorm_bwd_kernel[(programs,)](
         dy,
         x,
@@ -171,31 +198,17 @@ def layernorm_bwd(
         mean,
         rstd,
         norm_weight,
+        norm_bias,
         dx,
-        partial[0],
-        partial[1],
+        y,
+        norm_rows,
         M,
         C,
         rows_per_program,
         x.stride(0),
-        HAS_RESIDUAL=residual is not None,
-        HAS_PARAMS=has_params,
+        RMS=rms,
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_N,
         num_warps=config.num_warps,
     )
-    sums = (
-        None if p is None else _sum_rows(s, p)
-        for s, p in zip(partial, (norm_weight, norm_bias), strict=True)
-    )
-    return dx, *sums
-
-
-def _sum_rows(x: Tensor, like: Tensor) -> Tensor:
-    out = torch.empty_like(like)
-    M, C = x.shape
-    config = tuned.SUM_ROWS
-    _sum_rows_kernel[(triton.cdiv(C, config.BLOCK_N),)](
-        x, out, M, C, BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, num_warps=config.num_warps
-    )
-    return out
+    return dx, y, norm_rows

@@ -1,10 +1,13 @@
-"""LayerNorm(x) W^T + b, the norm applied to the tiles of x as the product loads them.
+"""LayerNorm(x) W^T + b, and x itself for the residual that leaves from the same place.
 
-x: (..., C); weight: (O, C) -> (..., O) in the compute dtype.
+x: (..., C); weight: (O, C) -> (..., O) in the compute dtype. RMSNorm likewise.
+The norm is applied as the product loads its tiles of x where rows are short or nothing is to be
+cast, else by the row kernel that makes the statistics (`tuned.normalizes_on_load` says why).
 Saved for backward: x, mean and rstd (float32, one pair a row), weight in the compute dtype.
-Launches: 2 forward (row statistics, product); 6 backward (dh product, dW, its slab sum, LayerNorm
-backward with two column sums).
-Bytes: x twice, y once; backward dy twice, x twice, dh twice, dx once, and the dW slabs.
+Launches: 2 forward (norm, product); 4 backward (dh product, norm, dW, the sum of all parts). The
+residual's gradient is added where the norm's backward writes dx.
+Bytes: x twice, y once (and the norm once, written and read for x); backward dy twice, x once, dh
+twice, dx once, the norm twice, and the dW slabs.
 """
 
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, layernorm, library
+from fastvit_kernels import gemm, gemm_dw, layernorm, library, tuned
 
 
 def _fwd(
@@ -22,21 +25,43 @@ def _fwd(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
+    rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = layernorm.row_stats(x, eps)
     out = weight.new_empty((len(x), len(weight)))
-    norm = (norm_weight, norm_bias, mean, rstd)
-    gemm.gemm(x, weight.t(), out, prologue="layernorm", bias=bias, norm=norm)
+    mean, rstd = norm_gemm(x, norm_weight, norm_bias, weight, out, eps, rms, bias=bias)
     return out, mean, rstd
 
 
-def _fwd_fake(x, norm_weight, norm_bias, weight, bias, eps):
+def norm_gemm(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    out: Tensor,
+    eps: float,
+    rms: bool,
+    **epilogue: Any,
+) -> tuple[Tensor, Tensor]:
+    """out = epilogue(norm(x) weight^T); returns mean and rstd."""
+    on_load = tuned.normalizes_on_load(x.shape[1], x.dtype, weight.dtype)
+    y_dtype = None if on_load else weight.dtype
+    y, mean, rstd = layernorm.layernorm_fwd(x, norm_weight, norm_bias, eps, rms, y_dtype)
+    if y is None:
+        norm = (norm_weight, norm_bias, mean, rstd)
+        gemm.gemm(x, weight.t(), out, prologue="layernorm", norm=norm, **epilogue)
+    else:
+        gemm.gemm(y, weight.t(), out, **epilogue)
+    return mean, rstd
+
+
+def _fwd_fake(x, norm_weight, norm_bias, weight, bias, eps, rms):
     stats = x.new_empty(len(x), dtype=torch.float32)
     return weight.new_empty((len(x), len(weight))), stats, torch.empty_like(stats)
 
 
 def _bwd(
     dy: Tensor,
+    dx_residual: Tensor | None,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -45,21 +70,40 @@ def _bwd(
     weight: Tensor,
     param: Tensor,
     bias: Tensor | None,
+    rms: bool,
+    needs_params: bool,
 ) -> list[Tensor]:
-    dh = weight.new_empty(x.shape)
-    gemm.gemm(dy, weight, dh)
-    norm = (norm_weight, norm_bias, mean, rstd)
-    dw, db, _ = gemm.gemm_dw(dy, x, param, bias, weight.dtype, prologue="layernorm", norm=norm)
-    dx, dnorm_weight, dnorm_bias = layernorm.layernorm_bwd(
-        dh, x, mean, rstd, norm_weight, norm_bias
-    )
-    return [g for g in (dx, dnorm_weight, dnorm_bias, dw, db) if g is not None]
-
-
-def _bwd_fake(dy, x, mean, rstd, norm_weight, norm_bias, weight, param, bias):
-    dx = x.new_empty(x.shape)
+    """dx, then the gradients of norm_weight, norm_bias, weight and bias, if they are needed."""
     params = (norm_weight, norm_bias, param, bias)
-    return [dx, *(p.new_empty(p.shape) for p in params if p is not None)]
+    if len(x) == 0:
+        return library.zeros(x, params if needs_params else ())
+    dh = gemm.gemm(dy, weight, weight.new_empty(x.shape))
+    norm = (mean, rstd, norm_weight, norm_bias)
+    y_dtype = weight.dtype if needs_params else None
+    dx, y, norm_rows = layernorm.layernorm_bwd(dh, x, *norm, rms, dx_residual, y_dtype)
+    if y is None:
+        return [dx]
+    sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
+    dw, db, _, *dnorm = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(dy, y), param, bias, norm=sums)
+    return [dx, *(g for g in (*dnorm, dw, db) if g is not None)]
+
+
+def _bwd_fake(
+    dy,
+    dx_residual,
+    x,
+    mean,
+    rstd,
+    norm_weight,
+    norm_bias,
+    weight,
+    param,
+    bias,
+    rms,
+    needs_params,
+):
+    params = (norm_weight, norm_bias, param, bias) if needs_params else ()
+    return [x.new_empty(x.shape), *(p.new_empty(p.shape) for p in params if p is not None)]
 
 
 layernorm_linear_fwd = library.register("layernorm_linear_fwd", _fwd_fake)(_fwd)
@@ -76,25 +120,29 @@ class LayerNormLinearFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
+        rms: bool,
         dtype: torch.dtype,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         x2, w = gemm.rows(x), weight.to(dtype)
-        out, mean, rstd = layernorm_linear_fwd(x2, norm_weight, norm_bias, w, bias, eps)
+        out, mean, rstd = layernorm_linear_fwd(x2, norm_weight, norm_bias, w, bias, eps, rms)
         ctx.save_for_backward(x2, mean, rstd, norm_weight, norm_bias, w, weight, bias)
-        return out.view(*x.shape[:-1], len(weight))
+        ctx.rms = rms
+        ctx.set_materialize_grads(False)
+        return out.view(*x.shape[:-1], len(weight)), x
 
     @staticmethod
     @library.first_order
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
+        if dy is None:
+            return dx, *(None,) * 7
         saved = ctx.saved_tensors
-        grads = layernorm_linear_bwd(gemm.rows(dy), *saved)
-        dx, *params = grads
-        _, _, _, norm_weight, norm_bias, _, weight, bias = saved
-        left = iter(params)
-        dparams = [
-            None if p is None else next(left) for p in (norm_weight, norm_bias, weight, bias)
-        ]
-        return dx.view(*dy.shape[:-1], dx.shape[1]), *dparams, None, None
+        x2, norm_weight, norm_bias, weight, bias = saved[0], *saved[3:5], *saved[6:]
+        params = (norm_weight, norm_bias, weight, bias)
+        needed = any(ctx.needs_input_grad[1:5])
+        residual = None if dx is None else gemm.rows(dx).contiguous()
+        dx2, *grads = layernorm_linear_bwd(gemm.rows(dy), residual, *saved, ctx.rms, needed)
+        dx2 = dx2.view(*dy.shape[:-1], x2.shape[1])
+        return dx2, *library.spread(grads, params, needed), None, None, None
 
 
 def layernorm_linear(
@@ -104,7 +152,8 @@ def layernorm_linear(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
+    rms: bool,
     dtype: torch.dtype,
-) -> Tensor:
-    """LayerNorm(x) weight^T + bias in `dtype`. x: (..., C); weight: (O, C) -> (..., O)."""
-    return LayerNormLinearFunction.apply(x, norm_weight, norm_bias, weight, bias, eps, dtype)
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm(x) weight^T + bias in `dtype`, and x. x: (..., C); weight: (O, C) -> (..., O)."""
+    return LayerNormLinearFunction.apply(x, norm_weight, norm_bias, weight, bias, eps, rms, dtype)

@@ -2,11 +2,13 @@
 
 x: (B, N, C); fc1_weight: (F, C); fc2_weight: (C, F); layer_scale: (C,); path_scale: (B,).
 Saved for backward: x, mean and rstd (float32, one pair a row), the pre-activation u (B*N, F) and
-both weights in the compute dtype. Bytes a token: C of x's size + F of the compute size + 8.
-The norm is applied to the tiles of x as fc1 loads them; bias and GELU ride in fc1's epilogue, bias,
-LayerScale, drop path and residual in fc2's; backward recomputes GELU(u) as dW2 loads it.
-Launches: 3 forward (row statistics, fc1, fc2); 9 backward (dU, dW2 and dW1 with their slab sums,
-dh, LayerNorm backward with two column sums).
+both weights in the compute dtype. Bytes a token: C of x's size + F of the compute size + 8; without
+u, which save="recompute" makes again in backward by fc1's product, C of x's size + 8.
+The norm is applied where `layernorm_linear` applies it; bias and GELU ride in fc1's epilogue, bias,
+LayerScale, drop path and residual in fc2's. In backward the epilogue of dU, which has u at hand,
+writes GELU(u) too, for dW2: applied as dW2 loads its tiles it would be computed again for each
+column of tiles, at more issue slots than their products take.
+Launches: 3 forward (norm, fc1, fc2); 6 backward (dU, dW2, dh, norm, dW1, the sum of all parts).
 """
 
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, layernorm, library
-from fastvit_kernels.linear_residual import branch_dtype
+from fastvit_kernels import gemm, gemm_dw, layernorm, library
+from fastvit_kernels.layernorm_linear import norm_gemm
+from fastvit_kernels.linear_residual import branch_dtype, branch_gradient
 
 
 def _fwd(
@@ -30,23 +33,26 @@ def _fwd(
     path_scale: Tensor | None,
     tokens: int,
     eps: float,
-    tanh: bool,
+    rms: bool,
+    activation: str,
+    save_u: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, rstd = layernorm.row_stats(x, eps)
-    u = fc1_weight.new_empty((len(x), len(fc1_weight)))
-    hidden = torch.empty_like(u)
-    norm = (norm_weight, norm_bias, mean, rstd)
-    gemm.gemm(
+    """out, u (empty unless save_u), mean, rstd."""
+    hidden = fc1_weight.new_empty((len(x), len(fc1_weight)))
+    u = torch.empty_like(hidden) if save_u else hidden.new_empty((0, 0))
+    mean, rstd = norm_gemm(
         x,
-        fc1_weight.t(),
+        norm_weight,
+        norm_bias,
+        fc1_weight,
         hidden,
-        prologue="layernorm",
+        eps,
+        rms,
         epilogue="gelu",
         bias=fc1_bias,
-        norm=norm,
-        u=u,
-        tanh=tanh,
+        u=u if save_u else None,
+        activation=activation,
     )
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     gemm.gemm(
@@ -75,11 +81,13 @@ def _fwd_fake(
     path_scale,
     tokens,
     eps,
-    tanh,
+    rms,
+    activation,
+    save_u,
     out_dtype,
 ):
     stats = x.new_empty(len(x), dtype=torch.float32)
-    u = fc1_weight.new_empty((len(x), len(fc1_weight)))
+    u = fc1_weight.new_empty((len(x), len(fc1_weight)) if save_u else (0, 0))
     return x.new_empty(x.shape, dtype=out_dtype), u, stats, torch.empty_like(stats)
 
 
@@ -100,20 +108,46 @@ def _bwd(
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
     tokens: int,
-    tanh: bool,
+    eps: float,
+    rms: bool,
+    activation: str,
+    needs_params: bool,
 ) -> list[Tensor]:
+    """dx, then the gradients of the parameters there are, in the order of the arguments."""
+    params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
+    if len(x) == 0:
+        return library.zeros(x, params if needs_params else ())
     branch = {"path_scale": path_scale, "layer_scale": layer_scale, "tokens": tokens}
-    du = torch.empty_like(u)
-    gemm.gemm(dout, fc2_weight, du, prologue="branch", epilogue="dgelu", u=u, tanh=tanh, **branch)
-    dfc2 = gemm.gemm_dw(dout, u, fc2_param, fc2_bias, u.dtype, prologue="gelu", tanh=tanh, **branch)
-    norm = (norm_weight, norm_bias, mean, rstd)
-    dw1, db1, _ = gemm.gemm_dw(du, x, fc1_param, fc1_bias, u.dtype, prologue="layernorm", norm=norm)
-    dh = gemm.gemm(du, fc1_weight, fc1_weight.new_empty(x.shape))
-    dx, dnorm_weight, dnorm_bias = layernorm.layernorm_bwd(
-        dh, x, mean, rstd, norm_weight, norm_bias, residual=dout
+    g, unwritten = branch_gradient(dout, fc2_weight.dtype, path_scale, needs_params)
+    if u.numel() == 0:
+        u = fc1_weight.new_empty((len(x), len(fc1_weight)))
+        norm_gemm(x, norm_weight, norm_bias, fc1_weight, u, eps, rms, bias=fc1_bias)
+    du, h = torch.empty_like(u), torch.empty_like(u) if needs_params else None
+    gemm.gemm(
+        dout,
+        fc2_weight,
+        du,
+        prologue="branch",
+        epilogue="dgelu",
+        g=unwritten,
+        u=u,
+        h=h,
+        activation=activation,
+        **branch,
     )
-    grads = (dx, dnorm_weight, dnorm_bias, dw1, db1, *dfc2)
-    return [g for g in grads if g is not None]
+    parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
+    del h, g, unwritten
+    dh = gemm.gemm(du, fc1_weight, fc1_weight.new_empty(x.shape))
+    norm = (mean, rstd, norm_weight, norm_bias)
+    y_dtype = fc1_weight.dtype if needs_params else None
+    dx, y, norm_rows = layernorm.layernorm_bwd(dh, x, *norm, rms, dout, y_dtype)
+    if y is None or parts2 is None:
+        return [dx]
+    sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
+    first = (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)
+    dfc2_dls = gemm_dw.reduce_slabs(parts2, fc2_param, fc2_bias, layer_scale, first, sums)
+    dfc2, (dw1, db1, *dnorm) = dfc2_dls[:3], dfc2_dls[3:]
+    return [dx, *(grad for grad in (*dnorm, dw1, db1, *dfc2) if grad is not None)]
 
 
 def _bwd_fake(
@@ -133,9 +167,13 @@ def _bwd_fake(
     layer_scale,
     path_scale,
     tokens,
-    tanh,
+    eps,
+    rms,
+    activation,
+    needs_params,
 ):
     params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
+    params = params if needs_params else ()
     return [x.new_empty(x.shape), *(p.new_empty(p.shape) for p in params if p is not None)]
 
 
@@ -157,33 +195,34 @@ class LayerNormMlpFunction(torch.autograd.Function):
         layer_scale: Tensor | None,
         path_scale: Tensor | None,
         eps: float,
-        tanh: bool,
+        rms: bool,
+        activation: str,
+        save_u: bool,
         dtype: torch.dtype,
     ) -> Tensor:
         x2, tokens = gemm.rows(x).contiguous(), x.shape[1]
         w1, w2 = fc1_weight.to(dtype), fc2_weight.to(dtype)
         out_dtype = branch_dtype(x, layer_scale, dtype)
         norm, branch = (norm_weight, norm_bias), (layer_scale, path_scale)
+        options = (tokens, eps, rms, activation)
         out, u, mean, rstd = layernorm_mlp_fwd(
-            x2, *norm, w1, fc1_bias, w2, fc2_bias, *branch, tokens, eps, tanh, out_dtype
+            x2, *norm, w1, fc1_bias, w2, fc2_bias, *branch, *options, save_u, out_dtype
         )
         fc1, fc2 = (w1, fc1_weight, fc1_bias), (w2, fc2_weight, fc2_bias)
         ctx.save_for_backward(x2, u, mean, rstd, *norm, *fc1, *fc2, *branch)
-        ctx.tokens, ctx.tanh = tokens, tanh
+        ctx.options = options
         return out.view(x.shape)
 
     @staticmethod
     @library.first_order
     def backward(ctx: Any, dout: Tensor) -> Any:
         saved = ctx.saved_tensors
-        dx, *grads = layernorm_mlp_bwd(gemm.rows(dout).contiguous(), *saved, ctx.tokens, ctx.tanh)
-        norm_weight, norm_bias, _, fc1_weight, fc1_bias, _, fc2_weight, fc2_bias, scale, _ = saved[
-            4:
-        ]
-        params = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale)
-        left = iter(grads)
-        dparams = [None if p is None else next(left) for p in params]
-        return dx.view(dout.shape), *dparams, None, None, None, None
+        needed = any(ctx.needs_input_grad[1:8])
+        dout2 = gemm.rows(dout).contiguous()
+        dx, *grads = layernorm_mlp_bwd(dout2, *saved, *ctx.options, needed)
+        params = [*saved[4:6], *saved[7:9], *saved[10:13]]
+        dparams = library.spread(grads, params, needed)
+        return dx.view(dout.shape), *dparams, *(None,) * 6
 
 
 def layernorm_mlp(
@@ -197,13 +236,18 @@ def layernorm_mlp(
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
     eps: float,
+    rms: bool,
     activation: str,
+    recompute: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """x + path_scale * layer_scale * fc2(activation(fc1(LayerNorm(x)))), multiplied in `dtype`.
 
-    x: (B, N, C); activation: 'gelu' or 'gelu_tanh' -> (B, N, C) in eager's dtype.
+    x: (B, N, C); activation: 'gelu', 'gelu_tanh' or 'quick_gelu' -> (B, N, C) in eager's dtype.
     """
+    # Without a backward u would be written for nothing.
+    tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
+    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return LayerNormMlpFunction.apply(
         x,
         norm_weight,
@@ -215,6 +259,8 @@ def layernorm_mlp(
         layer_scale,
         path_scale,
         eps,
-        activation == "gelu_tanh",
+        rms,
+        activation,
+        backward and not recompute,
         dtype,
     )

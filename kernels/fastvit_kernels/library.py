@@ -1,7 +1,7 @@
 """Launchers as torch.library ops, so that torch.compile and torch.export see through them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,3 +44,16 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *grads)
 
     return wrapper
+
+
+def zeros(x: torch.Tensor, params: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Gradients of an empty batch: of x, then of each parameter there is."""
+    return [torch.zeros_like(t) for t in (x, *params) if t is not None]
+
+
+def spread(
+    grads: Sequence[torch.Tensor], params: Sequence[torch.Tensor | None], needed: bool
+) -> list[torch.Tensor | None]:
+    """grads at the places of the parameters there are; nothing anywhere where none was needed."""
+    left = iter(grads)
+    return [next(left) if needed and p is not None else None for p in params]

@@ -5,6 +5,8 @@ Saved for backward: x and weight in the compute dtype. LayerScale's gradient nee
 with G = (path_scale * dout)^T x, which dW needs anyway, it is
 <W[c], G[c]> + b[c] sum(path_scale * dout[:, c]).
 Launches: 1 forward; 3 backward (dX product, dW, its slab sum). The residual's gradient is dout.
+Under autocast, or with path_scale, the dX product writes path_scale * dout in the compute dtype on
+the way, for dW to read.
 Bytes: x, residual and out once; backward dout twice, x and dx once, and the dW slabs.
 """
 
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, library
+from fastvit_kernels import gemm, gemm_dw, library
 
 
 def _fwd(
@@ -44,6 +46,18 @@ def _fwd_fake(x, weight, bias, residual, layer_scale, path_scale, tokens, out_dt
     return x.new_empty((len(x), len(weight)), dtype=out_dtype)
 
 
+def branch_gradient(
+    dout: Tensor, dtype: torch.dtype, path_scale: Tensor | None, needs_params: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What dW is made of, path_scale * dout in the compute dtype, and whether it is yet to be
+    written (by prologue "branch") or is dout itself.
+    """
+    if dout.dtype == dtype and path_scale is None:
+        return dout, None
+    g = torch.empty(dout.shape, dtype=dtype, device=dout.device) if needs_params else None
+    return dout if g is None else g, g
+
+
 def _bwd(
     dout: Tensor,
     x: Tensor,
@@ -53,16 +67,25 @@ def _bwd(
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
     tokens: int,
+    needs_params: bool,
 ) -> list[Tensor]:
+    """dx, then the gradients of weight, bias and layer_scale, if they are needed."""
+    if len(x) == 0:
+        return library.zeros(x, (param, bias, layer_scale) if needs_params else ())
     branch = {"path_scale": path_scale, "layer_scale": layer_scale, "tokens": tokens}
-    dx = gemm.gemm(dout, weight, torch.empty_like(x), prologue="branch", **branch)
-    grads = gemm.gemm_dw(dout, x, param, bias, weight.dtype, **branch)
-    return [dx, *(g for g in grads if g is not None)]
+    g, unwritten = branch_gradient(dout, weight.dtype, path_scale, needs_params)
+    dx = torch.empty((len(dout), weight.shape[1]), dtype=weight.dtype, device=dout.device)
+    gemm.gemm(dout, weight, dx, prologue="branch", g=unwritten, **branch)
+    if not needs_params:
+        return [dx]
+    grads = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(g, x), param, bias, layer_scale)
+    return [dx, *(grad for grad in grads if grad is not None)]
 
 
-def _bwd_fake(dout, x, weight, param, bias, layer_scale, path_scale, tokens):
-    params = (param, bias, layer_scale)
-    return [torch.empty_like(x), *(p.new_empty(p.shape) for p in params if p is not None)]
+def _bwd_fake(dout, x, weight, param, bias, layer_scale, path_scale, tokens, needs_params):
+    params = (param, bias, layer_scale) if needs_params else ()
+    dx = weight.new_empty((dout.shape[0], weight.shape[1]))
+    return [dx, *(p.new_empty(p.shape) for p in params if p is not None)]
 
 
 linear_residual_fwd = library.register("linear_residual_fwd", _fwd_fake)(_fwd)
@@ -102,12 +125,10 @@ class LinearResidualFunction(torch.autograd.Function):
     @library.first_order
     def backward(ctx: Any, dout: Tensor) -> Any:
         _, _, weight, bias, layer_scale, _ = ctx.saved_tensors
-        dout2 = gemm.rows(dout)
-        dx, *grads = linear_residual_bwd(dout2, *ctx.saved_tensors, ctx.tokens)
-        left = iter(grads)
-        dweight, dbias, dscale = (
-            None if p is None else next(left) for p in (weight, bias, layer_scale)
-        )
+        needed = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
+        dx, *grads = linear_residual_bwd(gemm.rows(dout), *ctx.saved_tensors, ctx.tokens, needed)
+        params = (weight, bias, layer_scale)
+        dweight, dbias, dscale = library.spread(grads, params, needed)
         dx = dx.view(*dout.shape[:-1], dx.shape[1]).to(ctx.x_dtype)
         return dx, dweight, dbias, dout.to(ctx.residual_dtype), dscale, None, None
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit_kernels import gemm, library, tuned
+from fastvit_kernels import gemm, gemm_dw, library, tuned
 from fastvit_kernels.common import dot, tile_order
 
 
@@ -302,7 +302,7 @@ def _geometry(images: Tensor, weight: Tensor) -> dict[str, int]:
 def _access(images: Tensor, geometry: dict[str, int]) -> str:
     """How pixels are reached, for `tuned`: few at an address leave few registers for a tile."""
     few = geometry["VEC"] <= max(1, images.element_size() // 2)
-    return "patch_gather" if few else "patch_embed"
+    return "gather" if few else "vectors"
 
 
 def _grid_size(images: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -326,7 +326,7 @@ def _fwd(
     M = B * (P + m)
     geometry = _geometry(images, weight)
     pixels = _access(images, geometry)
-    config = tuned.gemm(M, N, K, weight.dtype, pixels, images.device.index)
+    config = tuned.patch_embed(M, N, weight.dtype, pixels, images.device.index)
     _patch_embed_fwd_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
         images,
         weight,
@@ -386,10 +386,10 @@ def _bwd(
     dw = db = None
     if needs_weight or needs_bias:
         geometry = _geometry(images, weight)
-        gather = _access(images, geometry) == "patch_gather"
-        config, splits = tuned.gemm_dw(B * m, N, K, dtype, dout.device.index, gather)
+        gather = _access(images, geometry) == "gather"
+        config, splits = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather)
         slab = triton.cdiv(triton.cdiv(B * m, splits), config.BLOCK_M) * config.BLOCK_M
-        slabs, db_slabs = gemm.new_slabs(triton.cdiv(B * m, slab), N, K, dout.device)
+        slabs, db_slabs = gemm_dw.new_slabs(triton.cdiv(B * m, slab), N, K, dout.device)
         grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K), len(slabs))
         _patch_embed_dw_kernel[grid](
             dout,
@@ -413,7 +413,7 @@ def _bwd(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        dw, db, _ = gemm.reduce_slabs(slabs, db_slabs, param.flatten(1), bias)
+        dw, db, _ = gemm_dw.reduce_slabs((slabs, db_slabs), param.flatten(1), bias)
         dw = dw.view(param.shape)
     if dpos is not None or dprefix is not None:
         config = tuned.SUM_BATCH
@@ -434,7 +434,7 @@ def _bwd(
     if dimages is not None:
         geometry = _geometry(dimages, weight)
         pixels = _access(dimages, geometry)
-        config = tuned.gemm(B * m, K, N, dtype, pixels, dout.device.index)
+        config = tuned.patch_embed(B * m, K, dtype, pixels, dout.device.index)
         _patch_embed_dimages_kernel[
             (triton.cdiv(B * m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
         ](

@@ -3,7 +3,8 @@
 The cases are the launches of real models: one encoder block and stem, forward and backward, at each
 width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves.
 `--traffic MODEL` counts launches, bytes and FLOPs instead, beside eager PyTorch's.
-`--update` writes both into benchmarks/results: what the tests hold later kernels to.
+`--update` writes both into benchmarks/results, what the tests hold later kernels to; with --arch or
+--only, no more than those rows.
 """
 
 import argparse
@@ -52,7 +53,10 @@ class Workload:
 MODELS = (
     Workload("B/16", 768, 12, 3072),
     Workload("B/16 autocast", 768, 12, 3072, residual_dtype=torch.float32, branch=True),
+    Workload("B/16 batch 48", 768, 12, 3072, batch=48),
+    Workload("B/16 batch 48 autocast", 768, 12, 3072, batch=48, residual_dtype=torch.float32),
     Workload("Ti/16 batch 1", 192, 3, 768, batch=1),
+    Workload("Ti/16 batch 1 autocast", 192, 3, 768, batch=1, residual_dtype=torch.float32),
     Workload("so400m/14", 1152, 16, 4304, patch=14),
     Workload("H/14 autocast", 1280, 16, 5120, patch=14, residual_dtype=torch.float32),
     Workload("g/14", 1408, 16, 6144, patch=14),
@@ -92,10 +96,10 @@ def run(w: Workload) -> None:
 
     x, rows = new(M, w.dim, dtype=master), new(M, dtype=torch.float32)
     qkv_w, qkv_b = new(3 * w.dim, w.dim), new(3 * w.dim, dtype=master)
-    layernorm_linear._fwd(x, vector, vector, qkv_w, qkv_b, 1e-6)
-    layernorm_linear._bwd(
-        new(M, 3 * w.dim), x, rows, rows, vector, vector, qkv_w, qkv_w.to(master), qkv_b
-    )
+    norm = (rows, rows, vector, vector)
+    layernorm_linear._fwd(x, vector, vector, qkv_w, qkv_b, 1e-6, False)
+    qkv = (qkv_w, qkv_w.to(master), qkv_b)
+    layernorm_linear._bwd(new(M, 3 * w.dim), x, x, *norm, *qkv, False, True)
 
     q, k, v = new(w.batch, N, 3, w.heads, D).unbind(2)
     o, lse = attention._fwd(q, k, v, 0.125)
@@ -106,14 +110,15 @@ def run(w: Workload) -> None:
     branch = (layer_scale, path_scale, N)
     proj, out = new(w.dim, w.dim), new(M, w.dim)
     linear_residual._fwd(out, proj, vector, x, *branch, master)
-    linear_residual._bwd(x, out, proj, proj.to(master), vector, *branch)
+    linear_residual._bwd(x, out, proj, proj.to(master), vector, *branch, True)
 
     fc1, fc1_b, fc2 = new(w.mlp_dim, w.dim), new(w.mlp_dim, dtype=master), new(w.dim, w.mlp_dim)
-    for tanh in (False, True):
-        layernorm_mlp._fwd(x, vector, vector, fc1, fc1_b, fc2, vector, *branch, 1e-6, tanh, master)
+    for act in ("gelu", "gelu_tanh", "quick_gelu"):
+        fc = (fc1, fc1_b, fc2, vector)
+        layernorm_mlp._fwd(x, vector, vector, *fc, *branch, 1e-6, False, act, True, master)
         fc1_saved, fc2_saved = (fc1, fc1.to(master), fc1_b), (fc2, fc2.to(master), vector)
-        saved = (x, new(M, w.mlp_dim), rows, rows, vector, vector, *fc1_saved, *fc2_saved)
-        layernorm_mlp._bwd(x, *saved, *branch, tanh)
+        saved = (x, new(M, w.mlp_dim), *norm, *fc1_saved, *fc2_saved)
+        layernorm_mlp._bwd(x, *saved, *branch, 1e-6, False, act, True)
 
 
 def run_attention(D: int, H: int = 12) -> None:
@@ -186,6 +191,9 @@ _WORDS = {
     "PROLOGUE": "{}",
     "EPILOGUE": "{}",
     "PART": "{}",
+    "ACTIVATION": "{}",
+    "B_TRANSPOSED": "b^T",
+    "stride_bk": "b^T",  # a constant where it is 1
     "D": "D{}",
     "KEYS": "keys {}",
     "TAIL_M": "tail_m {}",
@@ -197,15 +205,14 @@ _WORDS = {
     "SPLITS": "splits {}",
     "P_H": "patch {}",
     "VEC": "vec {}",
-    "TANH": "tanh",
-    "HAS_RESIDUAL": "residual",
-    "HAS_LAYER_SCALE": "ls",
-    "HAS_PATH_SCALE": "path",
     "PACKED": "packed",
     "HAS_LENGTHS": "padded",
     "NORM": "{}",
     "JOINED": "neighbours",
+    "RMS": "rms",
 }
+# Pointers whose absence compiles to less.
+_OPTIONAL = {"y", "h", "g", "residual", "layer_scale", "slabs2", "norm_rows"}
 _ALWAYS_FLOAT32 = {"mean", "rstd", "lse", "delta", "path_scale", "slabs", "db_slabs"}
 _ALWAYS_FLOAT32 |= {"cos", "sin", "dparams", "maps"}
 _INTEGERS = {"cu_seqlens", "lengths", "rows", "seed"}
@@ -214,6 +221,8 @@ _INTEGERS = {"cu_seqlens", "lengths", "rows", "seed"}
 def describe(case: aot.Case) -> str:
     """What tells one case of a kernel from another, on one line."""
     constants = dict(case.constants)
+    if constants.get("EPILOGUE") not in ("gelu", "dgelu"):
+        constants.pop("ACTIVATION", None)
     words = [word.format(constants[k]) for k, word in _WORDS.items() if constants.get(k)]
     specialized = {p.name for p in case.kernel.params if not p.do_not_specialize}
     ragged = {name for name, kind in case.types if kind == "i32"} & specialized & {"N", "K", "C"}
@@ -223,11 +232,13 @@ def describe(case: aot.Case) -> str:
     words.append("x".join(str(b) for b in blocks if b))
     pointers: dict[str, list[str]] = {}
     for name, kind in case.types:
-        name = name.removesuffix("_ptr")
+        name = name.removesuffix("_ptr").removesuffix("_desc")
+        kind = kind.replace("tensordesc<", "*").partition("[")[0]
         if kind.startswith("*") and name not in _ALWAYS_FLOAT32 | _INTEGERS:
             pointers.setdefault(kind[1:], []).append(name)
     if len(pointers) == 1:
-        words += pointers
+        ((kind, names),) = pointers.items()
+        words += [kind, *(name for name in names if name in _OPTIONAL)]
     else:
         words += [" ".join([kind, *names]) for kind, names in sorted(pointers.items())]
     given = {"seed_ptr": "dropout", "cos_ptr": "rope"}
@@ -290,6 +301,16 @@ TRAFFIC_TABLE = RESULTS / "traffic.json"
 TRAFFIC = {"vit_base_patch16_224": (False, True), "vit_large_patch16_224": (True,)}
 
 
+def merged(rows: list[aot.Cost], archs: Iterable[int], only: str) -> list[aot.Cost]:
+    """The committed table with `rows` in place of all that `archs` and `only` select."""
+    table = json.loads(COMPILE_TABLE.read_text()) if COMPILE_TABLE.exists() else {}
+    before = table["rows"] if table.get("triton") == triton.__version__ else []
+    kept = [
+        aot.Cost(**row) for row in before if row["arch"] not in archs or only not in row["name"]
+    ]
+    return sorted([*kept, *rows], key=lambda c: (c.arch, c.name))
+
+
 def to_json(rows: list[aot.Cost]) -> str:
     """One line a row, so that a diff of the committed table reads well."""
     lines = ",\n".join(json.dumps(dataclasses.asdict(c)) for c in rows)
@@ -347,8 +368,8 @@ def main(argv: list[str] | None = None) -> int:
         part = traffic.PARTS[args.part]
         print(traffic.table(args.traffic, args.batch, args.autocast, part))
         return 0
-    if args.update and (args.arch or args.only or args.ci):
-        parser.error("--update writes every row; it goes with none of --arch, --only and --ci")
+    if args.update and args.ci:
+        parser.error("--update wants every model of what it writes; it does not go with --ci")
     if args.update and not RESULTS.is_dir():
         parser.error(f"--update needs a checkout: there is no {RESULTS}")
     selected = [
@@ -363,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(to_json(rows))
     if args.update:
-        COMPILE_TABLE.write_text(to_json(rows))
+        COMPILE_TABLE.write_text(to_json(merged(rows, args.arch or aot.ARCHS, args.only)))
         TRAFFIC_TABLE.write_text(json.dumps(traffic_summary(), indent=1) + "\n")
     return 1 if any(c.spills for c in rows) else 0
 

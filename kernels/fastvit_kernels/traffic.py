@@ -120,12 +120,16 @@ def sizes(name: str, batch: int, autocast: bool = False) -> Sizes:
 
 # What each kernel writes; it reads its other tensors.
 WRITES = {
-    "row_stats": ("mean", "rstd"),
-    "gemm": ("c",),
+    "layernorm_fwd": ("y", "mean", "rstd"),
+    "gemm": ("c", "h", "g"),
+    "gemm_tma": ("c", "h"),
     "gemm_dw": ("dw", "db"),
-    "reduce_slabs": ("dw", "db", "dlayer_scale"),
-    "layernorm_bwd": ("dx", "dw", "db"),
-    "sum_rows": ("out",),
+    "gemm_dw_tma": ("dw", "db"),
+    "reduce_slabs": (
+        *("dw", "db", "dlayer_scale", "dw2", "db2"),
+        *("dnorm_weight", "dnorm_bias"),
+    ),
+    "layernorm_bwd": ("dx", "y", "norm_rows"),
     "attention_fwd": ("o", "lse"),
     "attention_fwd_resident": ("o", "lse"),
     "attention_bwd_resident": ("dq", "dk", "dv"),
@@ -141,21 +145,20 @@ _ATTENTION_BWD_PRODUCTS = {"dq": 3, "dkv": 4, "both": 7}
 
 def written_by(name: str, values: dict[str, Any]) -> set[str]:
     """Names of the tensors that a launch writes."""
-    is_gelu = name == "gemm" and values["EPILOGUE"] == "gelu"
+    is_gelu = values.get("EPILOGUE") == "gelu"
     is_dq = name == "attention_bwd" and values["PART"] == "dq"
     return {*WRITES[name], *(("u",) if is_gelu else ()), *(("delta",) if is_dq else ())}
 
 
 def launch_cost(name: str, values: dict[str, Any]) -> Pass:
     """Of one Triton launch, from the arguments it was given."""
-    tensors = {k.removesuffix("_ptr"): v for k, v in values.items() if isinstance(v, Tensor)}
+    given = {k: getattr(v, "base", v) for k, v in values.items()}  # of a TMA descriptor
+    tensors = {k.removesuffix("_ptr"): v for k, v in given.items() if isinstance(v, Tensor)}
     writes = written_by(name, values)
-    if name == "reduce_slabs" and not values["HAS_LAYER_SCALE"]:
-        tensors = {k: v for k, v in tensors.items() if k not in ("weight", "bias")}
     written = sum(_bytes(t) for k, t in tensors.items() if k in writes)
     read = sum(_bytes(t) for k, t in tensors.items() if k not in writes)
     flops = 0
-    if name in ("gemm", "gemm_dw"):
+    if name.startswith("gemm"):
         flops = 2 * values["M"] * values["N"] * values["K"]
     elif name.startswith("attention"):
         B, N, H, D = tensors["q"].shape
@@ -298,15 +301,17 @@ def block_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
 def block(s: Sizes, x: Tensor, **p: Tensor) -> Tensor:
     """One encoder block on our kernels."""
     norm1, norm2 = ((p[f"norm{i}_weight"], p[f"norm{i}_bias"]) for i in (1, 2))
-    qkv = layernorm_linear.layernorm_linear(
-        x, *norm1, p["qkv_weight"], p["qkv_bias"], 1e-6, s.dtype
+    qkv, x = layernorm_linear.layernorm_linear(
+        x, *norm1, p["qkv_weight"], p["qkv_bias"], 1e-6, False, s.dtype
     )
     o = attention.attention_qkv(qkv.unflatten(-1, (3, s.heads, s.dim // s.heads)))
     x = linear_residual.linear_residual(
         o.flatten(2), p["proj_weight"], p["proj_bias"], x, None, None, s.dtype
     )
     mlp = (p["fc1_weight"], p["fc1_bias"], p["fc2_weight"], p["fc2_bias"])
-    return layernorm_mlp.layernorm_mlp(x, *norm2, *mlp, None, None, 1e-6, "gelu", s.dtype)
+    return layernorm_mlp.layernorm_mlp(
+        x, *norm2, *mlp, None, None, 1e-6, False, "gelu", False, s.dtype
+    )
 
 
 def block_eager(s: Sizes, x: Tensor, **p: Tensor) -> Tensor:

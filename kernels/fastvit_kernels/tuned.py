@@ -26,6 +26,8 @@ class Config:
     num_stages: int = 2
     GROUP_M: int = 8
     SUBTILES: int = 1
+    CTAS: int = 1  # resident programs per SM, of a persistent kernel
+    tma: bool = False
 
 
 T = TypeVar("T")
@@ -72,53 +74,88 @@ def look_up(table: dict[int, T], arch: int) -> T:
 
 DEFAULT = 80
 
-# Forward and dX products. "wide": enough 128 x 256 tiles for every SM; "square": enough 128 x 128;
-# "small": few rows; "float32": four bytes an element. An epilogue may have its own "square" line.
+# Forward and dX products of 16 bits, in three sizes of tile that `gemm_class` chooses from, and
+# those of float32. "tma_.." serve plain operands. SUBTILES keeps the epilogues from spilling.
 GEMM: dict[int, dict[str, Config]] = {
-    0: {name: Config(128, 128, 128) for name in ("wide", "square", "small", "float32")},
+    0: {
+        **{name: Config(128, 128, 128) for name in ("wide", "square", "small", "float32")},
+        "tma_wide": Config(128, 256, 128, SUBTILES=4, tma=True),
+        "tma_square": Config(128, 128, 128, tma=True),
+    },
     80: {
-        "wide": Config(128, 128, 32, num_warps=8, num_stages=4),
-        "square": Config(128, 128, 32, num_warps=8, num_stages=4),
+        "wide": Config(128, 128, 32, num_warps=8, num_stages=4, SUBTILES=2),
+        "square": Config(128, 128, 32, num_warps=8, num_stages=4, SUBTILES=2),
         "small": Config(64, 64, 64, num_warps=4, num_stages=3),
         "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
     },
     90: {
-        "wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=2),
-        "square": Config(128, 128, 64, num_warps=8, num_stages=4),
+        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4, tma=True),
+        "tma_square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2, tma=True),
+        "wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4),
+        "square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2),
         "small": Config(64, 64, 64, num_warps=4, num_stages=4),
-        "float32": Config(128, 128, 32, num_warps=8, num_stages=3),
+        "float32": Config(128, 128, 32, num_warps=8, num_stages=3, SUBTILES=2),
     },
     100: {
-        "wide": Config(128, 128, 64, num_warps=8, num_stages=4),
-        "square": Config(128, 128, 64, num_warps=8, num_stages=4),
-        "patch_embed": Config(128, 64, 64, num_warps=8, num_stages=4),
+        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4, tma=True),
+        "tma_square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2, tma=True),
+        "wide": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2),
+        "square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2),
         "small": Config(64, 64, 32, num_warps=4, num_stages=4),
         "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
     },
     120: {
-        "wide": Config(128, 64, 32, num_warps=4, num_stages=3),
-        "square": Config(128, 64, 32, num_warps=4, num_stages=3),
+        "wide": Config(128, 64, 32, num_warps=4, num_stages=3, SUBTILES=2),
+        "square": Config(128, 64, 32, num_warps=4, num_stages=3, SUBTILES=2),
         "small": Config(64, 64, 64, num_warps=4, num_stages=3),
         "float32": Config(64, 32, 32, num_warps=4, num_stages=2),
     },
 }
 
-# Images whose pixels are loaded one or two at an address.
-PATCH_GATHER = Config(64, 64, 32, num_warps=8, num_stages=3)
+# The patch embedding's two products of this family, whose pixels are loaded through addresses;
+# "gather": one or two pixels at an address.
+PATCH_EMBED: dict[int, dict[str, Config]] = {
+    0: {
+        name: Config(128, 128, 128)
+        for name in ("square", "small", "float32", "gather", "gather_float32")
+    },
+    80: {
+        **{name: GEMM[80][name] for name in ("square", "small", "float32")},
+        "gather": Config(64, 64, 32, num_warps=8, num_stages=3),
+        "gather_float32": Config(64, 64, 32, num_warps=4, num_stages=2),
+    },
+    90: {name: GEMM[90][name] for name in ("square", "small", "float32")},
+    100: {
+        "square": Config(128, 64, 64, num_warps=8, num_stages=4),
+        "small": GEMM[100]["small"],
+        "float32": Config(64, 64, 32, num_warps=8, num_stages=3),
+    },
+    120: {
+        "square": GEMM[120]["square"],
+        "small": GEMM[120]["small"],
+        "float32": Config(64, 32, 32, num_warps=4, num_stages=3),
+    },
+}
 PATCH_GATHER_DW = Config(32, 64, 64, num_warps=8, num_stages=3)
 
 # dW: BLOCK_M is the step along the reduction, BLOCK_N x BLOCK_K the tile of dW.
 GEMM_DW: dict[int, dict[str, Config]] = {
-    0: {"16-bit": Config(64, 128, 128), "float32": Config(64, 128, 128)},
+    0: {
+        "tma": Config(64, 128, 128, tma=True),
+        "16-bit": Config(64, 128, 128),
+        "float32": Config(64, 128, 128),
+    },
     80: {
         "16-bit": Config(32, 128, 128, num_warps=8, num_stages=4),
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
     },
     90: {
+        "tma": Config(64, 128, 256, num_warps=8, num_stages=3, tma=True),
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
     },
     100: {
+        "tma": Config(64, 128, 128, num_warps=8, num_stages=3, tma=True),
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
     },
@@ -128,54 +165,103 @@ GEMM_DW: dict[int, dict[str, Config]] = {
     },
 }
 
-REDUCE_SLABS = Config(BLOCK_M=0, BLOCK_N=4, BLOCK_K=256, num_warps=4)
-SUM_ROWS = Config(BLOCK_M=64, BLOCK_N=32, num_warps=4)
+REDUCE_SLABS = Config(BLOCK_M=0, BLOCK_N=4, BLOCK_K=256, num_warps=8)
+REDUCE_NORM = Config(BLOCK_M=64, BLOCK_N=32)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 
-def gemm(
-    M: int, N: int, K: int, dtype: torch.dtype, epilogue: str, device_index: int | None
-) -> Config:
-    """The configuration of one forward or dX product."""
+def normalizes_on_load(C: int, x: torch.dtype, compute: torch.dtype) -> bool:
+    """Whether LayerNorm is applied by the product that follows, as it loads its tiles of x.
+
+    It costs that product about 5 instructions an element for each column of tiles, and wgmma's left
+    operand comes from registers: 16-bit products of long rows, which arithmetic bounds, get the
+    norm ready-made. Rows up to 384 are bound by memory, where one write and one read less win. A
+    float32 x under autocast moves as many bytes either way.
+    """
+    return compute == torch.float32 or (x == compute and C <= 384)
+
+
+def gemm(M: int, N: int, dtype: torch.dtype, device_index: int | None, tma: bool = False) -> Config:
+    """The configuration of one forward or dX product. tma: TMA can take its operands."""
     table = look_up(GEMM, arch(device_index))
-    if epilogue == "patch_gather" and arch(device_index):
-        return PATCH_GATHER
-    name = gemm_class(M, N, dtype, epilogue, num_sms(device_index))
-    return table[epilogue] if name == "square" and epilogue in table else table[name]
+    if tma:
+        table = table | {k.removeprefix("tma_"): c for k, c in table.items() if c.tma}
+    return table[gemm_class(M, N, dtype, num_sms(device_index), table)]
 
 
-def gemm_class(M: int, N: int, dtype: torch.dtype, epilogue: str, sms: int) -> str:
+def patch_embed(
+    M: int, N: int, dtype: torch.dtype, access: str, device_index: int | None
+) -> Config:
+    """The configuration of the patch embedding's forward and dimages products."""
+    table = look_up(PATCH_EMBED, arch(device_index))
+    if access == "gather":
+        name = "gather_float32" if dtype == torch.float32 else "gather"
+        return table.get(name, PATCH_EMBED[DEFAULT][name])
+    return table[gemm_class(M, N, dtype, num_sms(device_index), table)]
+
+
+# Of the tensor cores' rate, what a tile of each class reaches: larger ones load less per product.
+_RATES = {"wide": 1.0, "square": 0.9, "small": 0.55}
+
+
+def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int, table: dict[str, Config]) -> str:
+    """The class of least estimated time: the tiles of the busiest SM at the rate of their size."""
     if dtype == torch.float32:
         return "float32"
-    # dGELU with a scaled operand and the address arithmetic of pixels spill on 128 x 256.
-    heavy = epilogue in ("dgelu", "patch_embed")
-    classes = (("square", 128),) if heavy else (("wide", 256), ("square", 128))
-    for name, block_n in classes:
-        if -(-M // 128) * -(-N // block_n) >= sms:
-            return name
-    return "small"
+
+    def cost(name: str) -> float:
+        block_m, block_n = table[name].BLOCK_M, table[name].BLOCK_N
+        tiles = -(-M // block_m) * -(-N // block_n)
+        return -(-tiles // sms) * block_m * block_n / _RATES[name]
+
+    return min((name for name in _RATES if name in table), key=cost)
 
 
 def gemm_dw(
-    M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, gather: bool = False
+    M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, tma: bool = False
 ) -> tuple[Config, int]:
-    """The configuration of dW and the number of slabs: about two programs per SM."""
+    """The configuration of dW and the number of its slabs."""
     table = look_up(GEMM_DW, arch(device_index))
-    config = table["float32" if dtype == torch.float32 else "16-bit"]
+    name = "float32" if dtype == torch.float32 else "tma" if tma and "tma" in table else "16-bit"
+    return table[name], slabs(M, N, K, table[name], device_index)
+
+
+def patch_embed_dw(
+    M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, gather: bool
+) -> tuple[Config, int]:
+    """The same of the patch embedding's dW, whose one operand are pixels."""
+    config, splits = gemm_dw(M, N, K, dtype, device_index)
     if gather and arch(device_index):
         config = PATCH_GATHER_DW
-    tiles = -(-N // config.BLOCK_N) * -(-K // config.BLOCK_K)
+        splits = slabs(M, N, K, config, device_index)
+    return config, splits
+
+
+def slabs(M: int, N: int, K: int, config: Config, device_index: int | None) -> int:
+    """How many slabs dW is cut into: those of least estimated time, in steps along M.
+
+    Programs run in waves of one per SM; each takes its rows and about 4 steps to begin and end; a
+    slab is written and read once as float32, which for 2^21 elements takes the time of some 16
+    steps of 128 x 128 x 64 (H100: 5 us against 0.3 us each).
+    """
     if arch(device_index) == 0:
-        return config, 2
-    splits = max(1, 2 * num_sms(device_index) // tiles)
-    return config, min(splits, max(1, M // (8 * config.BLOCK_M)))
+        return 2
+    tiles, steps = -(-N // config.BLOCK_N) * -(-K // config.BLOCK_K), -(-M // config.BLOCK_M)
+    step = config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
+    traffic = 16 * N * K / 2**21 * 2**20 / step
+
+    def cost(S: int) -> float:
+        waves = -(-tiles * S // num_sms(device_index))
+        return waves * (-(-steps // S) + 4) + traffic * S
+
+    return min(range(1, max(2, min(64, steps // 8 + 1))), key=cost)
 
 
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def row_stats(C: int) -> Config:
+def layernorm_fwd(C: int) -> Config:
     """Whole rows, about 4096 elements a program; BLOCK_N is the padded row."""
     block_c = _power_of_two(C)
     return Config(max(1, 4096 // block_c), block_c, num_warps=4 if block_c <= 2048 else 8)
@@ -233,6 +319,8 @@ _ATTENTION_WGMMA = {
     "fwd_104": Config(128, 32, num_warps=8, num_stages=2),
     "dq_88": Config(64, 64, num_warps=4, num_stages=1),
     "dq_96": Config(64, 64, num_warps=4, num_stages=1),
+    "dq_88_dropout": Config(64, 32, num_warps=4, num_stages=1),
+    "dq_96_dropout": Config(64, 32, num_warps=4, num_stages=1),
     "dq_112": Config(64, 32, num_warps=4, num_stages=1),
     "dq_120": Config(64, 64, num_warps=8, num_stages=1),
     "dkv_104": Config(16, 64, num_warps=8, num_stages=1),
@@ -268,7 +356,9 @@ ATTENTION: dict[int, dict[str, Config]] = {
     100: _ATTENTION_WGMMA
     | {
         "fwd_128": Config(128, 64, num_warps=8, num_stages=1),
+        "fwd_resident_88": Config(64, 128, num_warps=4, num_stages=1),
         "fwd_small_72": Config(64, 64, num_warps=4, num_stages=1),
+        "dkv_128_dropout": Config(32, 64, num_warps=8, num_stages=1),
         "dkv_96": Config(32, 64, num_warps=8, num_stages=2),
     },
     120: _ATTENTION_MMA,

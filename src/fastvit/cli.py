@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastvit.backend import versions
+from fastvit.cli_checkpoints import add_convert, add_info
 from fastvit.data import load_data
 from fastvit.errors import UsageError, need
 from fastvit.model import pair
@@ -31,12 +32,14 @@ RUN_OPTIONS = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; the exit status is 0, 1 for images not read, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="fastvit", description="Train and use Vision Transformers."
+        prog="fastvit", description="Train, use and convert Vision Transformers."
     )
     parser.add_argument("--version", action="version", version=versions())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_train, add_predict):
         add(commands)
+    for add in (add_convert, add_info):
+        add(commands, _size)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

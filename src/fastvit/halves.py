@@ -35,12 +35,18 @@ _KIND_OF = {
     "torch.nn.modules.activation.GELU": "gelu",
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
     "transformers.activations.GELUActivation": "gelu",
     "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "transformers.activations.SiLUActivation": "silu",
     "torch.nn.modules.activation.MultiheadAttention": "packed_attention",
     "timm.layers.attention.Attention": "attention",
     "timm.models.vision_transformer.Attention": "attention",
     "timm.layers.mlp.Mlp": "mlp",
+    "timm.layers.mlp.GluMlp": "gated",
+    "timm.layers.mlp.SwiGLU": "gated",
     "timm.layers.layer_scale.LayerScale": "layer_scale",
     "timm.models.vision_transformer.LayerScale": "layer_scale",
     "timm.layers.drop.DropPath": "drop_path",
@@ -50,6 +56,7 @@ _KIND_OF = {
     **{f"{d}SelfAttention": "attention" for d in DINOV2},
     **{f"{d}SelfOutput": "output" for d in DINOV2},
     **{f"{d}MLP": "mlp" for d in DINOV2},
+    **{f"{d}SwiGLUFFN": "gated" for d in DINOV2},
     **{f"{d}LayerScale": "layer_scale" for d in DINOV2},
     **{f"{d}DropPath": "drop_path" for d in DINOV2},
     "torchvision.models.vision_transformer.MLPBlock": "mlp",
@@ -104,8 +111,8 @@ class AttentionHalf(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
         weight, bias = self._in_projection()
-        norm, proj = self.norm, self.proj
-        qkv = ops.layernorm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps)
+        proj = self.proj
+        qkv, x = _norm_linear(x, self.norm, weight, bias)
         o = ops.attention_qkv(qkv.unflatten(-1, (3, self.heads, -1)), self.scale)
         gamma, path = _gamma(self.layer_scale), path_scale(self.drop_path, x)
         return ops.linear_residual(o.flatten(2), proj.weight, proj.bias, x, gamma, path)
@@ -120,11 +127,7 @@ class AttentionHalf(NamedTuple):
         first = self.qkv[0]
         if _kind(first) == "packed_attention":
             return first.in_proj_weight, first.in_proj_bias
-        if len(self.qkv) == 1 or not pack:
-            return first.weight, first.bias
-        weight = torch.cat([m.weight for m in self.qkv])
-        bias = None if first.bias is None else torch.cat([m.bias for m in self.qkv])
-        return weight, bias
+        return _joined(self.qkv if pack else (first,))
 
 
 class MlpHalf(NamedTuple):
@@ -145,7 +148,7 @@ class MlpHalf(NamedTuple):
         reason = (
             self.odd
             or _why_not_half(self, (self.fc1, self.fc2), training)
-            or why_not_module("activation", self.activation, "gelu", "gelu_tanh")
+            or why_not_module("activation", self.activation, *ops.ACTIVATIONS)
         )
         if reason:
             return reason
@@ -157,13 +160,13 @@ class MlpHalf(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
         norm, fc1, fc2 = self.norm, self.fc1, self.fc2
-        tanh = _kind(self.activation) == "gelu_tanh" or (
-            getattr(self.activation, "approximate", "none") == "tanh"
-        )
+        activation = _kind(self.activation)
+        if getattr(self.activation, "approximate", "none") == "tanh":
+            activation = "gelu_tanh"
         return ops.layernorm_mlp(
             x,
             norm.weight,
-            norm.bias,
+            getattr(norm, "bias", None),
             fc1.weight,
             fc1.bias,
             fc2.weight,
@@ -171,19 +174,79 @@ class MlpHalf(NamedTuple):
             _gamma(self.layer_scale),
             path_scale(self.drop_path, x),
             norm.eps,
-            "gelu_tanh" if tanh else "gelu",
+            activation,
+            0.0,  # its dropout is off, or this half would not be taken
+            _kind(norm),
         )
 
 
-Half = AttentionHalf | MlpHalf
+class GatedHalf(NamedTuple):
+    """x + path * layer_scale * dropout(fc2(SiLU(gate(norm(x))) * value(norm(x)))).
+
+    fc1: one packed Linear, the gate first, or the gate's and the value's; activation: None where
+    the peer calls SiLU as a function.
+    """
+
+    norm: Peer
+    fc1: tuple[Peer, ...]
+    activation: Peer | None
+    fc2: Peer
+    layer_scale: Peer | None
+    drop_path: Peer | None
+    skipped: tuple[tuple[Any, ...], ...]
+    odd: str | None = None
+
+    def why_not(self, training: bool | None = None) -> str | None:
+        """Why the fused ops cannot take this half, or None. training: suppose all dropout on or
+        off; None: as the modules are now."""
+        reason = (
+            self.odd
+            or _why_not_half(self, (*self.fc1, self.fc2), training)
+            or why_not_module("activation", self.activation, "silu")
+        )
+        if reason:
+            return reason
+        if len({m.bias is None for m in self.fc1}) > 1:
+            return "only one of gate and value has a bias"
+        dim, hidden = self.fc2.weight.shape
+        return limits.linear(dim, 2 * hidden) or limits.linear(hidden, dim)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (B, N, C) -> (B, N, C)."""
+        fc2 = self.fc2
+        u, x = _norm_linear(x, self.norm, *_joined(self.fc1))
+        gamma, path = _gamma(self.layer_scale), path_scale(self.drop_path, x)
+        return ops.linear_residual(ops.swiglu(u), fc2.weight, fc2.bias, x, gamma, path)
+
+
+Half = AttentionHalf | MlpHalf | GatedHalf
+
+
+def _norm_linear(
+    x: Tensor, norm: Peer, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A Linear of norm(x), and x for the residual. RMSNorm has no bias."""
+    args = (x, norm.weight, getattr(norm, "bias", None), weight, bias, norm.eps, _kind(norm))
+    return ops.layernorm_linear_fork(*args)
+
+
+def _joined(linears: tuple[Peer, ...]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of Linears of one input as those of one Linear, under autograd."""
+    first = linears[0]
+    if len(linears) == 1:
+        return first.weight, first.bias
+    weight = torch.cat([m.weight for m in linears])
+    return weight, None if first.bias is None else torch.cat([m.bias for m in linears])
 
 
 def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) -> str | None:
     if _has_any_global_hook():
         return "a global module hook is registered"
-    reason = why_not_module("norm", half.norm, "layernorm")
+    reason = why_not_module("norm", half.norm, *ops.NORMS)
     if reason is None and len(half.norm.normalized_shape) != 1:
         reason = f"norm is over {half.norm.normalized_shape}"
+    if reason is None and half.norm.eps is None:
+        reason = "norm has no eps of its own"
     for m in linears:
         reason = reason or why_not_module("projection", m, "linear", "packed_attention")
     reason = reason or why_not_module("layer scale", half.layer_scale, "layer_scale", "identity")
@@ -225,6 +288,10 @@ def why_not_module(name: str, module: Any, *kinds: str) -> str | None:
 def why_not_kind(name: str, module: Any, *kinds: str) -> str | None:
     """Why a module that is called as ever, hooks and all, is not what is expected."""
     return None if _kind(module) in kinds else f"{name} is {type(module).__name__}"
+
+
+def is_kind(module: Any, kind: str) -> bool:
+    return _kind(module) == kind
 
 
 def wants_attentions(module: nn.Module) -> bool:

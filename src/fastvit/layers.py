@@ -27,6 +27,24 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return sizes
 
 
+def check_sizes(least: int, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+            raise ValueError(f"{name} must be an int >= {least}, got {size!r}")
+
+
+def check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+
+
+def check_choice(choices: tuple[Any, ...], **values: Any) -> None:
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
 class LayerNorm(nn.LayerNorm):
     kind = "layernorm"
 
@@ -36,6 +54,7 @@ class RMSNorm(nn.RMSNorm):
 
     kind = "rmsnorm"
     bias = None
+    eps: float
 
 
 Norm = LayerNorm | RMSNorm
@@ -161,21 +180,21 @@ class Attention(nn.Module):
         rope: Tables | None = None,
     ) -> Tensor:
         dropout, proj_dropout = (self.dropout, self.proj_dropout) if self.training else (0.0, 0.0)
-        qkv = self.project(x, norm)
+        qkv, x = self.project(x, norm)
         o = ops.attention_qkv(qkv, dropout=dropout, **self.qk_options(rope))
         return ops.linear_residual(
             o.flatten(2), self.proj.weight, self.proj.bias, x, layer_scale, path_scale, proj_dropout
         )
 
-    def project(self, x: Tensor, norm: Norm) -> Tensor:
-        """q, k, v of norm(x), packed: (B, N, C) -> (B, N, 3, H, D)."""
+    def project(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """q, k, v of norm(x), packed, and x itself: (B, N, C) -> (B, N, 3, H, D), (B, N, C)."""
         bias = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = ops.layernorm_linear(
+        qkv, x = ops.layernorm_linear_fork(
             x, norm.weight, norm.bias, self.qkv.weight, bias, norm.eps, norm.kind
         )
-        return qkv.unflatten(-1, (3, self.heads, self.dim_head))
+        return qkv.unflatten(-1, (3, self.heads, self.dim_head)), x
 
     def qk_options(self, rope: Tables | None) -> dict[str, Any]:
         """QK-norm and RoPE, as `ops.attention_qkv` and `ops.qk_norm_rope` take them."""
@@ -201,7 +220,7 @@ class Mlp(nn.Module):
         activation: str = "gelu",
     ) -> None:
         super().__init__()
-        self.dropout, self.activation = dropout, activation
+        self.dropout, self.activation, self.save = dropout, activation, "all"
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
@@ -227,6 +246,7 @@ class Mlp(nn.Module):
             self.activation,
             self.dropout if self.training else 0.0,
             norm.kind,
+            self.save,
         )
 
 
@@ -267,9 +287,10 @@ class SwiGlu(nn.Module):
         path_scale: Tensor | None = None,
     ) -> Tensor:
         weight, bias = self._in_projection()
-        hidden = ops.swiglu(
-            ops.layernorm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps, norm.kind)
+        hidden, x = ops.layernorm_linear_fork(
+            x, norm.weight, norm.bias, weight, bias, norm.eps, norm.kind
         )
+        hidden = ops.swiglu(hidden)
         dropout = self.dropout if self.training else 0.0
         if dropout:
             hidden = nn.functional.dropout(hidden, dropout)

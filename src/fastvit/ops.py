@@ -16,6 +16,7 @@ from fastvit.backend import choose_triton
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 NORMS = ("layernorm", "rmsnorm")
+SAVES = ("all", "recompute")
 _NO_DROPOUT = "dropout inside the op is not in the kernel"
 _NO_KERNEL = "the op has no kernel yet"
 
@@ -64,11 +65,27 @@ def layernorm_linear(
     eps: float = 1e-6,
     norm_kind: str = "layernorm",
 ) -> Tensor:
-    """LayerNorm(x) weight^T + bias. x: (..., C); weight: (O, C) -> (..., O).
+    """norm(x) weight^T + bias. x: (..., C); weight: (O, C) -> (..., O).
 
-    norm_kind: 'layernorm', or 'rmsnorm', which the kernel does not take yet.
+    norm_kind: 'layernorm' or 'rmsnorm'.
+    """
+    return layernorm_linear_fork(x, norm_weight, norm_bias, weight, bias, eps, norm_kind)[0]
+
+
+def layernorm_linear_fork(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str = "layernorm",
+) -> tuple[Tensor, Tensor]:
+    """`layernorm_linear` and x, for the residual that leaves from the same place: their gradients
+    are added as the norm's backward writes them, not by a pass of their own.
     """
     op = "layernorm_linear"
+    _norm_kind(op, norm_kind)
     _rank(op, "weight", weight, 2)
     out_features, in_features = weight.shape
     _last(op, "x", x, in_features)
@@ -76,12 +93,12 @@ def layernorm_linear(
     _shaped(op, "norm_bias", norm_bias, (in_features,))
     _shaped(op, "bias", bias, (out_features,))
     dtype = _compute_dtype(op, "x", x, weight=weight, bias=bias)
-    unsupported = _no_rmsnorm(op, norm_kind) or limits.linear(in_features, out_features)
-    if choose_triton(op, x, dtype, unsupported):
+    if choose_triton(op, x, dtype, limits.linear(in_features, out_features)):
         from fastvit_kernels.layernorm_linear import layernorm_linear as kernel
 
-        return kernel(x, norm_weight, norm_bias, weight, bias, eps, dtype)
-    return reference.layernorm_linear(x, norm_weight, norm_bias, weight, bias, eps, norm_kind)
+        return kernel(x, norm_weight, norm_bias, weight, bias, eps, norm_kind == "rmsnorm", dtype)
+    args = (x, norm_weight, norm_bias, weight, bias, eps, norm_kind)
+    return reference.layernorm_linear_fork(*args)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -349,13 +366,18 @@ def layernorm_mlp(
     activation: str = "gelu",
     dropout: float = 0.0,
     norm_kind: str = "layernorm",
+    save: str = "all",
 ) -> Tensor:
     """x + path_scale * layer_scale * fc2(activation(fc1(LayerNorm(x)))). x: (B, N, C).
 
-    fc1_weight: (F, C); fc2_weight: (C, F); activation: 'gelu', 'gelu_tanh', or 'quick_gelu', which
-    the kernel does not take, nor norm_kind 'rmsnorm'.
+    fc1_weight: (F, C); fc2_weight: (C, F); activation: 'gelu', 'gelu_tanh' or 'quick_gelu';
+    norm_kind: 'layernorm' or 'rmsnorm'; save: 'all', or 'recompute', which keeps no hidden
+    activation for backward and runs fc1 once more there (a sixth more arithmetic).
     """
     op = "layernorm_mlp"
+    if save not in SAVES:
+        raise ValueError(f"{op}: save {save!r} is unknown; expected {SAVES}")
+    _norm_kind(op, norm_kind)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation {activation!r} is unknown; expected {ACTIVATIONS}")
     _rank(op, "x", x, 3)
@@ -372,24 +394,22 @@ def layernorm_mlp(
     dtype = _compute_dtype(
         op, "x", x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight
     )
-    unsupported = _no_rmsnorm(op, norm_kind) or limits.linear(dim, hidden)
-    if activation == "quick_gelu":
-        unsupported = unsupported or "activation 'quick_gelu' is not in the kernel"
-    unsupported = unsupported or (_NO_DROPOUT if dropout else None)
+    unsupported = limits.linear(dim, hidden) or (_NO_DROPOUT if dropout else None)
     args = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if choose_triton(op, x, dtype, unsupported):
         from fastvit_kernels.layernorm_mlp import layernorm_mlp as kernel
 
-        return kernel(*args, layer_scale, path_scale, eps, activation, dtype)
+        rms = norm_kind == "rmsnorm"
+        options = (eps, rms, activation, save == "recompute", dtype)
+        return kernel(*args, layer_scale, path_scale, *options)
     return reference.layernorm_mlp(
-        *args, layer_scale, path_scale, eps, activation, dropout, norm_kind
+        *args, layer_scale, path_scale, eps, activation, dropout, norm_kind, save
     )
 
 
-def _no_rmsnorm(op: str, kind: str) -> str | None:
+def _norm_kind(op: str, kind: str) -> None:
     if kind not in NORMS:
         raise ValueError(f"{op}: norm {kind!r} is unknown; expected {NORMS}")
-    return "RMSNorm is not in the kernel" if kind == "rmsnorm" else None
 
 
 def _rate(op: str, dropout: float) -> None:

@@ -46,7 +46,7 @@ HUGGING_FACE = Resample(antialias=False)
 TORCHVISION = Resample(antialias=False, align_corners=True)
 DINOV2 = Resample(antialias=False, offset=0.1)
 NAFLEX = Resample(mode="bilinear")
-JAX = Resample(mode="bilinear", antialias=False)
+JAX = Resample(mode="bilinear", antialias=False, align_corners=True)
 
 
 def resample_positions(table: Tensor, old: Grid, new: Grid, how: Resample) -> Tensor:

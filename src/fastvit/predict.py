@@ -41,7 +41,7 @@ def predict(
     check_config(config)
     size = pair("image_size", model.config["image_size"])
     channels = model.config["channels"]
-    device = model.pos_embed.device
+    device = model.patch_embed.proj.weight.device
     mean, std = (torch.tensor(config[k]).view(-1, 1, 1).to(device) for k in ("mean", "std"))
     model.eval()
     for path in paths:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def patch_embed(
@@ -59,6 +60,19 @@ def layernorm_linear(
 ) -> Tensor:
     """LayerNorm(x) weight^T + bias. x: (..., C); weight: (O, C) -> (..., O)."""
     return F.linear(norm(x, norm_weight, norm_bias, eps, norm_kind), weight, bias)
+
+
+def layernorm_linear_fork(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str = "layernorm",
+) -> tuple[Tensor, Tensor]:
+    """`layernorm_linear` and x, for the residual that leaves from the same place."""
+    return layernorm_linear(x, norm_weight, norm_bias, weight, bias, eps, norm_kind), x
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -255,13 +269,19 @@ def layernorm_mlp(
     activation: str = "gelu",
     dropout: float = 0.0,
     norm_kind: str = "layernorm",
+    save: str = "all",
 ) -> Tensor:
     """x + path_scale * layer_scale * MLP(LayerNorm(x)), MLP = fc2(activation(fc1(.))).
 
     x: (B, N, C); fc1_weight: (F, C); fc2_weight: (C, F); layer_scale: (C,); path_scale: (B,).
     activation: 'gelu' (erf), 'gelu_tanh' or 'quick_gelu', x sigmoid(1.702 x). Returns (B, N, C) in
-    x's dtype. Dropout acts on the hidden activation and on the output, as in timm.
+    x's dtype. Dropout acts on the hidden activation and on the output, as in timm. save: what is
+    kept for backward, 'all' or, with 'recompute', no more than the arguments.
     """
+    if save == "recompute" and torch.is_grad_enabled():
+        args = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        options = (layer_scale, path_scale, eps, activation, dropout, norm_kind)
+        return checkpoint(layernorm_mlp, *args, *options, use_reentrant=False)
     hidden = layernorm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, norm_kind)
     if activation == "quick_gelu":
         hidden = hidden * torch.sigmoid(1.702 * hidden)

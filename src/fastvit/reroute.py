@@ -17,7 +17,9 @@ from fastvit.halves import (
     DINOV2,
     HF,
     AttentionHalf,
+    GatedHalf,
     MlpHalf,
+    is_kind,
     is_on,
     wants_attentions,
     why_not_kind,
@@ -49,7 +51,9 @@ def _single(part: str, reason: Callable[..., str | None]) -> Callable[[Any], Par
     return lambda module: [("", part, lambda training: reason(module, training))]
 
 
-def _block(attention: Callable[[Any], AttentionHalf], mlp: Callable[[Any], MlpHalf]) -> Callable:
+def _block(
+    attention: Callable[[Any], AttentionHalf], mlp: Callable[[Any], MlpHalf | GatedHalf]
+) -> Callable:
     def parts(block: Any) -> Parts:
         return [
             ("", "attention", lambda training: attention(block).why_not(training)),
@@ -80,17 +84,21 @@ def _timm_attention_half(b: Any) -> AttentionHalf:
     )
 
 
-def _timm_mlp_half(b: Any) -> MlpHalf:
+def _timm_mlp_half(b: Any) -> MlpHalf | GatedHalf:
     m = b.mlp
-    if reason := why_not_module("mlp", m, "mlp"):
+    if reason := why_not_module("mlp", m, "mlp", "gated"):
         return MlpHalf(b.norm2, m, m, m, None, None, (), reason)
     skipped = (
-        ("mlp", m, "mlp"),
+        ("mlp", m, "mlp", "gated"),
         ("mlp.norm", getattr(m, "norm", None), "identity"),
         ("mlp.drop1", m.drop1, "dropout"),
         ("mlp.drop2", m.drop2, "dropout"),
     )
-    return MlpHalf(b.norm2, m.fc1, m.act, m.fc2, b.ls2, b.drop_path2, skipped)
+    if is_kind(m, "mlp"):
+        return MlpHalf(b.norm2, m.fc1, m.act, m.fc2, b.ls2, b.drop_path2, skipped)
+    odd = "the gate comes last" if getattr(m, "gate_last", False) else None
+    fc1 = (m.fc1,) if hasattr(m, "fc1") else (m.fc1_g, m.fc1_x)
+    return GatedHalf(b.norm2, fc1, m.act, m.fc2, b.ls2, b.drop_path2, skipped, odd)
 
 
 def _timm_block(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -176,14 +184,20 @@ def _hf_attention_half(b: Any) -> AttentionHalf:
     )
 
 
-def _hf_mlp_half(b: Any) -> MlpHalf:
+def _hf_mlp_half(b: Any) -> MlpHalf | GatedHalf:
     m = b.mlp
     norm = b.layernorm_after if hasattr(b, "layernorm_after") else b.norm2
-    if reason := why_not_module("mlp", m, "mlp"):
+    if reason := why_not_module("mlp", m, "mlp", "gated"):
         return MlpHalf(norm, m, m, m, None, None, (), reason)
-    activation = m.activation_fn if hasattr(m, "activation_fn") else m.activation
-    skipped = (("mlp", m, "mlp"), ("dropout", getattr(b, "dropout", None), "dropout"))
+    skipped = (("mlp", m, "mlp", "gated"), ("dropout", getattr(b, "dropout", None), "dropout"))
     gamma, path = getattr(b, "layer_scale2", None), getattr(b, "drop_path", None)
+    if is_kind(m, "gated"):
+        new = hasattr(m, "gate_proj")
+        fc1, fc2 = (
+            ((m.gate_proj, m.up_proj), m.down_proj) if new else ((m.weights_in,), m.weights_out)
+        )
+        return GatedHalf(norm, fc1, getattr(m, "act_fn", None), fc2, gamma, path, skipped)
+    activation = m.activation_fn if hasattr(m, "activation_fn") else m.activation
     return MlpHalf(norm, m.fc1, activation, m.fc2, gamma, path, skipped)
 
 

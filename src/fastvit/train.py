@@ -120,7 +120,8 @@ def init_small(model: ViT) -> None:
     A deviation of 0.02 suits a width of 768. In a narrow model it leaves the branches silent, and
     positions far below the patches, so that it learns for epochs as if the patches had no places.
     """
-    nn.init.trunc_normal_(model.pos_embed, std=0.5)
+    if model.pos_embed is not None:
+        nn.init.trunc_normal_(model.pos_embed, std=0.5)
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -1,0 +1,190 @@
+"""Read a checkpoint from a file, a folder or the hub: tensors and the config beside them.
+
+Nothing is unpickled but tensors and plain containers (`weights_only=True`, `allow_pickle=False`).
+"""
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_safetensors
+
+from fastvit.errors import UsageError
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+)
+CONFIGS = ("config.json", "open_clip_config.json")
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+@dataclass
+class Source:
+    """What was read: `name` for messages; tensors (numpy arrays of an npz); the configs."""
+
+    name: str
+    state: Mapping[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+
+
+def read_source(source: str | Path | Mapping[str, Any]) -> Source:
+    """A file, a folder, a hub id ('owner/name', 'hf-hub:owner/name@revision') or a state dict."""
+    if isinstance(source, Mapping):
+        return Source("the state dict", source)
+    if not isinstance(source, (str, Path)):
+        raise UsageError(
+            "checkpoint: source must be a path, a hub id or a state dict, got "
+            f"{type(source).__name__}"
+        )
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.is_file():
+        config = _json(path.with_suffix(".json")) or _config_in(path.parent, path)
+        return Source(str(path), read_file(path), config, _json(path.parent / _PREPROCESSOR))
+    name = str(source).removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if _HUB.fullmatch(name) and path.suffix not in SUFFIXES:
+        return _read_hub(name)
+    raise UsageError(
+        f"checkpoint: {source} is neither a file, nor a folder, nor a hub id such as owner/name"
+    )
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """The tensors of one file, on the CPU."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"checkpoint: {path} must end in one of {', '.join(SUFFIXES)}")
+    size = f"{path.stat().st_size:,} bytes"
+    try:
+        if path.suffix == ".safetensors":
+            return load_safetensors(path)
+        if path.suffix == ".npz":
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+    except (SafetensorError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise UsageError(
+            f"checkpoint: {path} is truncated or not a {path.suffix} file ({error}); {size}"
+        ) from error
+    return _read_torch(path, size)
+
+
+def _read_torch(path: Path, size: str) -> Mapping[str, Any]:
+    try:
+        # Training scripts keep their arguments beside the weights: a plain container of them.
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # about TorchScript, which is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"checkpoint: {path} holds more than tensors, or is damaged, and fastvit unpickles "
+            f"nothing else: {reason}. Load it where you trust it and pass the state dict"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "TorchScript" in str(error):
+            raise UsageError(
+                f"checkpoint: {path} is a TorchScript archive, which is a program; pass "
+                "torch.jit.load(path).state_dict()"
+            ) from error
+        raise UsageError(
+            f"checkpoint: {path} is truncated or not a file of torch.save ({reason}); {size}"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise UsageError(f"checkpoint: {path} holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+_PREPROCESSOR = "preprocessor_config.json"
+
+
+def _read_folder(folder: Path) -> Source:
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise UsageError(f"checkpoint: {folder} holds none of {', '.join(WEIGHTS)}")
+    if weights.name.endswith(".index.json"):
+        shards = sorted(set(_json(weights).get("weight_map", {}).values()))
+        state: dict[str, Any] = {}
+        for shard in shards:
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise UsageError(f"checkpoint: {weights} names {shard}, which is not beside it")
+            state.update(read_file(folder / shard))
+    else:
+        state = dict(read_file(weights))
+    config = _json(folder / "model.json") or _config_in(folder, weights)
+    return Source(str(folder), state, config, _json(folder / _PREPROCESSOR))
+
+
+def _config_in(folder: Path, weights: Path) -> dict[str, Any]:
+    """The config that belongs to a weights file of a standard name."""
+    if weights.name not in WEIGHTS and not weights.name.startswith("model"):
+        return {}
+    return next((found for name in CONFIGS if (found := _json(folder / name))), {})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"checkpoint: {path} is truncated or not JSON ({error})") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _read_hub(name: str) -> Source:
+    """Fetch what is needed into huggingface_hub's cache, or find it there if it is offline."""
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise UsageError(
+            f"checkpoint: {name} is a hub id, which needs huggingface_hub; install it with: "
+            "pip install 'fastvit[hub]'"
+        ) from error
+    repository, _, revision = name.partition("@")
+    folder, absent = None, None
+    for file in (*CONFIGS, _PREPROCESSOR, *WEIGHTS):
+        try:
+            path = Path(hub.hf_hub_download(repository, file, revision=revision or None))
+        except (EntryNotFoundError, LocalEntryNotFoundError) as error:
+            absent = error
+            continue
+        except Exception as error:
+            raise UsageError(f"checkpoint: hub id {name}: {error}") from error
+        folder = path.parent
+        if file.endswith(".index.json"):
+            for shard in sorted(set(_json(path).get("weight_map", {}).values())):
+                hub.hf_hub_download(repository, shard, revision=revision or None)
+        if file in WEIGHTS:
+            break
+    else:
+        where = (
+            "is not in the cache, and the hub is offline or out of reach"
+            if (isinstance(absent, LocalEntryNotFoundError))
+            else f"holds none of {', '.join(WEIGHTS)}"
+        )
+        raise UsageError(f"checkpoint: hub id {name} {where}") from absent
+    assert folder is not None
+    read = _read_folder(folder)
+    return Source(name, read.state, read.config, read.preprocessor)

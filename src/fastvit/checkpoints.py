@@ -1,0 +1,306 @@
+"""Checkpoints of any library into `fastvit.ViT`, and out again to timm and Hugging Face."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvit.checkpoint_files import Source, read_source
+from fastvit.dialects import Reading, read
+from fastvit.errors import UsageError
+from fastvit.jax_npz import is_jax, read_jax
+from fastvit.model import ViT
+from fastvit.pos_embed import Resample, resample_patches, resample_positions
+from fastvit.presets import DATA, PRESETS
+from fastvit.saving import FORMAT
+from fastvit.shapes import infer
+from fastvit.timm_kwargs import translate
+
+State = dict[str, Tensor]
+# Models of timm that are no presets but plain ViTs, so that shapes say all; others of its models
+# have the same names for tensors and compute something else: norms after, other rotations.
+PLAIN = (
+    *("flexivit_*", "vit_*_gap_*", "vit_*_clip_*", "vit_*_plus_???", "vit_*_miil", "vit_*_36x1_*"),
+    *("vit_*_tipsv2", "vit_*_radio_v?", "vit_intern300m_*", "vit_so150m_*", "vit_*_siglip_*"),
+    *("vit_*_lingbot", "eva_large_*", "test_vit", "test_vit2", "test_vit4"),
+)
+# What a model computes and no tensor shows: a loaded checkpoint does not change it.
+COMPUTED = ("norm_eps", "activation", "heads", "rope", "rope_theta", "head_activation", "pool")
+log = logging.getLogger("fastvit")
+
+
+@dataclass
+class LoadReport:
+    """What `load_checkpoint` and `load_weights` did; `print` shows it."""
+
+    source: str
+    dialect: str
+    adapted: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: read as {self.dialect}"]
+        lines += [f"adapted: {line}" for line in self.adapted]
+        lines += [f"note: {line}" for line in self.notes]
+        if self.dropped:
+            some = ", ".join(self.dropped[:4])
+            more = f" and {len(self.dropped) - 4} more" if len(self.dropped) > 4 else ""
+            lines.append(f"left out: {some}{more}")
+        return "\n".join(lines)
+
+
+def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> ViT:
+    """A `fastvit.ViT` with the weights of `source`, in eval mode, float32, on the CPU.
+
+    source: a file (.safetensors; .pth, .pt, .bin, read with weights_only=True; .npz), a folder of
+    `save_pretrained` or of `fastvit train`, a hub id ("timm/...", "facebook/dinov2-base"; the cache
+    and HF_HUB_OFFLINE are respected), or a state dict. Dialect and architecture come from keys,
+    shapes and the config beside the weights. kwargs, in timm's words or ours, override them: other
+    num_classes, image_size or channels are adapted as timm does, and said on the "fastvit" logger;
+    `model.load_report` keeps it. Raises UsageError, a ValueError, for what cannot be loaded.
+    """
+    read_from = read_source(source)
+    reading, arguments = interpret(read_from, kwargs)
+    override = translate(kwargs, arguments)
+    try:
+        # Random weights for a billion parameters take their time, and would be overwritten.
+        with torch.device("meta"):
+            model = ViT(**{**arguments, **override})
+        model.to_empty(device="cpu")
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"checkpoint: {read_from.name}: {error}") from error
+    head = dict(model.head.named_parameters(prefix="head"))
+    fresh = _fit(model, reading, arguments, read_from.name, may_lack=set(head))
+    if fresh:
+        model.reset_head()
+    reading.data["input_size"] = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    model.default_cfg.update(reading.data, num_classes=model.num_classes)
+    return model.eval()
+
+
+def load_weights(
+    model: ViT, source: str | Path | Mapping[str, Any], strict: bool = True
+) -> LoadReport:
+    """Put the weights of `source`, as for `load_checkpoint`, into a model that is there already.
+
+    Position table, patch kernel and channels are adapted to the model's, and said. strict: missing
+    or unexpected keys raise one UsageError that lists them, except a head for another number of
+    classes, which stays as it is and is said, as is what the checkpoint was trained to compute
+    otherwise than the model does (norm_eps, activation). Nothing is written unless everything fits.
+    """
+    read_from = read_source(source)
+    reading, arguments = interpret(read_from, {})
+    may_lack = {k for k in model.state_dict() if k.startswith("head.") or not strict}
+    for name in COMPUTED:
+        theirs, mine = reading.known.get(name, model.config[name]), model.config[name]
+        if theirs != mine:
+            reading.notes.append(f"{name} is {theirs!r} there and stays {mine!r} here")
+    _fit(model, reading, arguments, read_from.name, may_lack, strict)
+    return model.load_report
+
+
+def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[str, Any]]:
+    """The tensors in our names, and the arguments of the ViT that they belong to."""
+    config = source.config
+    ours = config.get("format") == FORMAT and isinstance(config.get("model"), dict)
+    timm = "architecture" in config and "pretrained_cfg" in config
+    if is_jax(source.state):
+        try:
+            reading = read_jax({k: np.asarray(v) for k, v in source.state.items()})
+        except KeyError as error:
+            raise UsageError(f"checkpoint: {source.name} lacks {error}") from error
+    else:
+        given = {} if ours or timm else dict(config)
+        if channels := kwargs.get("channels", kwargs.get("in_chans")):
+            given["channels"] = channels
+        reading = read(source.state, given)
+    if ours:
+        reading.dialect = "fastvit"
+        pairs = {k: tuple(v) for k, v in config["model"].items() if isinstance(v, list)}
+        reading.known = {**config["model"], **pairs}
+        reading.data = {k: tuple(config[k]) for k in ("mean", "std") if k in config}
+    elif timm:
+        _timm_config(reading, config)
+    for theirs, name in (("image_mean", "mean"), ("image_std", "std")):
+        if isinstance(source.preprocessor.get(theirs), list):
+            reading.data[name] = tuple(source.preprocessor[theirs])
+    hints = {k: v for k, v in kwargs.items() if k in ("heads", "num_heads")}
+    if "num_heads" in hints:
+        hints["heads"] = hints.pop("num_heads")
+    if not any(k in reading.known for k in ("image_size", "img_size")):
+        given = kwargs.get("image_size", kwargs.get("img_size"))
+        if given is not None and not _square(reading.state):
+            hints["image_size"] = given
+    if reading.dialect == "timm" and "pos_embed" not in reading.state:
+        if not {"rope", "pos_embed"} & {*reading.known, *kwargs}:
+            raise UsageError(
+                f"checkpoint: {source.name} has no position table, so its positions are in "
+                "computed rotations, of which the tensors say nothing; pass rope= with "
+                "rope_theta=, or pos_embed='none' for a model without positions"
+            )
+    arguments, notes = infer(reading.state, {**reading.known, **hints})
+    reading.notes += notes
+    return reading, arguments
+
+
+def _square(state: State) -> bool:
+    """True if some number of prefix tokens leaves a square grid of positions."""
+    if "pos_embed" not in state:
+        return True
+    count = state["pos_embed"].shape[1]
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    prefix = registers + ("cls_token" in state)
+    return any(math.isqrt(n) ** 2 == n for n in (count, count - prefix))
+
+
+def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
+    """What timm's config.json says beyond the shapes: its preset, its arguments, its data."""
+    architecture = config["architecture"].partition(".")[0]
+    preset = PRESETS.get(architecture, {})
+    if not preset:
+        if "rope" in architecture or not any(fnmatch(architecture, p) for p in PLAIN):
+            raise UsageError(
+                f"checkpoint: timm's {architecture!r} is not among the models that fastvit knows, "
+                "and the names of its tensors do not tell what it computes. Where it is a plain "
+                "ViT, pass its state dict alone"
+            )
+        reading.notes.append(f"{architecture!r} is no preset of fastvit; taken from the shapes")
+    args = {k: v for k, v in (config.get("model_args") or {}).items() if v is not None}
+    try:
+        args = translate(args, preset)
+    except ValueError as error:
+        raise UsageError(f"checkpoint: {architecture}: {error}") from error
+    known = {**reading.known, **preset, **args}
+    pretrained = config.get("pretrained_cfg") or {}
+    size = pretrained.get("input_size")
+    if size and "image_size" not in args:
+        known["image_size"] = tuple(size[1:])
+    pool = config.get("global_pool") or pretrained.get("global_pool")
+    if pool and "pool" not in args:
+        known["pool"] = {"token": "cls", "avg": "mean"}.get(pool, pool)
+    reading.known = known
+    reading.data.update(DATA.get(architecture, {}))
+    for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode", "tag"):
+        value = pretrained.get(name)
+        if value is not None:
+            reading.data[name] = tuple(value) if isinstance(value, list) else value
+    reading.data["architecture"] = architecture
+
+
+def _fit(
+    model: ViT,
+    reading: Reading,
+    arguments: Mapping[str, Any],
+    name: str,
+    may_lack: set[str],
+    strict: bool = True,
+) -> set[str]:
+    """Adapt the tensors to the model, check every key and shape, then copy. Returns what it lacked
+    and was allowed to."""
+    report = LoadReport(name, reading.dialect, [], reading.dropped, reading.notes)
+    expected = model.state_dict()
+    state = adapt(reading.state, model, arguments, report.adapted)
+    lacking = expected.keys() - state.keys()
+    unexpected = sorted(state.keys() - expected.keys())
+    missing = sorted(lacking - may_lack)
+    wrong = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"it lacks {', '.join(missing)}")
+    if unexpected and strict:
+        problems.append(f"it has the unexpected {', '.join(unexpected)}")
+    problems += wrong
+    if problems:
+        raise UsageError(f"checkpoint: {name}, read as {reading.dialect}: {'; '.join(problems)}")
+    if unexpected:
+        report.dropped = [*report.dropped, *unexpected]
+    if any(k.startswith("head.") for k in lacking):
+        report.adapted.append(f"head: fresh, for {model.num_classes} classes")
+    if left := sorted(k for k in lacking if not k.startswith("head.")):
+        report.adapted.append(f"left as they were: {', '.join(left)}")
+    with torch.no_grad():
+        for key, tensor in expected.items():
+            if key in state:
+                tensor.copy_(state[key])
+    model.load_report = report
+    for line in (*report.adapted, *report.notes):
+        log.warning("%s: %s", name, line)
+    return lacking & expected.keys()
+
+
+def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str]) -> State:
+    """Tensors of an architecture `arguments`, as near to the model's own as timm would bring them.
+
+    Channels are summed or repeated, the patch kernel and the position table resampled, a head for
+    other classes left out, the final norm put before or after the pooling.
+    """
+    out = dict(state)
+    stem = model.patch_embed
+    kernel = out["patch_embed.proj.weight"].float()
+    if kernel.shape[1] != stem.proj.in_channels:
+        said.append(f"channels: {kernel.shape[1]} to {stem.proj.in_channels}")
+        kernel = adapt_channels(kernel, stem.proj.in_channels)
+    if tuple(kernel.shape[-2:]) != stem.patch_size:
+        said.append(f"patch_size: {tuple(kernel.shape[-2:])} to {stem.patch_size}")
+        kernel = resample_patches(kernel, stem.patch_size, Resample())
+    out["patch_embed.proj.weight"] = kernel
+    if "pos_embed" in out and model.pos_embed is not None:
+        _adapt_positions(out, model, arguments, said)
+    own = model.state_dict()
+    for name in ("head.weight", "head.0.weight"):
+        if name in out and (name not in own or len(out[name]) != len(own[name])):
+            said.append(f"head: the checkpoint's, for {arguments['num_classes']} classes, left out")
+            out = {k: v for k, v in out.items() if not k.startswith("head.")}
+    if "head.weight" in out and "head.bias" not in out and "head.bias" in own:
+        out["head.bias"] = torch.zeros(len(out["head.weight"]))
+    for have, want in (("norm", "fc_norm"), ("fc_norm", "norm")):
+        if f"{want}.weight" in own and f"{want}.weight" not in out and f"{have}.weight" in out:
+            said.append(f"{have} taken for {want}")
+            for kind in ("weight", "bias"):
+                if f"{have}.{kind}" in out:
+                    out[f"{want}.{kind}"] = out.pop(f"{have}.{kind}")
+    if model.attn_pool is None and "attn_pool.latent" in out:
+        said.append(f"attention pooling left out, for pool {model.pool!r}")
+        out = {k: v for k, v in out.items() if not k.startswith("attn_pool.")}
+    return out
+
+
+def _adapt_positions(out: State, model: ViT, arguments: Mapping[str, Any], said: list[str]) -> None:
+    sizes = (arguments["image_size"], arguments["patch_size"])
+    size, patch = ((s, s) if isinstance(s, int) else tuple(s) for s in sizes)
+    old, new = (size[0] // patch[0], size[1] // patch[1]), model.patch_embed.grid_size
+    alone = bool(arguments.get("no_embed_class"))
+    prefix = 0 if alone else arguments["registers"] + bool(arguments["class_token"])
+    own, table = out["pos_embed"].float()[0].tensor_split([prefix])
+    if old != new:
+        said.append(f"positions: grid {old} to {new} ({model.resample})")
+        table = resample_positions(table, old, new, model.resample)
+    if model.no_embed_class and prefix:
+        tokens = [t for t in ("cls_token", "reg_token") if t in out]
+        for token, pos in zip(tokens, own.split([out[t].shape[1] for t in tokens]), strict=True):
+            out[token] = out[token] + pos[None]
+        own = own[:0]
+    elif not model.no_embed_class and alone and model.num_prefix_tokens:
+        own = table.new_zeros(model.num_prefix_tokens, table.shape[1])
+    out["pos_embed"] = torch.cat([own, table])[None]
+
+
+def adapt_channels(kernel: Tensor, channels: int) -> Tensor:
+    """timm's: the sum over channels for one, else repeated and scaled by old / new."""
+    if channels == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    old = kernel.shape[1]
+    repeated = kernel.repeat(1, math.ceil(channels / old), 1, 1)[:, :channels]
+    return repeated * (old / channels)

@@ -1,0 +1,526 @@
+"""The key names of other libraries' checkpoints, read into ours.
+
+Every dialect is a table of patterns and what is done after: joining q, k and v, folding positions
+into <cls>. `read` finds the dialect by one key that only its family has, and strips whatever prefix
+(`module.`, `vit.`, `backbone.`, `visual.`) stands before that key.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit.errors import UsageError
+from fastvit.pos_embed import DINOV2, HUGGING_FACE, NAFLEX, TORCHVISION, Resample
+
+State = dict[str, Tensor]
+Config = Mapping[str, Any]
+Rules = list[tuple[str, str | None]]
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+CLIP = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
+
+
+@dataclass
+class Reading:
+    """A checkpoint in our names. `known`: arguments of `fastvit.ViT` that its config or its dialect
+    settles; `dropped`: keys that have no place in a ViT; `notes`: what was folded or guessed."""
+
+    dialect: str
+    state: State
+    known: dict[str, Any] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+_P = r"(weight|bias)"
+_B = r"blocks\.(\d+)\."
+_OURS: Rules = [
+    (r"(cls_token|pos_embed|reg_token)", r"\1"),
+    (rf"(patch_embed\.proj|norm_pre|norm|fc_norm|head|head\.0|head\.2)\.{_P}", r"\1.\2"),
+    (rf"{_B}(norm1|norm2|attn\.(?:qkv|proj|q_norm|k_norm))\.{_P}", r"blocks.\1.\2.\3"),
+    (rf"{_B}attn\.(q_bias|v_bias)", r"blocks.\1.attn.\2"),
+    (rf"{_B}mlp\.(fc1|fc2|fc1_g|fc1_x)\.{_P}", r"blocks.\1.mlp.\2.\3"),
+    (rf"{_B}(ls1|ls2)\.gamma", r"blocks.\1.\2.gamma"),
+    (rf"{_B}gamma_([12])", r"blocks.\1.ls\2.gamma"),
+    (r"attn_pool\.latent", r"attn_pool.latent"),
+    (rf"attn_pool\.(q|kv|proj|norm|mlp\.fc1|mlp\.fc2)\.{_P}", r"attn_pool.\1.\2"),
+]
+
+
+def _read_timm(state: State, outside: State, config: Config) -> Reading:
+    """timm's VisionTransformer and Eva, our own, DeiT III, DINO: all share one set of names."""
+    rules = [
+        *_OURS,
+        (rf"pre_logits\.fc\.{_P}", r"head.0.\1"),
+        (r"mask_token", None),
+        (rf"(head_dist|norm_head)\.{_P}", None),
+    ]
+    if "pre_logits.fc.weight" in state:
+        rules.insert(0, (rf"head\.{_P}", r"head.2.\1"))
+    if "dist_token" in state:
+        raise UsageError(
+            "checkpoint: a distilled DeiT (key 'dist_token') has two heads, which fastvit.ViT "
+            "does not hold"
+        )
+    if any(k.endswith("mlp.norm.weight") for k in state):
+        raise UsageError("checkpoint: this EVA has a norm inside its MLP, which fastvit.ViT lacks")
+    known: dict[str, Any] = {}
+    data = {}
+    if "head.2.weight" in state:
+        known["head_activation"] = "gelu"
+    if "pre_logits.fc.weight" in state:
+        known["head_activation"] = "tanh"
+    if "norm_pre.weight" in state:
+        known["norm_eps"], data = 1e-5, CLIP
+    gammas = "blocks.0.gamma_1" in state
+    keys_without_bias = not any(k.endswith("qkv.bias") for k in state)
+    if gammas and "reg_token" in state and "pos_embed" not in state and keys_without_bias:
+        known.update(rope="dinov3", norm_eps=1e-5, pool="mean", dynamic_img_size=True)
+        data = IMAGENET
+    elif "blocks.0.attn.q_bias" in state and "pos_embed" in state and not gammas:
+        fc1, fc2 = (state.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
+        if fc1 is not None and fc2 is not None and len(fc1) == 2 * fc2.shape[1]:  # not EVA-01
+            known.update(rope="eva", rope_grid=16)
+        known["pool"], data = "mean", CLIP
+    elif gammas or "blocks.0.ls1.gamma" in state:
+        data = IMAGENET
+    return _finish("timm", state, outside, rules, known, data)
+
+
+def _read_dinov2(state: State, outside: State, config: Config) -> Reading:
+    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
+    registers = "register_tokens" in state
+    rules = [
+        (r"register_tokens", "reg_token"),
+        (r"mask_token", None),
+        (rf"{_B}mlp\.w12\.{_P}", r"blocks.\1.mlp.fc1.\2"),
+        (rf"{_B}mlp\.w3\.{_P}", r"blocks.\1.mlp.fc2.\2"),
+        *_OURS,
+    ]
+    known = dict(dynamic_img_size=True, resample=_options(Resample() if registers else DINOV2))
+    reading = _finish("dinov2", state, outside, rules, known, IMAGENET)
+    for name in ("weight", "bias"):
+        head = outside.get(f"linear_head.{name}")
+        if head is not None:
+            reading.state[f"head.{name}"] = head
+            reading.dropped.remove(f"linear_head.{name}")
+    _fold_prefix(reading, registers)
+    return reading
+
+
+def _read_dinov3(state: State, outside: State, config: Config) -> Reading:
+    state = dict(state)
+    for key in [k for k in state if k.endswith("qkv.bias")]:
+        i = key.split(".")[1]
+        mask = state.get(f"{key}_mask")
+        bias = state.pop(key)
+        q, k, v = (bias if mask is None else bias.where(mask != 0, 0)).chunk(3)
+        if mask is not None and not k.any():
+            state[f"blocks.{i}.attn.q_bias"], state[f"blocks.{i}.attn.v_bias"] = q, v
+        else:
+            state[key] = bias
+    rules = [
+        (r"storage_tokens", "reg_token"),
+        (r"mask_token|rope_embed\.periods", None),
+        (r".*\.bias_mask", None),
+        (rf"(local_cls_norm|cls_norm)\.{_P}", None),
+        (rf"{_B}mlp\.w1\.{_P}", r"blocks.\1.mlp.fc1_g.\2"),
+        (rf"{_B}mlp\.w2\.{_P}", r"blocks.\1.mlp.fc1_x.\2"),
+        (rf"{_B}mlp\.w3\.{_P}", r"blocks.\1.mlp.fc2.\2"),
+        *_OURS,
+    ]
+    known = dict(rope="dinov3", norm_eps=1e-5, dynamic_img_size=True, pool="cls")
+    return _finish("dinov3", state, outside, rules, known, IMAGENET)
+
+
+_L = r"(?:encoder\.)?(?:model\.)?layers?\.(\d+)\."
+
+
+def _read_hf_vit(state: State, outside: State, config: Config) -> Reading:
+    """transformers' ViT, Dinov2 and Dinov2WithRegisters, under their old and their new keys."""
+    dinov2 = any(k.endswith("layer_scale1.lambda1") for k in state)
+    registers = "embeddings.register_tokens" in state
+    rules = [
+        (r"embeddings\.cls_token", "cls_token"),
+        (r"embeddings\.position_embeddings", "pos_embed"),
+        (r"embeddings\.register_tokens", "reg_token"),
+        (r"embeddings\.mask_token", None),
+        (rf"embeddings\.patch_embeddings\.projection\.{_P}", r"patch_embed.proj.\1"),
+        (rf"{_L}(?:layernorm_before|norm1)\.{_P}", r"blocks.\1.norm1.\2"),
+        (rf"{_L}(?:layernorm_after|norm2)\.{_P}", r"blocks.\1.norm2.\2"),
+        (rf"{_L}attention\.attention\.(q|k|v)[a-z]+\.{_P}", r"blocks.\1.attn.\2.\3"),
+        (rf"{_L}attention\.(q|k|v)_proj\.{_P}", r"blocks.\1.attn.\2.\3"),
+        (rf"{_L}attention\.(?:output\.dense|o_proj)\.{_P}", r"blocks.\1.attn.proj.\2"),
+        (rf"{_L}(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)\.{_P}", r"blocks.\1.mlp.fc1.\2"),
+        (rf"{_L}(?:output\.dense|mlp\.fc2|mlp\.weights_out)\.{_P}", r"blocks.\1.mlp.fc2.\2"),
+        (rf"{_L}mlp\.gate_proj\.{_P}", r"blocks.\1.mlp.fc1.gate.\2"),
+        (rf"{_L}mlp\.up_proj\.{_P}", r"blocks.\1.mlp.fc1.up.\2"),
+        (rf"{_L}mlp\.down_proj\.{_P}", r"blocks.\1.mlp.fc2.\2"),
+        (rf"{_L}layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+        (rf"layernorm\.{_P}", r"norm.\1"),
+        (rf"pooler\.dense\.{_P}", None),
+        (rf"classifier\.{_P}", r"head.\1"),
+    ]
+    how = Resample() if registers else HUGGING_FACE
+    known = {"resample": _options(how), **_hf_known(config, 1e-6 if dinov2 else 1e-12)}
+    if dinov2:
+        known["dynamic_img_size"] = True
+    name = "hf dinov2 with registers" if registers else "hf dinov2" if dinov2 else "hf vit"
+    data = IMAGENET if dinov2 else INCEPTION
+    reading = _finish(name, state, outside, rules, known, data)
+    _adopt_classifier(reading, outside)
+    if not config:
+        reading.notes.append(f"no config: norm_eps {known['norm_eps']:g}, transformers' default")
+    if any(k.startswith("pooler.") for k in reading.dropped):
+        reading.notes.append("the tanh pooler was left out; forward gives the normed <cls>")
+    _join(reading.state, ("gate", "up"), "mlp.fc1")
+    _join(reading.state, ("q", "k", "v"), "attn.qkv", "attn.")
+    if dinov2:
+        _fold_prefix(reading, registers)
+    return reading
+
+
+def _read_hf_dinov3(state: State, outside: State, config: Config) -> Reading:
+    gated = any(k.endswith("gate_proj.weight") for k in state)
+    rules = [
+        (r"embeddings\.cls_token", "cls_token"),
+        (r"embeddings\.register_tokens", "reg_token"),
+        (r"embeddings\.mask_token", None),
+        (rf"embeddings\.patch_embeddings\.{_P}", r"patch_embed.proj.\1"),
+        (rf"{_L}(norm[12])\.{_P}", r"blocks.\1.\2.\3"),
+        (rf"{_L}attention\.(q|k|v)_proj\.{_P}", r"blocks.\1.attn.\2.\3"),
+        (rf"{_L}attention\.o_proj\.{_P}", r"blocks.\1.attn.proj.\2"),
+        (rf"{_L}mlp\.gate_proj\.{_P}", r"blocks.\1.mlp.fc1_g.\2"),
+        (rf"{_L}mlp\.up_proj\.{_P}", rf"blocks.\1.mlp.fc1{'_x' if gated else ''}.\2"),
+        (rf"{_L}mlp\.down_proj\.{_P}", r"blocks.\1.mlp.fc2.\2"),
+        (rf"{_L}layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+        (rf"norm\.{_P}", r"norm.\1"),
+    ]
+    config = dict(config)
+    if gated and config.pop("hidden_act", "silu") != "silu":
+        raise UsageError("checkpoint: a gated MLP with another hidden_act than 'silu'")
+    known = {**_hf_known(config, 1e-5), "rope": "dinov3", "dynamic_img_size": True}
+    known.update(rope_theta=float(config.get("rope_theta", 100.0)), pool="cls")
+    reading = _finish("hf dinov3", state, outside, rules, known, IMAGENET)
+    _join(reading.state, ("q", "k", "v"), "attn.qkv", "attn.")
+    if reading.state["reg_token"].shape[1] == 0:
+        del reading.state["reg_token"]
+    return reading
+
+
+def _read_hf_siglip_or_clip(state: State, outside: State, config: Config) -> Reading:
+    clip = "embeddings.class_embedding" in state
+    config = config.get("vision_config") or config
+    rules = [
+        (r"embeddings\.class_embedding", "cls_token"),
+        (r"embeddings\.position_ids", None),
+        (r"embeddings\.position_embedding\.weight", "pos_embed"),
+        (rf"embeddings\.patch_embedding\.{_P}", r"patch_embed.proj.\1"),
+        (rf"pre_layrnorm\.{_P}", r"norm_pre.\1"),
+        (rf"{_L}layer_norm([12])\.{_P}", r"blocks.\1.norm\2.\3"),
+        (rf"{_L}self_attn\.(q|k|v)_proj\.{_P}", r"blocks.\1.attn.\2.\3"),
+        (rf"{_L}self_attn\.out_proj\.{_P}", r"blocks.\1.attn.proj.\2"),
+        (rf"{_L}mlp\.(fc[12])\.{_P}", r"blocks.\1.mlp.\2.\3"),
+        (rf"post_layernorm\.{_P}", r"norm.\1"),
+        (r"head\.probe", "attn_pool.latent"),
+        (rf"head\.attention\.in_proj_{_P}", r"attn_pool.qkv.\1"),
+        (rf"head\.attention\.out_proj\.{_P}", r"attn_pool.proj.\1"),
+        (rf"head\.layernorm\.{_P}", r"attn_pool.norm.\1"),
+        (rf"head\.mlp\.(fc[12])\.{_P}", r"attn_pool.mlp.\1.\2"),
+        (rf"classifier\.{_P}", r"head.\1"),
+    ]
+    act = "quick_gelu" if clip else "gelu_tanh"
+    known = {"activation": act, **_hf_known(config, 1e-5 if clip else 1e-6)}
+    name = "hf clip" if clip else "hf siglip"
+    reading = _finish(name, state, outside, rules, known, CLIP if clip else INCEPTION)
+    _adopt_classifier(reading, outside)
+    ours = reading.state
+    _join(ours, ("q", "k", "v"), "attn.qkv", "attn.")
+    ours["pos_embed"] = ours["pos_embed"][None]
+    how = HUGGING_FACE
+    if clip:
+        if "head.weight" in ours:  # its classifier reads the mean of the patches before the norm
+            known.update(pool="mean", fc_norm=False)
+            reading.dropped += [k for k in ours if k.startswith("norm.")]
+            ours = reading.state = {k: v for k, v in ours.items() if not k.startswith("norm.")}
+        ours["cls_token"] = ours["cls_token"].view(1, 1, -1)
+        if "visual_projection.weight" in outside:
+            ours["head.weight"] = outside["visual_projection.weight"]
+            reading.dropped.remove("visual_projection.weight")
+    if ours["patch_embed.proj.weight"].ndim == 2:
+        reading.dialect, how = "hf siglip2", NAFLEX
+        known.update(dynamic_img_size=True)
+        weight, channels = ours["patch_embed.proj.weight"], int(config.get("num_channels", 3))
+        p = config.get("patch_size") or round((weight.shape[1] / channels) ** 0.5)
+        weight = weight.reshape(len(weight), p, p, channels).permute(0, 3, 1, 2)
+        ours["patch_embed.proj.weight"] = weight
+    known["resample"] = _options(how)
+    for kind in ("weight", "bias"):
+        packed = ours.pop(f"attn_pool.qkv.{kind}", None)
+        if packed is not None:
+            q, k, v = packed.chunk(3)
+            ours[f"attn_pool.q.{kind}"], ours[f"attn_pool.kv.{kind}"] = q, torch.cat([k, v])
+    if "head.weight" in ours and not clip and "attn_pool.latent" in ours:
+        reading.dropped += [k for k in ours if k.startswith("attn_pool.")]
+        reading.state = {k: v for k, v in ours.items() if not k.startswith("attn_pool.")}
+        reading.notes.append("the classifier reads the mean of the patches; MAP head left out")
+    return reading
+
+
+def _read_torchvision(state: State, outside: State, config: Config) -> Reading:
+    layer = r"encoder\.layers\.encoder_layer_(\d+)\."
+    hidden = "heads.pre_logits.weight" in state
+    rules: Rules = [
+        (r"class_token", "cls_token"),
+        (r"encoder\.pos_embedding", "pos_embed"),
+        (rf"conv_proj\.{_P}", r"patch_embed.proj.\1"),
+        (rf"{layer}ln_([12])\.{_P}", r"blocks.\1.norm\2.\3"),
+        (rf"{layer}self_attention\.in_proj_{_P}", r"blocks.\1.attn.qkv.\2"),
+        (rf"{layer}self_attention\.out_proj\.{_P}", r"blocks.\1.attn.proj.\2"),
+        (rf"{layer}mlp\.(?:0|linear_1)\.{_P}", r"blocks.\1.mlp.fc1.\2"),
+        (rf"{layer}mlp\.(?:3|linear_2)\.{_P}", r"blocks.\1.mlp.fc2.\2"),
+        (rf"encoder\.ln\.{_P}", r"norm.\1"),
+        (rf"heads\.pre_logits\.{_P}", r"head.0.\1"),
+        (rf"heads\.head\.{_P}", r"head.2.\1" if hidden else r"head.\1"),
+    ]
+    known: dict[str, Any] = {"resample": _options(TORCHVISION)}
+    if hidden:
+        known["head_activation"] = "tanh"
+    return _finish("torchvision", state, outside, rules, known, IMAGENET)
+
+
+def _read_openai(state: State, outside: State, config: Config) -> Reading:
+    layer = r"transformer\.resblocks\.(\d+)\."
+    rules: Rules = [
+        (r"class_embedding", "cls_token"),
+        (r"positional_embedding", "pos_embed"),
+        (r"conv1\.weight", "patch_embed.proj.weight"),
+        (rf"ln_pre\.{_P}", r"norm_pre.\1"),
+        (rf"ln_post\.{_P}", r"norm.\1"),
+        (rf"{layer}ln_([12])\.{_P}", r"blocks.\1.norm\2.\3"),
+        (rf"{layer}attn\.in_proj_{_P}", r"blocks.\1.attn.qkv.\2"),
+        (rf"{layer}attn\.out_proj\.{_P}", r"blocks.\1.attn.proj.\2"),
+        (rf"{layer}mlp\.c_fc\.{_P}", r"blocks.\1.mlp.fc1.\2"),
+        (rf"{layer}mlp\.c_proj\.{_P}", r"blocks.\1.mlp.fc2.\2"),
+        (rf"{layer}ls_([12])\.gamma", r"blocks.\1.ls\2.gamma"),
+        (r"proj", "head.weight"),
+    ]
+    quick = "input_resolution" in outside
+    settings = config.get("model_cfg", config)
+    activation = "quick_gelu" if quick or settings.get("quick_gelu") else "gelu"
+    known: dict[str, Any] = {"norm_eps": 1e-5, "activation": activation}
+    width = (settings.get("vision_cfg") or {}).get("head_width")
+    if width:
+        known["heads"] = len(state["class_embedding"]) // width
+    reading = _finish("openai" if quick else "open_clip", state, outside, rules, known, CLIP)
+    ours = reading.state
+    ours["cls_token"] = ours["cls_token"].view(1, 1, -1)
+    ours["pos_embed"] = ours["pos_embed"][None]
+    if "head.weight" in ours:
+        ours["head.weight"] = ours["head.weight"].mT
+    if not quick and not config:
+        reading.notes.append(
+            "activation 'gelu' assumed; for weights trained on QuickGELU pass "
+            "activation='quick_gelu'"
+        )
+    return reading
+
+
+def _read_vit_pytorch(state: State, outside: State, config: Config) -> Reading:
+    """vit-pytorch where one Linear projects the patches: its older ViT and some models since."""
+    if state["to_patch_embedding.1.weight"].ndim == 1:
+        raise UsageError(
+            "checkpoint: this is a vit-pytorch ViT. It has a LayerNorm before and one after its "
+            "patch projection, which no standard ViT has, so fastvit.ViT cannot hold it; "
+            "fastvit.accelerate(model) runs the vit-pytorch model itself on fastvit's kernels"
+        )
+    layer = r"transformer\.layers\.(\d+)\."
+    old = any(k.endswith("1.fn.net.0.weight") for k in state)
+    first, second = (0, 3) if old else (1, 4)
+    rules: Rules = [
+        (r"cls_token", "cls_token"),
+        (r"pos_embedding", "pos_embed"),
+        (rf"to_patch_embedding\.1\.{_P}", r"patch_embed.proj.\1"),
+        (rf"{layer}0\.norm\.{_P}", r"blocks.\1.norm1.\2"),
+        (rf"{layer}0\.(?:fn\.)?to_qkv\.weight", r"blocks.\1.attn.qkv.weight"),
+        (rf"{layer}0\.(?:fn\.)?to_out\.0\.{_P}", r"blocks.\1.attn.proj.\2"),
+        (rf"{layer}1\.{'norm' if old else 'net.0'}\.{_P}", r"blocks.\1.norm2.\2"),
+        (rf"{layer}1\.(?:fn\.)?net\.{first}\.{_P}", r"blocks.\1.mlp.fc1.\2"),
+        (rf"{layer}1\.(?:fn\.)?net\.{second}\.{_P}", r"blocks.\1.mlp.fc2.\2"),
+        (rf"mlp_head\.0\.{_P}", r"norm.\1"),
+        (rf"mlp_head\.1\.{_P}", r"head.\1"),
+    ]
+    known: dict[str, Any] = {"norm_eps": 1e-5, "pool": "cls"}
+    reading = _finish("vit-pytorch", state, outside, rules, known, {})
+    ours = reading.state
+    weight, pos = ours["patch_embed.proj.weight"], ours["pos_embed"]
+    guesses = (config["channels"],) if "channels" in config else (3, 1, 4, 2)
+    sides = {c: math.isqrt(weight.shape[1] // c) for c in guesses}
+    channels = next((c for c, side in sides.items() if side**2 * c == weight.shape[1]), None)
+    if channels is None:
+        raise UsageError(
+            f"checkpoint: {weight.shape[1]} values make no square patch of {guesses} channels"
+        )
+    grid = weight.reshape(len(weight), sides[channels], sides[channels], channels)
+    ours["patch_embed.proj.weight"] = grid.permute(0, 3, 1, 2)
+    ours["pos_embed"] = pos.reshape(1, *pos.shape[-2:])
+    ours["cls_token"] = ours["cls_token"].reshape(1, 1, -1)
+    reading.notes.append(
+        "pool 'cls' assumed; pool='mean' of vit-pytorch averages <cls> too, as fastvit.ViT does not"
+    )
+    return reading
+
+
+def _is_dinov3(state: State) -> bool:
+    return "storage_tokens" in state or "rope_embed.periods" in state
+
+
+def _is_dinov2(state: State) -> bool:
+    chunked = any(re.match(r"blocks\.\d+\.\d+\.", k) for k in state)
+    packed = any(k.endswith("mlp.w12.weight") for k in state)
+    return "register_tokens" in state or packed or chunked or _has_dinov2_mask(state)
+
+
+def _has_dinov2_mask(state: State) -> bool:
+    return "mask_token" in state and "pos_embed" in state and "blocks.0.ls1.gamma" in state
+
+
+Reader = Callable[[State, State, Config], Reading]
+# A key that tells the family, what else must hold, who reads it.
+_FAMILIES: list[tuple[str, Callable[[State], bool], Reader]] = [
+    ("patch_embed.proj.weight", _is_dinov3, _read_dinov3),
+    ("patch_embed.proj.weight", _is_dinov2, _read_dinov2),
+    ("patch_embed.proj.weight", lambda s: True, _read_timm),
+    ("embeddings.patch_embeddings.projection.weight", lambda s: True, _read_hf_vit),
+    ("embeddings.patch_embeddings.weight", lambda s: True, _read_hf_dinov3),
+    ("embeddings.patch_embedding.weight", lambda s: True, _read_hf_siglip_or_clip),
+    ("conv_proj.weight", lambda s: True, _read_torchvision),
+    ("conv1.weight", lambda s: "class_embedding" in s, _read_openai),
+    ("to_patch_embedding.1.weight", lambda s: True, _read_vit_pytorch),
+]
+
+
+def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
+    """Any checkpoint's tensors in our names. Raises UsageError for what no dialect explains."""
+    state, within = unwrap(state)
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    for anchor, holds, reader in _FAMILIES:
+        found = [k for k in tensors if k == anchor or k.endswith("." + anchor)]
+        prefixes = sorted((k.removesuffix(anchor) for k in found), key=len)
+        for prefix in prefixes:
+            inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            outside = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+            if holds(inside):
+                reading = reader(inside, outside, config or {})
+                if within not in (None, "state_dict", "model"):
+                    reading.notes.append(f"its weights under {within!r} were taken")
+                return reading
+    some = ", ".join(list(tensors)[:5]) or "no tensors at all"
+    raise UsageError(
+        "checkpoint: unknown dialect; expected a ViT of timm, transformers, torchvision, DINOv2, "
+        f"DINOv3, OpenAI or open_clip, or a JAX npz. Its keys begin: {some}"
+    )
+
+
+def unwrap(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+    """The state dict inside a training checkpoint's own dict, averaged weights before others, and
+    the key that it lay under, or None."""
+    for name in ("state_dict_ema", "model_ema", "teacher", "state_dict", "model"):
+        inner = state.get(name)
+        if isinstance(inner, Mapping) and inner:
+            return unwrap(inner)[0], name
+    return state, None
+
+
+def _finish(
+    dialect: str,
+    state: State,
+    outside: State,
+    rules: Rules,
+    known: dict[str, Any],
+    data: dict[str, Any],
+) -> Reading:
+    """Rename by the first pattern that fits a whole key; keys that none fits are an error."""
+    patterns = [(re.compile(pattern), new) for pattern, new in rules]
+    reading = Reading(dialect, {}, known, list(outside), data=dict(data))
+    unknown = []
+    for key, value in state.items():
+        for pattern, new in patterns:
+            match = pattern.fullmatch(key)
+            if match is None:
+                continue
+            if new is None:
+                reading.dropped.append(key)
+            else:
+                reading.state[match.expand(new)] = value
+            break
+        else:
+            unknown.append(key)
+    if unknown:
+        raise UsageError(
+            f"checkpoint: read as {dialect}, but it has the unexpected {', '.join(unknown)}"
+        )
+    return reading
+
+
+def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
+    """What a transformers config says that shapes do not."""
+    known: dict[str, Any] = {"norm_eps": float(config.get("layer_norm_eps", default_eps))}
+    if "num_attention_heads" in config:
+        known["heads"] = config["num_attention_heads"]
+    if "image_size" in config:
+        size = config["image_size"]
+        known["image_size"] = size if isinstance(size, int) else tuple(size)
+    activation = config.get("hidden_act")
+    if activation is not None:
+        names = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+        names |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_tanh")
+        if activation not in names:
+            raise UsageError(f"checkpoint: hidden_act {activation!r} is not one of {list(names)}")
+        known["activation"] = names[activation]
+    return known
+
+
+def _options(how: Resample) -> dict[str, Any]:
+    return {k: v for k, v in vars(how).items() if v != getattr(Resample(), k)}
+
+
+def _adopt_classifier(reading: Reading, outside: State) -> None:
+    for name in ("weight", "bias"):
+        if f"classifier.{name}" in outside:
+            reading.state[f"head.{name}"] = outside[f"classifier.{name}"]
+            reading.dropped.remove(f"classifier.{name}")
+
+
+def _fold_prefix(reading: Reading, registers: bool) -> None:
+    """With registers DINOv2 adds positions to <cls> and patches only: fold <cls>'s own into it."""
+    if registers:
+        pos = reading.state["pos_embed"]
+        reading.state["cls_token"] = reading.state["cls_token"] + pos[:, :1]
+        reading.state["pos_embed"] = pos[:, 1:]
+        reading.known["no_embed_class"] = True
+
+
+def _join(state: State, parts: tuple[str, ...], name: str, within: str = "mlp.fc1.") -> None:
+    """blocks.i.attn.{q, k, v}.* -> blocks.i.attn.qkv.*; keys without a bias -> q_bias, v_bias."""
+    for i in sorted({k.split(".")[1] for k in state if k.startswith("blocks.")}, key=int):
+        block = f"blocks.{i}."
+        for kind in ("weight", "bias"):
+            found = [state.pop(f"{block}{within}{p}.{kind}", None) for p in parts]
+            tensors = [t for t in found if t is not None]
+            if len(tensors) == len(parts):
+                state[f"{block}{name}.{kind}"] = torch.cat(tensors)
+            elif len(parts) == 3 and found[0] is not None and found[2] is not None:
+                state[f"{block}attn.q_bias"], state[f"{block}attn.v_bias"] = found[0], found[2]
+            elif tensors:
+                raise UsageError(f"checkpoint: {block}{within} lacks some of {parts} {kind}")

@@ -1,0 +1,457 @@
+"""`fastvit.ViT` back to the names, and the files, of timm and transformers."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fastvit.errors import UsageError
+from fastvit.model import ViT, pair
+from fastvit.pos_embed import HUGGING_FACE, Resample
+from fastvit.saving import replacing, replacing_folder
+
+State = dict[str, Tensor]
+log = logging.getLogger("fastvit")
+DIALECTS = ("timm", "hf")
+_TIMM_POOLS = {"cls": "token", "mean": "avg", "none": ""}
+_TIMM_WORDS = {
+    "image_size": "img_size",
+    "channels": "in_chans",
+    "dim": "embed_dim",
+    "heads": "num_heads",
+    "layer_scale": "init_values",
+    "head_dropout": "drop_rate",
+    "emb_dropout": "pos_drop_rate",
+    "patch_dropout": "patch_drop_rate",
+    "drop_path": "drop_path_rate",
+    **{k: k for k in ("depth", "qkv_bias", "class_token", "no_embed_class", "dynamic_img_size")},
+}
+
+
+def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) -> State:
+    """The model's tensors under the keys of `dialect`, "timm" or "hf"; with `path`, also on disk.
+
+    A path that ends in .safetensors gets the tensors alone; any other becomes a folder with
+    config.json and model.safetensors, for `timm.create_model("local-dir:PATH")` or transformers'
+    `from_pretrained(PATH)`. "hf" is ViT, Dinov2, Dinov2WithRegisters, DINOv3ViT, SiglipVision or
+    CLIPVision, whichever holds this model. Raises UsageError where the dialect holds none like it.
+    """
+    if dialect not in DIALECTS:
+        raise UsageError(f"dialect must be one of {DIALECTS}, got {dialect!r}")
+    state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    path = None if path is None else Path(path)
+    bare = path is None or path.suffix == ".safetensors"
+    if dialect == "timm":
+        state, config = _to_timm(model, state), {} if bare else _timm_config(model)
+    else:
+        state, config = _to_hf(model, state)
+    state = {k: v.contiguous().clone() for k, v in state.items()}
+    if path is None:
+        return state
+    data = save(state, metadata={"format": "pt"})
+    if bare:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, data)
+        return state
+    if path.is_file():
+        raise UsageError(f"export_checkpoint: {path} is a file; expected a folder or .safetensors")
+    files = {
+        "model.safetensors": data,
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        for name, content in files.items():
+            _write(path / name, content)
+        return state
+    with replacing_folder(path) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    return state
+
+
+def _write(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def _refuse(dialect: str, what: str) -> NoReturn:
+    raise UsageError(f"export_checkpoint: {dialect} has no place for {what}")
+
+
+def _to_timm(model: ViT, state: State) -> State:
+    c = model.config
+    if c["head_hidden_dim"]:
+        _refuse("timm", "a head of two layers (head_hidden_dim)")
+    if c["pool"] == "cls_mean":
+        _refuse("timm", "pool 'cls_mean'")
+    if c["dim_head"] not in (None, c["dim"] // c["heads"]):
+        _refuse("timm", f"dim_head {c['dim_head']} other than dim / heads")
+    if c["mlp_bias"] != c["proj_bias"]:
+        _refuse("timm", f"mlp_bias={c['mlp_bias']} with proj_bias={c['proj_bias']}")
+    if _is_eva(c):
+        rename = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
+        pattern = re.compile("|".join(rename))
+        state = {pattern.sub(lambda m: rename[m[0]], k): v for k, v in state.items()}
+    return state
+
+
+def _is_eva(config: dict[str, Any]) -> bool:
+    """True if timm holds it in its Eva, which alone has RoPE and keys without a bias."""
+    return config["rope"] is not None or config["qkv_bias"] == "qv"
+
+
+def _timm_config(model: ViT) -> dict[str, Any]:
+    """timm's config.json: a preset to start from, and all arguments over it."""
+    c, eva = model.config, _is_eva(model.config)
+    packed = c["mlp"] == "swiglu_packed"
+    args = {theirs: c[ours] for ours, theirs in _TIMM_WORDS.items()}
+    args["img_size"], args["patch_size"] = model.patch_embed.img_size, model.patch_embed.patch_size
+    args["global_pool"] = _TIMM_POOLS.get(c["pool"], c["pool"])
+    args["attn_drop_rate"], args["proj_drop_rate"] = (
+        c["dropout"] if c[k] is None else c[k] for k in ("attn_dropout", "proj_dropout")
+    )
+    double = 2 if packed and not eva else 1
+    args["mlp_ratio"] = c["mlp_dim"] * double / c["dim"]
+    while int(c["dim"] * args["mlp_ratio"]) < c["mlp_dim"] * double:
+        args["mlp_ratio"] += 1e-9
+    base, eps = _eva_args(model, args) if eva else _vit_args(model, args)
+    if c["norm_eps"] != eps:
+        log.warning(
+            "export: timm's config.json cannot say norm_eps %g; timm will take %g, unless you "
+            "pass norm_layer to create_model",
+            c["norm_eps"],
+            eps,
+        )
+    data = {k: v for k, v in model.default_cfg.items() if k not in ("architecture", "tag")}
+    return {
+        "architecture": base,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": args["global_pool"],
+        "model_args": {k: list(v) if isinstance(v, tuple) else v for k, v in args.items()},
+        "pretrained_cfg": {**data, "num_classes": model.num_classes, "fixed_input_size": True},
+    }
+
+
+def _vit_args(model: ViT, args: dict[str, Any]) -> tuple[str, float]:
+    """args as timm's VisionTransformer takes them; the preset and its norm_eps."""
+    c = model.config
+    args.update(fc_norm=c["fc_norm"], qk_norm=c["qk_norm"], pre_norm=c["pre_norm"])
+    args.update(final_norm=c["final_norm"], proj_bias=c["proj_bias"], reg_tokens=c["registers"])
+    args["pos_embed"] = "learn" if c["pos_embed"] == "learned" else "none"
+    if c["norm"] == "rmsnorm":
+        args["norm_layer"] = "rmsnorm"
+    if c["mlp"] == "swiglu":
+        _refuse("timm's VisionTransformer", "a SwiGLU of two projections without RoPE")
+    if c["mlp"] == "swiglu_packed":
+        return "vit_giant_patch14_dinov2", 1e-6
+    args["act_layer"] = c["activation"]
+    if c["norm_eps"] == 1e-5:
+        return "vit_base_patch16_clip_224", 1e-5
+    return "vit_base_patch16_224", 1e-6
+
+
+def _eva_args(model: ViT, args: dict[str, Any]) -> tuple[str, float]:
+    """args as timm's Eva takes them; the preset and its norm_eps."""
+    c = model.config
+    plain = dict(norm="layernorm", pre_norm=False, final_norm=True, proj_bias=True, qk_norm=False)
+    for name, value in plain.items():
+        if c[name] != value:
+            _refuse("timm's Eva", f"{name}={c[name]!r}")
+    args.update(
+        num_reg_tokens=c["registers"],
+        use_abs_pos_emb=c["pos_embed"] == "learned",
+        use_fc_norm=not isinstance(model.fc_norm, nn.Identity),
+        qkv_bias=bool(c["qkv_bias"]),
+        qkv_fused=True,
+        swiglu_mlp=c["mlp"] != "mlp",
+        swiglu_align_to=8 if c["mlp"] == "swiglu" else 0,
+        use_rot_pos_emb=model.rope is not None,
+    )
+    if c["qkv_bias"] is True:
+        _refuse("timm's Eva", "a bias on the keys")
+    if c["mlp"] == "mlp" and c["activation"] != "gelu":
+        _refuse("timm's Eva", f"activation {c['activation']!r}")
+    if model.rope is not None:
+        dinov3 = c["rope"] == "dinov3"
+        args.update(rope_type="dinov3" if dinov3 else "cat", rope_rotate_half=dinov3)
+        args["rope_temperature"] = model.rope.theta
+        args["ref_feat_shape"] = None if c["rope_grid"] is None else pair("", c["rope_grid"])
+    if c["norm_eps"] == 1e-5:
+        return "vit_small_patch16_dinov3", 1e-5
+    return "eva02_small_patch14_224", 1e-6
+
+
+def _to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
+    c = model.config
+    for name, plain in (("qk_norm", False), ("norm", "layernorm"), ("head_hidden_dim", None)):
+        if c[name] != plain:
+            _refuse("transformers", f"{name}={c[name]!r}")
+    if c["dim_head"] not in (None, c["dim"] // c["heads"]):
+        _refuse("transformers", f"dim_head {c['dim_head']} other than dim / heads")
+    state = _unpack_qkv(state)
+    height, width = model.patch_embed.img_size
+    config = {
+        "hidden_size": c["dim"],
+        "num_hidden_layers": c["depth"],
+        "num_attention_heads": c["heads"],
+        "intermediate_size": c["mlp_dim"],
+        "hidden_act": "gelu_pytorch_tanh" if c["activation"] == "gelu_tanh" else c["activation"],
+        "layer_norm_eps": c["norm_eps"],
+        "image_size": height if height == width else [height, width],
+        "num_channels": c["channels"],
+        "patch_size": c["patch_size"],
+    }
+    if model.num_classes:
+        names = {str(i): f"LABEL_{i}" for i in range(model.num_classes)}
+        config.update(id2label=names, label2id={v: int(k) for k, v in names.items()})
+    if c["rope"] == "dinov3":
+        return _to_hf_dinov3(model, state, config)
+    if c["rope"] is not None or c["pos_embed"] != "learned":
+        _refuse("transformers", "this RoPE, or a ViT without positions")
+    if c["pool"] == "map":
+        return _to_hf_siglip(model, state, config)
+    if c["pre_norm"]:
+        return _to_hf_clip(model, state, config)
+    return _to_hf_vit(model, state, config)
+
+
+def _unpack_qkv(state: State) -> State:
+    out = {}
+    for key, value in state.items():
+        match = re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", key)
+        if match is None:
+            out[key] = value
+            continue
+        for name, part in zip("qkv", value.chunk(3), strict=True):
+            out[f"{match[1]}{name}.{match[2]}"] = part
+    return out
+
+
+def _rename(state: State, rules: list[tuple[str, str]], dialect: str) -> State:
+    patterns = [(re.compile(p), new) for p, new in rules]
+    out = {}
+    for key, value in state.items():
+        match = next(((m, new) for p, new in patterns if (m := p.fullmatch(key))), None)
+        if match is None:
+            _refuse(dialect, key)
+        else:
+            out[match[0].expand(match[1])] = value
+    return out
+
+
+_P = r"(weight|bias)"
+_B = r"blocks\.(\d+)\."
+
+
+def _to_hf_vit(model: ViT, state: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+    c = model.config
+    dinov2 = c["layer_scale"] is not None
+    kind = "Dinov2WithRegisters" if c["registers"] else "Dinov2" if dinov2 else "ViT"
+    if c["registers"] and not dinov2:
+        _refuse("transformers", "registers without LayerScale")
+    if not c["class_token"] or "norm.weight" not in state:
+        _refuse("transformers' ViT", f"pool {c['pool']!r} or class_token={c['class_token']}")
+    pool = "cls_mean" if dinov2 else "cls"
+    if model.num_classes and c["pool"] != pool:
+        _refuse(f"{kind}ForImageClassification", f"a head on pool {c['pool']!r}, only on {pool!r}")
+    if c["mlp"] == "swiglu" or (c["mlp"] == "swiglu_packed" and not dinov2):
+        _refuse(kind, f"mlp {c['mlp']!r}")
+    state = _cover_cls(model, state)
+    layer = r"encoder.layer.\1."
+    norms = ("norm1", "norm2") if dinov2 else ("layernorm_before", "layernorm_after")
+    fc1, fc2 = ("intermediate.dense", "output.dense")
+    if dinov2:
+        packed = c["mlp"] == "swiglu_packed"
+        fc1, fc2 = ("mlp.weights_in", "mlp.weights_out") if packed else ("mlp.fc1", "mlp.fc2")
+    rules = [
+        (r"cls_token", "embeddings.cls_token"),
+        (r"reg_token", "embeddings.register_tokens"),
+        (r"pos_embed", "embeddings.position_embeddings"),
+        (rf"patch_embed\.proj\.{_P}", r"embeddings.patch_embeddings.projection.\1"),
+        (rf"{_B}norm1\.{_P}", rf"{layer}{norms[0]}.\2"),
+        (rf"{_B}norm2\.{_P}", rf"{layer}{norms[1]}.\2"),
+        *(
+            (rf"{_B}attn\.{n[0]}\.{_P}", rf"{layer}attention.attention.{n}.\2")
+            for n in ("query", "key", "value")
+        ),
+        (rf"{_B}attn\.proj\.{_P}", rf"{layer}attention.output.dense.\2"),
+        (rf"{_B}mlp\.fc1\.{_P}", rf"{layer}{fc1}.\2"),
+        (rf"{_B}mlp\.fc2\.{_P}", rf"{layer}{fc2}.\2"),
+        (rf"{_B}ls([12])\.gamma", rf"{layer}layer_scale\2.lambda1"),
+        (rf"norm\.{_P}", r"layernorm.\1"),
+        (rf"head\.{_P}", r"classifier.\1"),
+    ]
+    state = _rename(state, rules, f"transformers' {kind}")
+    if dinov2:
+        state["embeddings.mask_token"] = torch.zeros(1, c["dim"])
+        config.update(mlp_ratio=_mlp_ratio(c), use_swiglu_ffn=c["mlp"] == "swiglu_packed")
+        del config["intermediate_size"]
+        if c["registers"]:
+            config["num_register_tokens"] = c["registers"]
+        native = Resample() if c["registers"] else HUGGING_FACE
+    else:
+        native = HUGGING_FACE
+    config.update(qkv_bias=bool(c["qkv_bias"]), model_type=_MODEL_TYPES[kind])
+    config["architectures"] = [
+        f"{kind}{'ForImageClassification' if model.num_classes else 'Model'}"
+    ]
+    _note_resample(model, native, kind)
+    if model.num_classes:
+        head = ("classifier.",)
+        base = _MODEL_TYPES[kind]
+        state = {k if k.startswith(head) else f"{base}.{k}": v for k, v in state.items()}
+    return state, config
+
+
+_MODEL_TYPES = {
+    "ViT": "vit",
+    "Dinov2": "dinov2",
+    "Dinov2WithRegisters": "dinov2_with_registers",
+}
+
+
+def _mlp_ratio(c: dict[str, Any]) -> int:
+    """Dinov2Config's, an int; a SwiGLU is two thirds of the product wide, rounded up to 8's."""
+    dim, hidden, packed = c["dim"], c["mlp_dim"], c["mlp"] == "swiglu_packed"
+    for ratio in (4, *range(1, 65)):
+        made = (int(dim * ratio * 2 / 3) + 7) // 8 * 8 if packed else dim * ratio
+        if made == hidden:
+            return ratio
+    return _refuse("Dinov2", f"mlp_dim {hidden} with dim {dim}; its mlp_ratio is an int")
+
+
+def _note_resample(model: ViT, native: Resample, kind: str) -> None:
+    if model.resample != native:
+        log.warning(
+            "export: at another image size than %s, %s resamples positions by %s, this model by %s",
+            model.patch_embed.img_size,
+            kind,
+            native,
+            model.resample,
+        )
+
+
+def _cover_cls(model: ViT, state: State) -> State:
+    """A position table with a row for <cls> and none for registers, as transformers has it."""
+    c, dim = model.config, model.embed_dim
+    pos = state["pos_embed"]
+    if c["no_embed_class"]:
+        return {**state, "pos_embed": torch.cat([pos.new_zeros(1, 1, dim), pos], dim=1)}
+    if not c["registers"]:
+        return state
+    own, rest = pos[:, 1 : 1 + c["registers"]], pos[:, 1 + c["registers"] :]
+    pos = torch.cat([pos[:, :1], rest], dim=1)
+    return {**state, "pos_embed": pos, "reg_token": state["reg_token"] + own}
+
+
+def _to_hf_dinov3(model: ViT, state: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+    c = model.config
+    if c["mlp"] == "swiglu_packed" or not c["class_token"] or c["layer_scale"] is None:
+        _refuse("DINOv3ViT", "a packed SwiGLU, or a model without <cls> or LayerScale")
+    if model.num_classes or "norm.weight" not in state:
+        _refuse("DINOv3ViT", "a classifier, or a norm after the pooling")
+    layer, gated = r"layer.\1.", c["mlp"] == "swiglu"
+    for i in range(c["depth"]):
+        for n in "qv":
+            bias = state.pop(f"blocks.{i}.attn.{n}_bias", None)
+            if bias is not None:
+                state[f"blocks.{i}.attn.{n}.bias"] = bias
+    rules = [
+        (r"cls_token", "embeddings.cls_token"),
+        (r"reg_token", "embeddings.register_tokens"),
+        (rf"patch_embed\.proj\.{_P}", r"embeddings.patch_embeddings.\1"),
+        (rf"{_B}(norm[12])\.{_P}", rf"{layer}\2.\3"),
+        (rf"{_B}attn\.([qkv])\.{_P}", rf"{layer}attention.\2_proj.\3"),
+        (rf"{_B}attn\.proj\.{_P}", rf"{layer}attention.o_proj.\2"),
+        (rf"{_B}mlp\.fc1_g\.{_P}", rf"{layer}mlp.gate_proj.\2"),
+        (rf"{_B}mlp\.fc1(?:_x)?\.{_P}", rf"{layer}mlp.up_proj.\2"),
+        (rf"{_B}mlp\.fc2\.{_P}", rf"{layer}mlp.down_proj.\2"),
+        (rf"{_B}ls([12])\.gamma", rf"{layer}layer_scale\2.lambda1"),
+        (rf"norm\.{_P}", r"norm.\1"),
+    ]
+    state = _rename(state, rules, "transformers' DINOv3ViT")
+    state["embeddings.mask_token"] = torch.zeros(1, 1, c["dim"])
+    if not c["registers"]:
+        state["embeddings.register_tokens"] = torch.zeros(1, 0, c["dim"])
+    config.update(
+        model_type="dinov3_vit",
+        architectures=["DINOv3ViTModel"],
+        num_register_tokens=c["registers"],
+        use_gated_mlp=gated,
+        query_bias=bool(c["qkv_bias"]),
+        key_bias=c["qkv_bias"] is True,
+        value_bias=bool(c["qkv_bias"]),
+        proj_bias=c["proj_bias"],
+        mlp_bias=c["mlp_bias"],
+        rope_theta=c["rope_theta"] or 100.0,
+        hidden_act="silu" if gated else config["hidden_act"],
+    )
+    return state, config
+
+
+def _to_hf_siglip(model: ViT, state: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+    if model.config["class_token"] or model.config["registers"] or model.num_classes:
+        _refuse("SiglipVisionModel", "<cls>, registers or a classifier on attention pooling")
+    for kind in ("weight", "bias"):
+        q, kv = state.pop(f"attn_pool.q.{kind}"), state.pop(f"attn_pool.kv.{kind}")
+        state[f"head.attention.in_proj_{kind}"] = torch.cat([q, kv])
+    rules = [
+        *_TOWER,
+        (r"attn_pool\.latent", "head.probe"),
+        (r"(head\.attention\.in_proj_(?:weight|bias))", r"\1"),
+        (rf"attn_pool\.proj\.{_P}", r"head.attention.out_proj.\1"),
+        (rf"attn_pool\.norm\.{_P}", r"head.layernorm.\1"),
+        (rf"attn_pool\.mlp\.(fc[12])\.{_P}", r"head.mlp.\1.\2"),
+    ]
+    state = _rename(state, rules, "SiglipVisionModel")
+    state["embeddings.position_embedding.weight"] = state["embeddings.position_embedding.weight"][0]
+    config.update(model_type="siglip_vision_model", architectures=["SiglipVisionModel"])
+    _note_resample(model, HUGGING_FACE, "Siglip")
+    return {f"vision_model.{k}": v for k, v in state.items()}, config
+
+
+def _to_hf_clip(model: ViT, state: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+    c = model.config
+    if c["registers"] or not c["class_token"] or c["layer_scale"] is not None:
+        _refuse("CLIPVisionModel", "registers, LayerScale, or no <cls>")
+    bias = state.pop("head.bias", None)
+    if bias is not None and bias.any():
+        _refuse("CLIPVisionModelWithProjection", "a head with a bias that is not zero")
+    state = _cover_cls(model, state)
+    rules = [
+        *_TOWER,
+        (r"cls_token", "embeddings.class_embedding"),
+        (rf"norm_pre\.{_P}", r"pre_layrnorm.\1"),
+        (r"head\.weight", "visual_projection.weight"),
+    ]
+    state = _rename(state, rules, "CLIPVisionModel")
+    for name in ("position_embedding.weight", "class_embedding"):
+        tensor = state[f"embeddings.{name}"]
+        state[f"embeddings.{name}"] = tensor[0] if name != "class_embedding" else tensor.flatten()
+    kind = "WithProjection" if model.num_classes else ""
+    for name in ("id2label", "label2id"):
+        config.pop(name, None)
+    config.update(model_type="clip_vision_model", architectures=[f"CLIPVisionModel{kind}"])
+    if model.num_classes:
+        config["projection_dim"] = model.num_classes
+    _note_resample(model, HUGGING_FACE, "CLIPVisionModel")
+    own = "visual_projection.weight"
+    return {k if k == own else f"vision_model.{k}": v for k, v in state.items()}, config
+
+
+_TOWER = [
+    (r"pos_embed", "embeddings.position_embedding.weight"),
+    (rf"patch_embed\.proj\.{_P}", r"embeddings.patch_embedding.\1"),
+    (rf"{_B}norm([12])\.{_P}", r"encoder.layers.\1.layer_norm\2.\3"),
+    (rf"{_B}attn\.([qkv])\.{_P}", r"encoder.layers.\1.self_attn.\2_proj.\3"),
+    (rf"{_B}attn\.proj\.{_P}", r"encoder.layers.\1.self_attn.out_proj.\2"),
+    (rf"{_B}mlp\.(fc[12])\.{_P}", r"encoder.layers.\1.mlp.\2.\3"),
+    (rf"norm\.{_P}", r"post_layernorm.\1"),
+]

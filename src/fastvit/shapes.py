@@ -1,0 +1,157 @@
+"""The arguments of `fastvit.ViT` that a state dict in our names shows, and what is guessed."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fastvit.errors import UsageError
+from fastvit.presets import PRESETS
+
+State = Mapping[str, Tensor]
+
+
+def infer(state: State, known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Arguments for `ViT(**...)` and what had to be guessed. known: what the config settles; what
+    shapes show stands above it."""
+    for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight"):
+        if name not in state:
+            raise UsageError(f"checkpoint: it lacks {name}")
+    kernel, qkv = state["patch_embed.proj.weight"], state["blocks.0.attn.qkv.weight"]
+    dim, channels, *patch = kernel.shape
+    mlp_dim = state["blocks.0.mlp.fc2.weight"].shape[1]
+    shown: dict[str, Any] = {
+        "dim": dim,
+        "channels": channels,
+        "patch_size": tuple(patch) if patch[0] != patch[1] else patch[0],
+        "patch_bias": "patch_embed.proj.bias" in state,
+        "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+        "mlp_dim": mlp_dim,
+        "mlp": _mlp(state),
+        "registers": state["reg_token"].shape[1] if "reg_token" in state else 0,
+        "class_token": "cls_token" in state,
+        "qkv_bias": _qkv_bias(state),
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "mlp_bias": "blocks.0.mlp.fc2.bias" in state,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "norm": "layernorm" if "blocks.0.norm1.bias" in state else "rmsnorm",
+        "pre_norm": "norm_pre.weight" in state,
+        "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
+        "fc_norm": "fc_norm.weight" in state,
+        "num_classes": 0,
+    }
+    if ("blocks.0.ls1.gamma" in state) != (known.get("layer_scale") is not None):
+        shown["layer_scale"] = 1e-5 if "blocks.0.ls1.gamma" in state else None
+    for name in ("head.weight", "head.2.weight"):
+        if name in state:
+            shown["num_classes"] = len(state[name])
+    hidden = state.get("head.0.weight")
+    shown["head_hidden_dim"] = None if hidden is None else len(hidden)
+    notes: list[str] = []
+    _pool(shown, state, known, hidden)
+    _heads(shown, state, known, qkv.shape[0] // 3, notes)
+    _image(shown, state, known, notes)
+    return {**known, **shown}, notes
+
+
+def _mlp(state: State) -> str:
+    if "blocks.0.mlp.fc1_g.weight" in state:
+        return "swiglu"
+    fc1, fc2 = (state[f"blocks.0.mlp.fc{i}.weight"] for i in (1, 2))
+    return "swiglu_packed" if fc1.shape[0] == 2 * fc2.shape[1] else "mlp"
+
+
+def _qkv_bias(state: State) -> bool | str:
+    if "blocks.0.attn.q_bias" in state:
+        return "qv"
+    return "blocks.0.attn.qkv.bias" in state
+
+
+def _pool(
+    shown: dict[str, Any], state: State, known: Mapping[str, Any], hidden: Tensor | None
+) -> None:
+    head = state.get("head.weight", hidden)
+    if "attn_pool.latent" in state:
+        shown["pool"] = "map"
+    elif head is not None and head.shape[1] == 2 * shown["dim"]:
+        shown["pool"] = "cls_mean"
+    elif known.get("pool") in (None, "map", "cls_mean"):
+        with_cls = shown["class_token"] and not shown["fc_norm"]
+        shown["pool"] = "cls" if with_cls else "mean"
+
+
+def _heads(
+    shown: dict[str, Any],
+    state: State,
+    known: Mapping[str, Any],
+    inner: int,
+    notes: list[str],
+) -> None:
+    norm = state.get("blocks.0.attn.q_norm.weight")
+    if norm is not None:
+        heads = inner // len(norm)
+    elif known.get("heads"):
+        heads = known["heads"]
+    else:
+        sizes = ("dim", "depth", "mlp_dim")
+        same = [
+            p["heads"]
+            for p in PRESETS.values()
+            if all(p[s] == shown[s] for s in sizes) and p.get("mlp", "mlp") == shown["mlp"]
+        ]
+        heads = same[0] if same else max(1, inner // 64)
+        if not same:
+            notes.append(
+                f"heads {heads} guessed, {inner // heads} wide; pass heads= if it is not so"
+            )
+    if inner % heads:
+        raise UsageError(f"checkpoint: heads {heads} do not divide the {inner} channels of q")
+    shown["heads"] = heads
+    if inner != shown["dim"]:
+        shown["dim_head"] = inner // heads
+
+
+def _image(shown: dict[str, Any], state: State, known: Mapping[str, Any], notes: list[str]) -> None:
+    """Image size and whether prefix tokens have positions, from the number of positions."""
+    p_h, p_w = _pair(shown["patch_size"])
+    size = known.get("image_size")
+    if "pos_embed" not in state:
+        shown["pos_embed"] = "none"
+        shown["image_size"] = size or 224 // p_h * p_h
+        return
+    shown["pos_embed"] = "learned"
+    count = state["pos_embed"].shape[1]
+    prefix = shown["registers"] + shown["class_token"]
+    covers = (
+        {count: True, count - prefix: False}
+        if prefix
+        else {count: bool(known.get("no_embed_class", False))}
+    )
+    if known.get("no_embed_class") is not None:
+        alone = bool(known["no_embed_class"])
+        covers = {count if alone else count - prefix: alone}
+    if size is not None:
+        height, width = _pair(size)
+        patches = (height // p_h) * (width // p_w)
+        if patches in covers:
+            shown["no_embed_class"] = covers[patches]
+            shown["image_size"] = size
+            if height % p_h or width % p_w:
+                shown["crop_remainder"] = True
+            return
+    for patches, alone in covers.items():
+        side = math.isqrt(patches)
+        if side * side == patches and side:
+            shown["no_embed_class"] = alone
+            shown["image_size"] = side * p_h if p_h == p_w else (side * p_h, side * p_w)
+            if size is not None:
+                notes.append(f"image_size {size} of the config does not fit {count} positions")
+            return
+    raise UsageError(
+        f"checkpoint: {count} positions make no square grid; pass image_size=(height, width)"
+    )
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

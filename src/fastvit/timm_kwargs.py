@@ -1,0 +1,184 @@
+"""timm's constructor arguments in the words of `fastvit.ViT`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fastvit.model import TIMM_POOLS
+
+_RENAMED = {
+    "img_size": "image_size",
+    "in_chans": "channels",
+    "embed_dim": "dim",
+    "num_heads": "heads",
+    "reg_tokens": "registers",
+    "init_values": "layer_scale",
+    "drop_rate": "head_dropout",
+    "pos_drop_rate": "emb_dropout",
+    "patch_drop_rate": "patch_dropout",
+    "attn_drop_rate": "attn_dropout",
+    "drop_path_rate": "drop_path",
+    "act_layer": "activation",
+    "mlp_layer": "mlp",
+    "norm_layer": "norm",
+    "global_pool": "pool",
+    # Eva's own words
+    "num_reg_tokens": "registers",
+    "use_fc_norm": "fc_norm",
+    "use_pre_transformer_norm": "pre_norm",
+    "rope_temperature": "rope_theta",
+    "ref_feat_shape": "rope_grid",
+}
+_SAME = {
+    "patch_size",
+    "num_classes",
+    "depth",
+    "qkv_bias",
+    "qk_norm",
+    "proj_bias",
+    "class_token",
+    "no_embed_class",
+    "pos_embed",
+    "pre_norm",
+    "final_norm",
+    "fc_norm",
+    "dynamic_img_size",
+}
+_ONLY_AT = {  # what timm can also do and we cannot: the value that asks for nothing
+    "scale_attn_norm": False,
+    "scale_mlp_norm": False,
+    "pool_include_prefix": False,
+    "dynamic_img_pad": False,
+    "weight_init": "",
+    "fix_init": False,
+    "embed_norm_layer": None,
+    "attn_layer": "attn",
+    "embed_layer": "PatchEmbed",
+    "block_fn": "Block",
+    "scale_mlp": False,
+    "scale_attn_inner": False,
+    "attn_type": "eva",
+    "use_post_norm": False,
+    "rope_grid_offset": 0.0,
+    "rope_grid_indexing": "ij",
+}
+_EVA = {  # of Eva: what it sets in ours, by value
+    "use_abs_pos_emb": {True: {"pos_embed": "learned"}, False: {"pos_embed": "none"}},
+    "use_rot_pos_emb": {True: {}, False: {"rope": None}},
+    "rope_type": {"cat": {"rope": "eva"}, "dinov3": {"rope": "dinov3"}},
+    "swiglu_mlp": {True: {"mlp": "swiglu_packed"}, False: {"mlp": "mlp"}},
+    "swiglu_align_to": {0: {}, 8: {"mlp": "swiglu"}, 64: {"mlp": "swiglu"}},
+    "rope_rotate_half": {True: {}, False: {}},  # settled by the form of RoPE
+    "qkv_fused": {True: {}},
+}
+TIMM_NAMES = {*_RENAMED, *_SAME, *_ONLY_AT, *_EVA, "mlp_ratio", "proj_drop_rate"}
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "GELU": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "QuickGELU": "quick_gelu",
+    "silu": "silu",
+    "SiLU": "silu",
+}
+_NORMS = {
+    "layernorm": "layernorm",
+    "LayerNorm": "layernorm",
+    "rmsnorm": "rmsnorm",
+    "RmsNorm": "rmsnorm",
+    "RMSNorm": "rmsnorm",
+}
+_MLPS = {"Mlp": "mlp", "SwiGLU": "swiglu", "SwiGLUPacked": "swiglu_packed"}
+
+
+def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
+    """kwargs in timm's words, ours or both, as ours. preset: the values they override.
+
+    mlp_ratio is timm's: of the width, both branches together for a packed SwiGLU, but not in Eva.
+    proj_bias is timm's: without it the MLP has no biases either, unless mlp_bias says so. What only
+    timm can do raises ValueError and names the argument.
+    """
+    ours = {k: v for k, v in kwargs.items() if k not in TIMM_NAMES - _SAME}
+    for name, value in kwargs.items():
+        if name in ours or name in ("mlp_ratio", "proj_drop_rate"):
+            continue
+        if name in _ONLY_AT:
+            if _name_of(value) != _ONLY_AT[name]:
+                raise ValueError(f"{name}={_name_of(value)!r} is timm's alone; fastvit has no such")
+            continue
+        if name in _EVA:
+            if value not in _EVA[name]:
+                raise ValueError(f"{name}={value!r} is timm's alone; fastvit has no such")
+            continue
+        _put(ours, name, _RENAMED[name], value)
+    eva = preset.get("rope") is not None or preset.get("qkv_bias") == "qv" or "qkv_fused" in kwargs
+    _translate_eva(ours, kwargs)
+    if eva and ours.get("qkv_bias") is True:
+        ours["qkv_bias"] = "qv"
+    if "proj_bias" in ours:
+        ours.setdefault("mlp_bias", ours["proj_bias"])
+    _translate_words(ours)
+    if "proj_drop_rate" in kwargs:
+        for mine in ("proj_dropout", "mlp_dropout"):
+            _put(ours, "proj_drop_rate", mine, kwargs["proj_drop_rate"])
+    if "mlp_ratio" in kwargs:
+        merged = {**preset, **ours}
+        hidden = int(merged.get("dim", 768) * kwargs["mlp_ratio"])
+        packed = merged.get("mlp") == "swiglu_packed"
+        if merged.get("mlp") == "swiglu":
+            hidden += -hidden % (kwargs.get("swiglu_align_to") or 8)
+        _put(ours, "mlp_ratio", "mlp_dim", hidden // 2 if packed and not eva else hidden)
+    elif "dim" in ours and "mlp_dim" not in ours and "mlp_dim" in preset:
+        ours["mlp_dim"] = ours["dim"] * preset["mlp_dim"] // preset["dim"]
+    return ours
+
+
+def _translate_eva(ours: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Eva's words of two values."""
+    for name, meanings in _EVA.items():
+        if name in kwargs:
+            ours.update(meanings[kwargs[name]])
+    if kwargs.get("use_rot_pos_emb") is False:
+        ours["rope"] = None
+    if kwargs.get("swiglu_mlp") is False:
+        ours["mlp"] = "mlp"
+
+
+def _put(ours: dict[str, Any], theirs: str, name: str, value: Any) -> None:
+    if name in ours:
+        raise ValueError(f"{theirs} and {name} are the same; give one of them")
+    ours[name] = value
+
+
+def _translate_words(ours: dict[str, Any]) -> None:
+    pool = ours.get("pool")
+    if pool is not None:
+        ours["pool"] = TIMM_POOLS.get(pool, pool)
+    if ours.get("pos_embed") in ("learn", ""):
+        ours["pos_embed"] = {"learn": "learned", "": "none"}[ours["pos_embed"]]
+    for name, words in (("activation", _ACTIVATIONS), ("norm", _NORMS), ("mlp", _MLPS)):
+        value = ours.get(name)
+        if value is None:
+            ours.pop(name, None)
+            continue
+        if isinstance(value, functools.partial) and "eps" in value.keywords and name == "norm":
+            ours.setdefault("norm_eps", value.keywords["eps"])
+        word = _name_of(value)
+        ours[name] = words.get(word, word)
+    if ours.get("activation") == "silu":  # SwiGLU's own, which timm lets one say
+        del ours["activation"]
+
+
+def _name_of(value: Callable[..., Any] | Any) -> Any:
+    """The name of a class, a partial of one, or the value itself. timm's packed SwiGLU is one."""
+    if isinstance(value, functools.partial):
+        inner = _name_of(value.func)
+        gate_first = value.keywords.get("gate_last") is False
+        return "SwiGLUPacked" if inner == "GluMlp" and gate_first else inner
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return value.__name__
+    return value

@@ -1,0 +1,88 @@
+"""The parts of a `fastvit.ViT` under vit-pytorch's names, so that its wrappers take one as encoder.
+
+`MAE` and `SimMIM` cut images into patches, embed them, add positions and run the encoder by
+themselves: they read `to_patch_embedding`, `pos_embedding` and `transformer`.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+Peer = Any  # the ViT that these names belong to
+
+
+class VitPytorchNames:
+    """vit-pytorch's names for what `fastvit.ViT` has. Nothing here owns a parameter."""
+
+    @property
+    def to_patch_embedding(self: Peer) -> nn.Sequential:
+        """[0] cuts images into (B, m, p_h * p_w * channels), [1:] projects those to (B, m, dim)."""
+        return nn.Sequential(_Patches(self), nn.Identity(), _Projection(self))
+
+    @property
+    def pos_embedding(self: Peer) -> Tensor:
+        """(1, m, dim), with a row for <cls> ahead where `pool` is "cls", as MAE and SimMIM read."""
+        grid = self.patch_embed.grid_size
+        table, _ = self.positions(grid)
+        if table is None:
+            raise AttributeError("pos_embedding: this model has pos_embed='none'")
+        if self.pool != "cls":
+            return table[None]
+        own = torch.zeros_like(table[:1]) if self.no_embed_class else self.pos_embed[0, :1]
+        return torch.cat([own, table])[None]
+
+    @property
+    def transformer(self: Peer) -> nn.Module:
+        """Blocks and final norm on tokens: (B, n, dim) -> (B, n, dim)."""
+        if self.rope is not None:
+            raise AttributeError("transformer: RoPE needs the places of the patches, not tokens")
+        return _Transformer(self)
+
+
+class _View(nn.Module):
+    """Works on a model's own modules, which stay the model's: none is registered here."""
+
+    model: Peer
+
+    def __init__(self, model: Peer) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)
+
+
+class _Patches(_View):
+    def forward(self, images: Tensor) -> Tensor:
+        p_h, p_w = self.model.patch_embed.patch_size
+        h, w = self.model.patch_embed.grid(images)
+        x = images.unflatten(3, (w, p_w)).unflatten(2, (h, p_h))  # (B, C, h, p_h, w, p_w)
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+class _Projection(_View):
+    @property
+    def weight(self) -> Tensor:
+        """(dim, p_h * p_w * channels): the convolution's kernel as vit-pytorch orders pixels."""
+        return self.model.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return nn.functional.linear(patches, self.weight, self.model.patch_embed.proj.bias)
+
+
+class _Transformer(_View):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.model.norm_pre(x)
+        for block in self.model.blocks:
+            x = block(x)
+        return self.model.norm(x)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            "fastvit.ViT has no module 'transformer' to hook; hook a block, as with "
+            "Extractor(model, layer=model.blocks[-1])"
+        )
+
+    def modules(self, remove_duplicate: bool = True) -> NoReturn:
+        raise TypeError(
+            "Recorder looks for the softmax of vit-pytorch's Attention, which fastvit does not "
+            "run; use model.attention_maps(images, layers=range(depth), rows='all')"
+        )

@@ -1,0 +1,352 @@
+"""Checkpoints of torchvision and vit-pytorch, adaptation as timm adapts, and files at fault."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peers import check, close, liven, truth
+from safetensors.torch import save_file
+from torch import Tensor
+
+import fastvit
+from fastvit.errors import UsageError
+
+NARROW: dict[str, Any] = dict(embed_dim=32, depth=2, num_heads=2, img_size=32, patch_size=8)
+OURS: dict[str, Any] = dict(dim=32, depth=2, heads=2, mlp_dim=128, image_size=32, patch_size=8)
+
+
+# --- peers
+
+
+@pytest.mark.parametrize("hidden", [None, 24], ids=["head", "pre_logits"])
+def test_torchvision(hidden: int | None, tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    from torchvision.models import vision_transformer as tv
+
+    common: dict[str, Any] = dict(patch_size=8, num_layers=2, num_heads=2, hidden_dim=32)
+    common.update(mlp_dim=64, num_classes=5, representation_size=hidden)
+    theirs = liven(tv.VisionTransformer(image_size=32, **common))
+    torch.save(theirs.state_dict(), tmp_path / "tv.pth")
+    ours: Any = fastvit.load_checkpoint(tmp_path / "tv.pth", heads=2, dynamic_img_size=True)
+    assert ours.load_report.dialect == "torchvision"
+    for size in (32, 48, 24):
+        stretched = tv.interpolate_embeddings(size, 8, OrderedDict(theirs.state_dict()))
+        larger: Any = tv.VisionTransformer(image_size=size, **common).eval()
+        larger.load_state_dict(stretched)
+        images = torch.randn(2, 3, size, size)
+        expected = truth(larger, images, lambda x, m=larger: (None, m(x)))
+        # Of a resampled table torchvision has the gradient in the resampled one.
+        check(ours, expected, parameters=size == 32)
+    # torchvision takes no oblong images; its own rule does, as a function of the grid.
+    oblong = fastvit.load_checkpoint(tmp_path / "tv.pth", heads=2, image_size=(24, 48))
+    assert oblong(torch.randn(1, 3, 24, 48)).shape == (1, 5)
+
+
+def test_vit_pytorch_where_a_standard_vit_can_hold_it(tmp_path: Path) -> None:
+    pytest.importorskip("vit_pytorch")
+    from vit_pytorch.vit_with_patch_dropout import ViT
+
+    common: dict[str, Any] = dict(image_size=32, patch_size=8, num_classes=5, dim=32, depth=2)
+    theirs = liven(ViT(**common, heads=2, dim_head=24, mlp_dim=48, channels=4))
+    torch.save(theirs.state_dict(), tmp_path / "vp.pth")
+    ours: Any = fastvit.load_checkpoint(tmp_path / "vp.pth", heads=2, channels=4)
+    assert ours.load_report.dialect == "vit-pytorch" and ours.config["dim_head"] == 24
+    assert "averages <cls> too" in str(ours.load_report)
+    images = torch.randn(2, 4, 32, 32)
+    check(ours, truth(theirs, images, lambda x: (None, theirs(x)), {"channels": 4}))
+
+
+def test_vit_pytorch_where_it_cannot(tmp_path: Path) -> None:
+    pytest.importorskip("vit_pytorch")
+    from vit_pytorch import ViT
+    from vit_pytorch.parallel_vit import ViT as ParallelViT
+
+    common: dict[str, Any] = dict(image_size=32, patch_size=8, num_classes=5, dim=32, depth=2)
+    for model, message in (
+        (ViT(**common, heads=2, mlp_dim=48), "a LayerNorm before and one after its patch proj"),
+        (ParallelViT(**common, heads=2, mlp_dim=48), r"the unexpected .*layers\.0\.0\.fns\.0"),
+    ):
+        torch.save(model.state_dict(), tmp_path / "vp.pth")
+        with pytest.raises(UsageError, match=message):
+            fastvit.load_checkpoint(tmp_path / "vp.pth")
+
+
+# --- adaptation
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A narrow ViT that timm saved as it does for the hub, with 9 classes of 3 channels at 32."""
+    timm: Any = pytest.importorskip("timm")
+    model = liven(timm.create_model("vit_tiny_patch16_224", **NARROW, num_classes=9))
+    args = {**NARROW, "num_classes": 9}
+    timm.models.save_for_hf(model, tmp_path / "saved", model_args=args, safe_serialization="both")
+    return tmp_path / "saved"
+
+
+ADAPTATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "one channel": (dict(in_chans=1), r"channels: 3 to 1"),
+    "two channels": (dict(in_chans=2), r"channels: 3 to 2"),
+    "eight channels": (dict(in_chans=8), r"channels: 3 to 8"),
+    "larger": (dict(img_size=48), r"positions: grid \(4, 4\) to \(6, 6\)"),
+    "oblong": (dict(img_size=(24, 64)), r"positions: grid \(4, 4\) to \(3, 8\)"),
+    "patches": (dict(patch_size=4, img_size=16), r"patch_size: \(8, 8\) to \(4, 4\)"),
+    "other classes": (dict(num_classes=4), r"head: fresh, for 4 classes"),
+    "no classes": (dict(num_classes=0), r"head: the checkpoint's, for 9 classes, left out"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTATIONS.values(), ids=ADAPTATIONS)
+def test_adapts_as_timm_does_and_says_so(
+    case: tuple[dict[str, Any], str], saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    timm: Any = pytest.importorskip("timm")
+    kwargs, said = case
+    args = {**NARROW, "num_classes": 9, **kwargs}
+    file = str(saved / "model.safetensors")
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=file, num_classes=9),
+        **args,
+    ).eval()
+    loaded = fastvit.load_checkpoint(saved, **kwargs)
+    assert loaded.num_classes == args["num_classes"]
+    assert any(said.replace("\\", "") in line for line in loaded.load_report.adapted)
+    assert any(said.replace("\\", "") in record.getMessage() for record in caplog.records)
+    put: Any = liven(fastvit.create_model("vit_tiny_patch16_224", **args))
+    before = {k: v.clone() for k, v in put.state_dict().items()}
+    report = put.load_weights(saved)
+    assert report is put.load_report and report.adapted
+    for name, tensor in theirs.state_dict().items():
+        if kwargs.get("num_classes") is not None and name.startswith("head."):
+            assert torch.equal(put.state_dict()[name], before[name])
+            continue
+        for ours in (loaded, put):
+            close(name, ours.state_dict()[name], tensor)
+
+
+def test_another_pooling_leaves_the_norm_where_it_was_trained(saved: Path) -> None:
+    """As timm's reset_classifier does, unless fc_norm=True asks for the norm of the mean."""
+    timm: Any = pytest.importorskip("timm")
+    state, images = torch.load(saved / "pytorch_model.bin"), torch.randn(2, 3, 32, 32)
+    theirs: Any = timm.models.VisionTransformer(**NARROW, num_classes=9).eval()
+    theirs.load_state_dict(state)
+    theirs.reset_classifier(9, "avg")
+    theirs.head.load_state_dict({k: state[f"head.{k}"] for k in ("weight", "bias")})
+    ours = fastvit.load_checkpoint(saved, global_pool="avg")
+    close("logits", ours(images), theirs(images))
+    theirs = timm.models.VisionTransformer(**NARROW, num_classes=9, global_pool="avg").eval()
+    theirs.load_state_dict({f"fc_{k}" if k.startswith("norm.") else k: state[k] for k in state})
+    ours = fastvit.load_checkpoint(saved, global_pool="avg", fc_norm=True)
+    assert "norm taken for fc_norm" in ours.load_report.adapted
+    close("logits", ours(images), theirs(images))
+
+
+def test_what_the_model_computes_otherwise_is_said(tmp_path: Path) -> None:
+    """load_weights cannot change the architecture: transformers' eps of 1e-12 stays timm's 1e-6."""
+    hf: Any = pytest.importorskip("transformers")
+    config = hf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config.intermediate_size, config.image_size, config.patch_size = 128, 32, 8
+    hf.ViTModel(config).save_pretrained(tmp_path)
+    model = fastvit.ViT(**OURS, num_classes=0)
+    notes = model.load_weights(tmp_path).notes
+    assert "norm_eps is 1e-12 there and stays 1e-06 here" in notes
+    assert "heads is 4 there and stays 2 here" in notes
+    same = fastvit.ViT(**{**OURS, "heads": 4}, num_classes=0, norm_eps=1e-12)
+    assert not [note for note in same.load_weights(tmp_path).notes if "there" in note]
+
+
+def test_half_precision_and_double(saved: Path, tmp_path: Path) -> None:
+    state = fastvit.load_checkpoint(saved).state_dict()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        save_file({k: v.to(dtype) for k, v in state.items()}, tmp_path / "half.safetensors")
+        model = fastvit.load_checkpoint(tmp_path / "half.safetensors", heads=2)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name].to(dtype).float())
+
+
+def test_positions_with_and_without_cls() -> None:
+    """A table that covers <cls> goes into a model where it does not, and back, to the same end."""
+    images = torch.randn(2, 3, 32, 32)
+    for alone in (False, True):
+        theirs: Any = liven(fastvit.ViT(**OURS, registers=2, no_embed_class=alone))
+        ours = fastvit.ViT(**OURS, registers=2, no_embed_class=not alone).eval()
+        ours.load_weights(fastvit.export_checkpoint(theirs, "timm"))
+        close("output", ours(images), theirs(images))
+
+
+# --- state dicts at fault
+
+
+def plain(**changes: Tensor | None) -> dict[str, Tensor]:
+    """A whole state dict of ours, with keys changed, added, or taken away (None)."""
+    state = dict(fastvit.ViT(**OURS, num_classes=3).state_dict())
+    for name, tensor in changes.items():
+        name = name.replace("__", ".")
+        state.pop(name, None)
+        if tensor is not None:
+            state[name] = tensor
+    return state
+
+
+def test_missing_unexpected_and_misshapen_keys_are_one_error() -> None:
+    state = plain(norm__bias=None, blocks__1__norm2__weight=None, head__bias=torch.zeros(4))
+    with pytest.raises(UsageError) as error:
+        fastvit.load_checkpoint(state, heads=2)
+    for part in ("lacks blocks.1.norm2.weight, norm.bias", "head.bias is (4,), expected (3,)"):
+        assert part in str(error.value), error.value
+    state = plain(blocks__0__attn__rel_pos=torch.zeros(3), extra=torch.zeros(3))
+    with pytest.raises(UsageError, match=r"unexpected blocks\.0\.attn\.rel_pos, extra"):
+        fastvit.load_checkpoint(state, heads=2)
+    model = fastvit.ViT(**{**OURS, "depth": 1}, num_classes=3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UsageError, match=r"unexpected blocks\.1\.attn\.proj\.bias, blocks\.1\."):
+        model.load_weights(plain())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), "nothing may be written when something is wrong"
+    report = model.load_weights(plain(), strict=False)
+    assert any(key.startswith("blocks.1.") for key in report.dropped)
+    wider = fastvit.ViT(**{**OURS, "mlp_dim": 64}, num_classes=3)
+    with pytest.raises(UsageError, match=r"fc1\.bias is \(128,\), expected \(64,\)"):
+        wider.load_weights(plain(), strict=False)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "its keys begin: no tensors at all"),
+        ({"conv1.weight": torch.zeros(3)}, "unknown dialect; expected a ViT of .* conv1.weight"),
+        (plain(blocks__0__attn__qkv__weight=None), r"it lacks blocks\.0\.attn\.qkv\.weight"),
+        (plain(pos_embed=torch.zeros(1, 11, 32)), r"positions make no square grid; pass image_s"),
+        (plain(dist_token=torch.zeros(1, 1, 32)), "a distilled DeiT .* has two heads"),
+        (plain(blocks__0__mlp__norm__weight=torch.zeros(8)), "a norm inside its MLP"),
+        ({"embedding/kernel": np.zeros((4, 4, 3, 8), np.float32)}, "lacks .*embedding/bias"),
+    ],
+    ids=["empty", "resnet", "no qkv", "11 positions", "distilled", "sub-norm", "half an npz"],
+)
+def test_state_dicts_that_no_vit_holds(state: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=f"(?i){message}"):
+        fastvit.load_checkpoint(state)
+
+
+# --- files at fault
+
+
+class Evil:
+    """What would run code when unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch owned",))
+
+
+def test_files_at_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = plain()
+    torch.save(state, "good.pth")
+    save_file(state, "good.safetensors")
+    good: dict[str, Any] = {"embedding/kernel": np.zeros((4, 4, 3, 8))}
+    np.savez("good.npz", **good)
+    for name in ("good.pth", "good.safetensors", "good.npz"):
+        for size in (0, 100, Path(name).stat().st_size // 2):
+            cut = Path(f"cut{Path(name).suffix}")
+            cut.write_bytes(Path(name).read_bytes()[:size])
+            with pytest.raises(UsageError, match=rf"{cut} is truncated or not .*; {size:,} bytes"):
+                fastvit.load_checkpoint(cut)
+    torch.save({**state, "evil": Evil()}, "evil.pth")
+    with pytest.raises(UsageError, match="holds more than tensors"):
+        fastvit.load_checkpoint("evil.pth")
+    evil: dict[str, Any] = {"embedding/kernel": np.array([Evil()], dtype=object)}
+    np.savez("evil.npz", **evil)
+    with pytest.raises(UsageError, match=r"evil\.npz is truncated or not a \.npz file"):
+        fastvit.load_checkpoint("evil.npz")
+    assert not Path("owned").exists()
+    torch.save([1, 2], "list.pth")
+    with pytest.raises(UsageError, match=r"list\.pth holds a list, not a state dict"):
+        fastvit.load_checkpoint("list.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), "scripted.pt")
+    with pytest.raises(UsageError, match=r"a TorchScript archive, .* torch\.jit\.load"):
+        fastvit.load_checkpoint("scripted.pt")
+    with pytest.raises(UsageError, match=r"absent\.pth is neither a file, nor a folder, nor a hub"):
+        fastvit.load_checkpoint("absent.pth")
+    Path("weights.txt").write_text("hello")
+    with pytest.raises(UsageError, match=r"weights\.txt must end in one of \.safetensors, \.pth"):
+        fastvit.load_checkpoint("weights.txt")
+    Path("empty").mkdir()
+    with pytest.raises(UsageError, match=r"empty holds none of model\.safetensors"):
+        fastvit.load_checkpoint("empty")
+    for wrong in (7, None, [state]):
+        with pytest.raises(UsageError, match="must be a path, a hub id or a state dict, got"):
+            fastvit.load_checkpoint(wrong)  # type: ignore[arg-type]
+
+
+def test_folders_at_fault(saved: Path) -> None:
+    config = saved / "config.json"
+    text = config.read_text()
+    config.write_text(text[: len(text) // 2])
+    with pytest.raises(UsageError, match=r"config\.json is truncated or not JSON"):
+        fastvit.load_checkpoint(saved)
+    config.write_text(json.dumps({**json.loads(text), "model_args": {"attn_layer": "diff"}}))
+    with pytest.raises(UsageError, match="attn_layer='diff' is timm's alone"):
+        fastvit.load_checkpoint(saved)
+    (saved / "model.safetensors").rename(saved / "model-00001-of-00001.safetensors")
+    index = saved / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
+    with pytest.raises(UsageError, match=r"names model-00002-of-00002\.safetensors, which is not"):
+        fastvit.load_checkpoint(saved)
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(UsageError, match="which is not beside it"):
+        fastvit.load_checkpoint(saved)
+
+
+def test_shards_are_joined(tmp_path: Path) -> None:
+    hf: Any = pytest.importorskip("transformers")
+    config = hf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config.intermediate_size, config.image_size, config.patch_size = 64, 32, 8
+    theirs = liven(hf.ViTModel(config))
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    ours: Any = fastvit.load_checkpoint(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    close("features", ours.forward_features(images), theirs(images).last_hidden_state)
+
+
+def test_the_hub_cache_serves_offline(saved: Path, tmp_path: Path) -> None:
+    """HF_HUB_OFFLINE and the cache are huggingface_hub's own; what is not there is said."""
+    snapshot = tmp_path / "hub/models--timm--vit_tiny_patch16_224.mine/snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    saved.rename(snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    for revision in ("main", "v1.0"):
+        (refs / revision).write_text("a" * 40)
+    script = """
+import fastvit, torch
+model = fastvit.load_checkpoint("hf-hub:timm/vit_tiny_patch16_224.mine")
+same = fastvit.load_checkpoint("timm/vit_tiny_patch16_224.mine@v1.0")
+assert torch.equal(model.pos_embed, same.pos_embed)
+same = fastvit.create_model("vit_tiny_patch16_224.mine", pretrained=True)
+assert torch.equal(model.pos_embed, same.pos_embed) and model.num_classes == 9
+try:
+    fastvit.load_checkpoint("timm/absent")
+except fastvit.load_checkpoint.__globals__["UsageError"] as error:
+    print(error)
+"""
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "timm/absent is not in the cache, and the hub is offline" in done.stdout

@@ -1,0 +1,250 @@
+"""Checkpoints that transformers' own save_pretrained wrote, and what from_pretrained reads back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peers import check, close, liven, truth
+from torch import Tensor
+
+import fastvit
+from fastvit.errors import UsageError
+
+hf: Any = pytest.importorskip("transformers")
+hf.utils.logging.set_verbosity_error()
+hf.utils.logging.disable_progress_bar()
+
+SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8)
+VIT: dict[str, Any] = dict(**SIZE, intermediate_size=64, image_size=32)
+DINO: dict[str, Any] = dict(**SIZE, mlp_ratio=2, image_size=32)
+ANY_SIZE = {"interpolate_pos_encoding": True}
+
+
+class Case(NamedTuple):
+    """model: the class and its config. at_any_size: what its forward needs for other images.
+    take: (features, output) of what its forward returns."""
+
+    model: Callable[[], Any]
+    at_any_size: dict[str, Any]
+    take: Callable[[Any], tuple[Tensor | None, Tensor]]
+
+
+def case(name: str, at_any_size: dict[str, Any], output: str, **config: Any) -> Case:
+    base = name.removesuffix("ForImageClassification").removesuffix("WithProjection")
+    config_class = getattr(hf, f"{base.removesuffix('Model')}Config")
+    return Case(lambda: getattr(hf, name)(config_class(**config)), at_any_size, TAKES[output])
+
+
+TAKES: dict[str, Callable[[Any], tuple[Tensor | None, Tensor]]] = {
+    "pooled": lambda out: (out.last_hidden_state, out.pooler_output),
+    "pooled alone": lambda out: (None, out.pooler_output),  # CLIP's other tokens are not normed
+    "first": lambda out: (out.last_hidden_state, out.last_hidden_state[:, 0]),
+    "tokens": lambda out: (out.last_hidden_state, out.last_hidden_state.mean(1)),
+    "logits": lambda out: (None, out.logits),
+    "embeds": lambda out: (None, out.image_embeds),
+}
+ODD = dict(layer_norm_eps=1e-3, hidden_act="gelu_pytorch_tanh", qkv_bias=False, num_channels=4)
+GATED = dict(use_gated_mlp=True, hidden_act="silu", rope_theta=50.0)
+CASES: dict[str, Case] = {
+    "vit classifier": case("ViTForImageClassification", ANY_SIZE, "logits", **VIT, num_labels=5),
+    "vit classifier, eps, tanh and four channels": case(
+        "ViTForImageClassification", ANY_SIZE, "logits", **VIT, **ODD, num_labels=5
+    ),
+    "vit": case("ViTModel", ANY_SIZE, "first", **VIT),
+    "dinov2": case("Dinov2Model", {}, "pooled", **DINO),
+    "dinov2, SwiGLU": case("Dinov2Model", {}, "pooled", **DINO, use_swiglu_ffn=True),
+    "dinov2 classifier": case("Dinov2ForImageClassification", {}, "logits", **DINO, num_labels=5),
+    "dinov2 with registers": case("Dinov2WithRegistersModel", {}, "pooled", **DINO),
+    "dinov2 with registers, SwiGLU": case(
+        "Dinov2WithRegistersModel", {}, "pooled", **DINO, use_swiglu_ffn=True
+    ),
+    "dinov2 with registers, classifier": case(
+        "Dinov2WithRegistersForImageClassification", {}, "logits", **DINO, num_labels=5
+    ),
+    "dinov3": case("DINOv3ViTModel", {}, "pooled", **VIT, num_register_tokens=4),
+    "dinov3, no registers": case("DINOv3ViTModel", {}, "pooled", **VIT),
+    "dinov3, SwiGLU": case(
+        "DINOv3ViTModel", {}, "pooled", **VIT, **GATED, query_bias=False, value_bias=False
+    ),
+    "ijepa": case("IJepaModel", ANY_SIZE, "tokens", **VIT),
+    "siglip": case("SiglipVisionModel", ANY_SIZE, "pooled", **VIT),
+    "siglip, pixels left over": case(
+        "SiglipVisionModel", ANY_SIZE, "pooled", **{**VIT, "image_size": 36}
+    ),
+    "clip": case("CLIPVisionModel", ANY_SIZE, "pooled alone", **VIT),
+    "clip with projection": case(
+        "CLIPVisionModelWithProjection", ANY_SIZE, "embeds", **VIT, projection_dim=7
+    ),
+}
+
+
+def run(case: Case, model: Any, images: Tensor, any_size: bool = True) -> Any:
+    kwargs = case.at_any_size if any_size else {}
+    config = model.config.to_dict()
+    return truth(model, images, lambda x: case.take(model(x, **kwargs)), config)
+
+
+@pytest.mark.parametrize("old_names", [True, False], ids=["hub keys", "live keys"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_loads_what_save_pretrained_wrote(case: Case, old_names: bool, tmp_path: Path) -> None:
+    theirs = liven(case.model())
+    theirs.save_pretrained(tmp_path, save_original_format=old_names)
+    ours = fastvit.load_checkpoint(tmp_path, dynamic_img_size=True)
+    channels, size = getattr(theirs.config, "num_channels", 3), theirs.config.image_size
+    check(ours, run(case, theirs, torch.randn(2, channels, size, size), any_size=False))
+    if old_names:
+        for height, width in ((48, 48), (24, 56)):
+            check(ours, run(case, theirs, torch.randn(2, channels, height, width)))
+
+
+EXPORTED = {name: case for name, case in CASES.items() if name != "ijepa"}
+
+
+@pytest.mark.parametrize("case", EXPORTED.values(), ids=EXPORTED)
+def test_exports_to_what_from_pretrained_reads(case: Case, tmp_path: Path) -> None:
+    """Bit by bit: from_pretrained gives the peer's own parameters back, and so does ours."""
+    theirs = liven(case.model())
+    theirs.save_pretrained(tmp_path / "a")
+    ours = fastvit.load_checkpoint(tmp_path / "a")
+    fastvit.export_checkpoint(ours, "hf", tmp_path / "b")
+    again, info = type(theirs).from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    lost = {k for k in info["missing_keys"] if "pooler" not in k and "mask_token" not in k}
+    assert not lost
+    channels, size = getattr(theirs.config, "num_channels", 3), theirs.config.image_size
+    images = torch.randn(2, channels, size, size)
+    with torch.no_grad():
+        for got, expected in zip(
+            case.take(again.eval()(images)), case.take(theirs(images)), strict=True
+        ):
+            if expected is not None:
+                close("output", got, expected)
+    twice = fastvit.load_checkpoint(tmp_path / "b")
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(twice.state_dict()[name], tensor), name
+
+
+def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> None:
+    narrow: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, image_size=32, patch_size=8)
+    for options, message in (
+        ({"qk_norm": True}, "qk_norm=True"),
+        ({"norm": "rmsnorm"}, "norm='rmsnorm'"),
+        ({"head_hidden_dim": 8}, "head_hidden_dim=8"),
+        ({"dim_head": 24}, "dim_head 24 other than dim / heads"),
+        ({"rope": "eva"}, "this RoPE, or a ViT without positions"),
+        ({"registers": 2}, "registers without LayerScale"),
+        ({"class_token": False, "pool": "mean"}, "pool 'mean' or class_token=False"),
+        ({"layer_scale": 1.0}, "a head on pool 'cls', only on 'cls_mean'"),
+        ({"layer_scale": 1.0, "num_classes": 0, "mlp_dim": 40}, "mlp_dim 40 with dim 32"),
+        ({"pre_norm": True, "layer_scale": 1.0}, "registers, LayerScale, or no <cls>"),
+        ({"class_token": False, "pool": "map"}, "a classifier on attention pooling"),
+    ):
+        model = fastvit.ViT(**{**narrow, **options})
+        with pytest.raises(UsageError, match=message):
+            fastvit.export_checkpoint(model, "hf", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    for options, message in (
+        ({"head_hidden_dim": 8}, "a head of two layers"),
+        ({"pool": "cls_mean"}, "pool 'cls_mean'"),
+        ({"mlp_bias": False}, "mlp_bias=False with proj_bias=True"),
+        ({"rope": "eva", "qkv_bias": True}, "a bias on the keys"),
+        ({"mlp": "swiglu"}, "a SwiGLU of two projections without RoPE"),
+    ):
+        model = fastvit.ViT(**{**narrow, **options})
+        with pytest.raises(UsageError, match=message):
+            fastvit.export_checkpoint(model, "timm", tmp_path / "out")
+    with pytest.raises(UsageError, match=r"dialect must be one of .*, got 'onnx'"):
+        fastvit.export_checkpoint(fastvit.ViT(**narrow), "onnx")
+
+
+def patchified(images: Tensor, patch: int) -> dict[str, Tensor]:
+    """What the NaFlex image processor gives for images of one size: patches, mask, shapes."""
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // patch, patch, W // patch, patch).permute(0, 2, 4, 3, 5, 1)
+    patches = x.reshape(B, -1, patch * patch * C)
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
+        "spatial_shapes": torch.tensor([[H // patch, W // patch]] * B),
+    }
+
+
+def test_siglip2(tmp_path: Path) -> None:
+    """The NaFlex tower: linear patches, one table for all grids."""
+    size = {k: v for k, v in VIT.items() if k != "image_size"}
+    theirs = liven(hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**size, num_patches=16)))
+    theirs.save_pretrained(tmp_path)
+    ours = fastvit.load_checkpoint(tmp_path)
+    assert ours.load_report.dialect == "hf siglip2"
+    case = Case(lambda: theirs, {}, TAKES["pooled"])
+    for height, width in ((32, 32), (48, 40), (24, 56)):
+        images = torch.randn(2, 3, height, width)
+        expected = truth(
+            theirs,
+            images,
+            lambda x: case.take(theirs(**patchified(x, 8))),
+            theirs.config.to_dict(),
+        )
+        check(ours, expected)
+
+
+def test_siglip2_classifier_and_whole_clip(tmp_path: Path) -> None:
+    """The vision tower is found inside a model of two towers; what is left out is said."""
+    tower = {k: v for k, v in VIT.items() if k != "image_size"}
+    text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    config = hf.Siglip2Config(
+        vision_config=dict(tower, num_patches=16), text_config=text, num_labels=5
+    )
+    theirs = liven(hf.Siglip2ForImageClassification(config))
+    theirs.save_pretrained(tmp_path / "siglip2")
+    ours = fastvit.load_checkpoint(tmp_path / "siglip2")
+    images = torch.randn(2, 3, 40, 24)
+    close("logits", ours(images), theirs(**patchified(images, 8)).logits)
+    config = hf.CLIPConfig(vision_config=VIT, text_config=text, projection_dim=7)
+    theirs = liven(hf.CLIPModel(config))
+    theirs.save_pretrained(tmp_path / "clip")
+    ours = fastvit.load_checkpoint(tmp_path / "clip")
+    assert any("text_model" in key for key in ours.load_report.dropped)
+    images = torch.randn(2, 3, 32, 32)
+    vision = theirs.vision_model(images).pooler_output
+    close("embedding", ours(images), theirs.visual_projection(vision))
+    config = hf.CLIPConfig(vision_config=VIT, text_config=text, num_labels=5)
+    theirs = liven(hf.CLIPForImageClassification(config))
+    theirs.save_pretrained(tmp_path / "clip classifier")
+    ours = fastvit.load_checkpoint(tmp_path / "clip classifier")
+    close("logits", ours(images), theirs(images).logits)
+    config = hf.SiglipConfig(vision_config=VIT, text_config=text, num_labels=5)
+    theirs = liven(hf.SiglipForImageClassification(config))
+    theirs.save_pretrained(tmp_path / "siglip classifier")
+    ours = fastvit.load_checkpoint(tmp_path / "siglip classifier")
+    close("logits", ours(images), theirs(images).logits)
+    theirs = liven(hf.SiglipModel(config))
+    theirs.save_pretrained(tmp_path / "siglip")
+    ours = fastvit.load_checkpoint(tmp_path / "siglip")
+    close("embedding", ours(images), theirs.vision_model(images).pooler_output)
+
+
+def test_timm_ours_hf_ours_timm_is_bit_exact(tmp_path: Path) -> None:
+    timm: Any = pytest.importorskip("timm")
+    narrow: dict[str, Any] = dict(embed_dim=32, depth=2, num_heads=2)
+    for name, size, options in (
+        ("vit_tiny_patch16_224", 32, {}),
+        ("vit_small_patch14_dinov2", 28, {}),
+        ("vit_small_patch14_reg4_dinov2", 28, {}),
+        ("vit_giant_patch14_reg4_dinov2", 28, {"mlp_ratio": 4}),
+        ("vit_base_patch16_siglip_224", 32, {"act_layer": "gelu_tanh"}),
+        ("vit_base_patch16_clip_quickgelu_224", 32, {"num_classes": 7}),
+        ("vit_base_patch16_dinov3_qkvb", 32, {}),
+    ):
+        theirs = liven(timm.create_model(name, img_size=size, **narrow, **options))
+        if name.endswith("clip_quickgelu_224"):  # CLIP's projection has no bias
+            torch.nn.init.zeros_(theirs.head.bias)
+        torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+        ours = fastvit.load_checkpoint(tmp_path / "timm.pth", heads=2)
+        fastvit.export_checkpoint(ours, "hf", tmp_path / name)
+        back = fastvit.export_checkpoint(fastvit.load_checkpoint(tmp_path / name), "timm")
+        assert back.keys() == theirs.state_dict().keys()
+        for key, tensor in theirs.state_dict().items():
+            assert torch.equal(back[key], tensor), (name, key)
