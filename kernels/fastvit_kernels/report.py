@@ -1,7 +1,8 @@
 """`python -m fastvit_kernels.report`: what every kernel costs on every architecture, with no GPU.
 
 The cases are the launches of real models: one encoder block and stem, forward and backward, at each
-width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves.
+width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves; and those
+of attention alone, at every head dim and with every option.
 `--traffic MODEL` counts launches, bytes and FLOPs instead, beside eager PyTorch's.
 `--update` writes both into benchmarks/results, what the tests hold later kernels to; with --arch or
 --only, no more than those rows.
