@@ -25,7 +25,7 @@ def report(*args: str, path: Path) -> list[dict]:
     rows = json.loads(path.read_text())["rows"]
     # A Config whose launcher vanished from the report would pass unseen.
     kernels = {row["name"].split()[0].split("_")[0] for row in rows}
-    assert kernels == {"patch", "gemm", "attention", "reduce", "layernorm"}
+    assert kernels - {"swiglu"} == {"patch", "gemm", "attention", "reduce", "layernorm"}
     return rows
 
 

@@ -109,7 +109,7 @@ print(json.dumps([[[[p.name, p.bytes] for p in step.forward],
 def test_kernels_write_what_the_count_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the launchers in the interpreter and see which arguments change."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    from fastvit_kernels import attention
+    from fastvit_kernels import attention, swiglu
 
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
@@ -150,6 +150,7 @@ def test_kernels_write_what_the_count_says(monkeypatch: pytest.MonkeyPatch) -> N
     for N in (130, 260):
         qkv = torch.randn(2, N, 3, 2, 16, requires_grad=True)
         attention.attention_qkv(qkv).square().sum().backward()
+    swiglu.swiglu(torch.randn(5, 32, requires_grad=True)).sum().backward()
     assert seen == set(traffic.WRITES)
 
 

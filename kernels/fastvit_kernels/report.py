@@ -30,6 +30,7 @@ from fastvit_kernels import (
     layernorm_mlp,
     linear_residual,
     patch_embed,
+    swiglu,
     traffic,
 )
 
@@ -122,6 +123,13 @@ def run(w: Workload) -> None:
         layernorm_mlp._bwd(x, *saved, *branch, 1e-6, False, act, True)
 
 
+def run_swiglu(F: int = 4096) -> None:
+    """Of ViT-g's MLP, in bf16 and float32."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.empty(65792, 2 * F, dtype=dtype, device="meta")
+        swiglu._bwd(swiglu._fwd(x), x)
+
+
 def run_attention(D: int, H: int = 12) -> None:
     """Rows of 50 to 577 tokens, many heads and few."""
     for B, N in ((256, 50), (256, 100), (256, 197), (256, 577), (1, 197), (1, 577)):
@@ -170,6 +178,7 @@ def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
     runs = [(w.name, w.tf32, functools.partial(run, w)) for w in MODELS]
     runs += [(n, False, functools.partial(run_attention, D)) for n, D in ATTENTION.items()]
     runs += [(n, False, functools.partial(run_attention_options, D)) for n, D in OPTIONS.items()]
+    runs.append(("SwiGLU", False, run_swiglu))
     for name, tf32, launch in runs:
         if names is not None and name not in names:
             continue

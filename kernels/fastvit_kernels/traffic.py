@@ -134,6 +134,8 @@ WRITES = {
     "attention_fwd_resident": ("o", "lse"),
     "attention_bwd_resident": ("dq", "dk", "dv"),
     "attention_bwd": ("dq", "dk", "dv"),
+    "swiglu_fwd": ("y",),
+    "swiglu_bwd": ("dx",),
     "patch_embed_fwd": ("out",),
     "patch_embed_dw": ("dw", "db"),
     "patch_embed_dtokens": ("dpos", "dprefix"),

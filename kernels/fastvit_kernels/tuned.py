@@ -167,6 +167,7 @@ GEMM_DW: dict[int, dict[str, Config]] = {
 
 REDUCE_SLABS = Config(BLOCK_M=0, BLOCK_N=4, BLOCK_K=256, num_warps=8)
 REDUCE_NORM = Config(BLOCK_M=64, BLOCK_N=32)
+SWIGLU = Config(BLOCK_M=4, BLOCK_N=512, num_warps=4)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 

@@ -102,11 +102,14 @@ def layernorm_linear_fork(
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """SiLU(x[..., :F]) * x[..., F:]. x: (..., 2 F) -> (..., F). No kernel yet."""
+    """SiLU(x[..., :F]) * x[..., F:]. x: (..., 2 F) -> (..., F)."""
     op = "swiglu"
     if x.ndim < 1 or x.shape[-1] % 2:
         raise ValueError(f"{op}: x must end in an even size, got {_shape(x)}")
-    choose_triton(op, x, x.dtype, _NO_KERNEL)
+    if choose_triton(op, x, x.dtype, None):
+        from fastvit_kernels.swiglu import swiglu as kernel
+
+        return kernel(x)
     return reference.swiglu(x)
 
 
