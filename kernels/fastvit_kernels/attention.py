@@ -131,9 +131,11 @@ def plan_bwd(
     if beside:
         constants = {"PART": "both"} | dq_sizes | dkv_sizes
         return [Launch(_attention_bwd_kernel, sum(programs), constants, dq)]
+    to_dq = {"PART": "dq"} | dict.fromkeys(dkv_sizes, 0) | dq_sizes
+    to_dkv = {"PART": "dkv"} | dict.fromkeys(dq_sizes, 0) | dkv_sizes
     return [
-        Launch(_attention_bwd_kernel, count, {"PART": part} | dq_sizes | dkv_sizes, config)
-        for part, count, config in zip(("dq", "dkv"), programs, (dq, dkv), strict=True)
+        Launch(_attention_bwd_kernel, programs[0], to_dq, dq),
+        Launch(_attention_bwd_kernel, programs[1], to_dkv, dkv),
     ]
 
 

@@ -133,7 +133,7 @@ def _fwd_rows(
     tl.store(lse_ptr + offs_m, shift + tl.log2(row_sum), mask=offs_m < N)
 
 
-@triton.jit(do_not_specialize=["H", "N"])
+@triton.jit(do_not_specialize=["H", "N", "stride_lseb", "stride_lseh"])
 def _attention_fwd_kernel(
     q_ptr,
     k_ptr,

@@ -250,7 +250,7 @@ def _dkv_keys(
     store_tile(dv_rows, finish_tile(dv, inv_keep, T), offs_n, N, MASK_N, D, ALIGN)
 
 
-@triton.jit(do_not_specialize=["H", "N"])
+@triton.jit(do_not_specialize=["H", "N", "stride_lseb", "stride_lseh"])
 def _attention_bwd_kernel(
     q_ptr,
     k_ptr,

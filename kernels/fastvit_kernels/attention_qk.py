@@ -241,34 +241,15 @@ def _attention_qk_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def _sum_rows_kernel(
-    x_ptr,
-    out_ptr,
-    M,
-    C,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def _attention_qk_sum_kernel(x_ptr, out_ptr, M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """Column sums of a float32 (M, C), rows taken in order."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
     total = tl.zeros([BLOCK_C], tl.float32)
     for m in range(0, M, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
-        mask = (offs_m < M)[:, None] & mask_c[None, :]
-        offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
-        total += tl.sum(tl.load(x_ptr + offs, mask=mask, other=0.0), axis=0)
-    tl.store(out_ptr + offs_c, total.to(out_ptr.dtype.element_ty), mask=mask_c)
-
-
-def _sum_rows(x: Tensor, like: Tensor) -> Tensor:
-    out = torch.empty_like(like)
-    M, C = x.shape
-    config = tuned.SUM_ROWS
-    _sum_rows_kernel[(triton.cdiv(C, config.BLOCK_N),)](
-        x, out, M, C, BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, num_warps=config.num_warps
-    )
-    return out
+        mask = (offs_m < M)[:, None] & (offs_c < C)[None, :]
+        total += tl.sum(tl.load(x_ptr + offs_m[:, None] * C + offs_c, mask=mask, other=0.0), axis=0)
+    tl.store(out_ptr + offs_c, total, mask=offs_c < C)
 
 
 def _arguments(
@@ -352,7 +333,11 @@ def _bwd_in_place(
         *(*sizes, heads, per_program, eps),
         **constants,
     )
-    return _sum_rows(partial, dparams.view(-1)).view(4, D) if norm else dparams
+    if norm:
+        _attention_qk_sum_kernel[(triton.cdiv(4 * D, 16),)](
+            partial, dparams, len(partial), 4 * D, BLOCK_M=128, BLOCK_C=16, num_warps=4
+        )
+    return dparams
 
 
 def _bwd(

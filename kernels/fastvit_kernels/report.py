@@ -1,7 +1,8 @@
 """`python -m fastvit_kernels.report`: what every kernel costs on every architecture, with no GPU.
 
 The cases are the launches of real models: one encoder block and stem, forward and backward, at each
-width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves.
+width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves; and those
+of attention alone, at every head dim and with every option.
 `--traffic MODEL` counts launches, bytes and FLOPs instead, beside eager PyTorch's.
 `--update` writes both into benchmarks/results, what the tests hold later kernels to; with --arch or
 --only, no more than those rows.
@@ -67,10 +68,10 @@ MODELS = (
     Workload("7B/16 float32", 4096, 32, 8192, 4, 16, 256, torch.float32, torch.float32),
     Workload("B/16 TF32", 768, 12, 3072, 256, 16, 224, torch.float32, torch.float32, tf32=True),
 )
-# Attention alone, in bfloat16: rows of every regime, and every option on top of them.
-HEAD_DIMS = range(16, 129, 8)
-ATTENTION = {f"attention D{D}": D for D in HEAD_DIMS}
-OPTIONS = {f"attention options D{D}": D for D in HEAD_DIMS}
+# Attention alone, in bfloat16: rows of every regime at every head dim, and every option on top of
+# them at the head dims that published models have.
+ATTENTION = {f"attention D{D}": D for D in range(16, 129, 8)}
+OPTIONS = {f"attention options D{D}": D for D in (32, 64, 72, 80, 88, 96, 128)}
 # What CI compiles at each change; the rest is one command away.
 CI = ("B/16 autocast", "S/16 float32", "attention options D64")
 
@@ -190,22 +191,26 @@ def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
 _WORDS = {
     "PROLOGUE": "{}",
     "EPILOGUE": "{}",
+    "PART": "{}",
     "ACTIVATION": "{}",
     "B_TRANSPOSED": "b^T",
     "stride_bk": "b^T",  # a constant where it is 1
-    "PART": "{}",
     "D": "D{}",
     "KEYS": "keys {}",
     "TAIL_M": "tail_m {}",
     "TAIL_N": "tail_n {}",
+    "STEP_N": "step_n {}",
+    "STEP_TAIL_N": "then {}",
+    "STEP_M": "step_m {}",
+    "STEP_TAIL_M": "then {}",
     "SPLITS": "splits {}",
     "P_H": "patch {}",
     "VEC": "vec {}",
-    "RMS": "rms",
     "PACKED": "packed",
     "HAS_LENGTHS": "padded",
     "NORM": "{}",
     "JOINED": "neighbours",
+    "RMS": "rms",
 }
 # Pointers whose absence compiles to less.
 _OPTIONAL = {"y", "h", "g", "residual", "layer_scale", "slabs2", "norm_rows"}

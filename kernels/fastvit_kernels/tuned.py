@@ -167,7 +167,6 @@ GEMM_DW: dict[int, dict[str, Config]] = {
 
 REDUCE_SLABS = Config(BLOCK_M=0, BLOCK_N=4, BLOCK_K=256, num_warps=8)
 REDUCE_NORM = Config(BLOCK_M=64, BLOCK_N=32)
-SUM_ROWS = Config(BLOCK_M=64, BLOCK_N=32, num_warps=4)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 
@@ -290,6 +289,9 @@ _ATTENTION_MMA = {
     "dkv": Config(32, 64, num_warps=4, num_stages=2),
     "dkv_112": Config(16, 32, num_warps=4, num_stages=2),
     "dkv_128": Config(32, 64, num_warps=8, num_stages=2),
+    "dq_128_dropout": Config(64, 32, num_warps=8, num_stages=1),
+    "dkv_dropout": Config(16, 64, num_warps=4, num_stages=2),
+    "dkv_128_dropout": Config(16, 64, num_warps=8, num_stages=2),
     "float32": Config(16, 16, num_warps=4, num_stages=1),
 }
 _ATTENTION_WGMMA = {
@@ -309,9 +311,25 @@ _ATTENTION_WGMMA = {
     "dq_128": Config(64, 64, num_warps=4, num_stages=1),
     "dkv": Config(64, 64, num_warps=4, num_stages=2),
     "dkv_128": Config(32, 64, num_warps=8, num_stages=1),
+    # Head dims whose own pieces of columns leave fewer registers than those of their class.
+    "fwd_resident_48": Config(64, 128, num_warps=4, num_stages=1),
+    "fwd_resident_88": Config(64, 64, num_warps=4, num_stages=1),
+    "fwd_resident_104": Config(64, 64, num_warps=4, num_stages=1),
+    "bwd_64_keys_120": Config(0, 0),
+    "fwd_104": Config(128, 32, num_warps=8, num_stages=2),
+    "dq_88": Config(64, 64, num_warps=4, num_stages=1),
+    "dq_96": Config(64, 64, num_warps=4, num_stages=1),
+    "dq_88_dropout": Config(64, 32, num_warps=4, num_stages=1),
+    "dq_96_dropout": Config(64, 32, num_warps=4, num_stages=1),
+    "dq_112": Config(64, 32, num_warps=4, num_stages=1),
+    "dq_120": Config(64, 64, num_warps=8, num_stages=1),
+    "dkv_104": Config(16, 64, num_warps=8, num_stages=1),
+    "dkv_120": Config(16, 64, num_warps=8, num_stages=1),
     "fwd_dropout": Config(128, 64, num_warps=8, num_stages=2),
+    "fwd_112_dropout": Config(128, 32, num_warps=8, num_stages=2),
     "dq_128_dropout": Config(64, 32, num_warps=4, num_stages=1),
     "dkv_dropout": Config(32, 64, num_warps=4, num_stages=2),
+    "dkv_128_dropout": Config(16, 64, num_warps=8, num_stages=1),
     "float32": Config(16, 32, num_warps=8, num_stages=1),
 }
 ATTENTION: dict[int, dict[str, Config]] = {
@@ -327,9 +345,22 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "dq": Config(128, 128),
         "dkv": Config(128, 128),
     },
-    80: _ATTENTION_MMA,
+    80: _ATTENTION_MMA
+    | {
+        "dq_128": Config(64, 32, num_warps=8, num_stages=1),
+        "dq_72": Config(64, 32, num_warps=8, num_stages=2),
+        "dq_80": Config(64, 32, num_warps=8, num_stages=2),
+        "dq_112": Config(64, 32, num_warps=8, num_stages=2),
+    },
     90: _ATTENTION_WGMMA,
-    100: _ATTENTION_WGMMA | {"fwd_128": Config(128, 64, num_warps=8, num_stages=1)},
+    100: _ATTENTION_WGMMA
+    | {
+        "fwd_128": Config(128, 64, num_warps=8, num_stages=1),
+        "fwd_resident_88": Config(64, 128, num_warps=4, num_stages=1),
+        "fwd_small_72": Config(64, 64, num_warps=4, num_stages=1),
+        "dkv_128_dropout": Config(32, 64, num_warps=8, num_stages=1),
+        "dkv_96": Config(32, 64, num_warps=8, num_stages=2),
+    },
     120: _ATTENTION_MMA,
 }
 
