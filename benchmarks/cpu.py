@@ -9,6 +9,7 @@ import argparse
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +21,7 @@ import torchvision_shim
 torchvision_shim.install()
 
 from benchmarks import harness, machine, models, report
-from benchmarks.gpu import write_json
+from benchmarks.gpu import read_json, write_json
 from benchmarks.models import Task
 from benchmarks.workloads import SIZES
 
@@ -29,7 +30,7 @@ BATCHES = {"Ti/16": 4, "B/16": 1}
 LONGER = {("Ti/16", "infer"): 1, ("Ti/16", "train"): 2, ("B/16", "infer"): 2, ("B/16", "train"): 4}
 
 
-def measure(seconds: float, names: tuple[str, ...] = ("Ti/16", "B/16")) -> list[dict]:
+def measure(seconds: float, names: Sequence[str]) -> list[dict]:
     rows = []
     limits = machine.ceilings(CPU)
     pair = models.entries(CPU)[:2]
@@ -76,9 +77,12 @@ def interval(values: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="per comparison")
+    parser.add_argument("--models", nargs="*", default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--out", type=Path, default=report.RESULTS / "cpu.json")
     args = parser.parse_args()
-    rows = measure(args.seconds)
+    kept = read_json(args.out, {"rows": []})["rows"]
+    kept = [row for row in kept if row["model"] not in args.models]
+    rows = [*kept, *measure(args.seconds, args.models)]
     write_json(args.out, {"environment": machine.environment(CPU), "rows": rows})
     print(report.cpu_table({"rows": rows}))
 
