@@ -2,7 +2,7 @@
 
 The cases are the launches of real models: one encoder block and stem, forward and backward, at each
 width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves; and those
-of attention alone, at every head dim and with every option.
+of attention alone, with every option (--head-dim D: at another head dim than 64).
 `--traffic MODEL` counts launches, bytes and FLOPs instead, beside eager PyTorch's.
 `--update` writes both into benchmarks/results, what the tests hold later kernels to; with --arch or
 --only, no more than those rows.
@@ -69,10 +69,11 @@ MODELS = (
     Workload("7B/16 float32", 4096, 32, 8192, 4, 16, 256, torch.float32, torch.float32),
     Workload("B/16 TF32", 768, 12, 3072, 256, 16, 224, torch.float32, torch.float32, tf32=True),
 )
-# Attention alone, in bfloat16: rows of every regime at every head dim, and every option on top of
-# them at the head dims that published models have.
+# Attention alone, in bfloat16: rows of every regime, and every option on top of them. The table has
+# head dim 64 and, by way of MODELS, those of published models; --head-dim compiles any other.
 ATTENTION = {f"attention D{D}": D for D in range(16, 129, 8)}
-OPTIONS = {f"attention options D{D}": D for D in (32, 64, 72, 80, 88, 96, 128)}
+OPTIONS = {f"attention options D{D}": D for D in range(16, 129, 8)}
+TABLE = (*(w.name for w in MODELS), "attention D64", "attention options D64")
 # What CI compiles at each change; the rest is one command away.
 CI = ("B/16 autocast", "S/16 float32", "attention options D64")
 
@@ -180,7 +181,7 @@ def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
     runs += [(n, False, functools.partial(run_attention_options, D)) for n, D in OPTIONS.items()]
     runs.append(("SwiGLU", False, run_swiglu))
     for name, tf32, launch in runs:
-        if names is not None and name not in names:
+        if name not in (TABLE if names is None else names):
             continue
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -278,7 +279,8 @@ _by_name: dict[tuple[str, int], aot.Case] = {}
 def _compile_named(key: tuple[str, int]) -> aot.Cost:
     _, arch = key
     if key not in _by_name:
-        _by_name.update({(case.name, arch): case for case in cases(arch)})
+        every = (*TABLE, *ATTENTION, *OPTIONS)
+        _by_name.update({(case.name, arch): case for case in cases(arch, every)})
     return aot.compile_case(_by_name[key], arch)
 
 
@@ -366,6 +368,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, action="append", choices=aot.ARCHS)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--ci", action="store_true", help=f"only {', '.join(CI)}")
+    parser.add_argument("--head-dim", type=int, metavar="D", help="attention alone, at this one")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     parser.add_argument("--update", action="store_true", help="write the committed tables anew")
@@ -382,10 +385,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--update wants every model of what it writes; it does not go with --ci")
     if args.update and not RESULTS.is_dir():
         parser.error(f"--update needs a checkout: there is no {RESULTS}")
+    names = CI if args.ci else None
+    if args.head_dim is not None:
+        names = (f"attention D{args.head_dim}", f"attention options D{args.head_dim}")
+        if names[0] not in ATTENTION:
+            parser.error(f"--head-dim must be a multiple of 8 in 16..128, got {args.head_dim}")
+    if args.head_dim is not None and (args.ci or args.update):
+        parser.error("--head-dim goes with neither --ci nor --update")
     selected = [
         (case, arch)
         for arch in args.arch or aot.ARCHS
-        for case in cases(arch, CI if args.ci else None)
+        for case in cases(arch, names)
         if args.only in case.name
     ]
     rows = costs(selected, args.jobs)
