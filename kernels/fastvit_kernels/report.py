@@ -73,7 +73,7 @@ MODELS = (
 # head dim 64 and, by way of MODELS, those of published models; --head-dim compiles any other.
 ATTENTION = {f"attention D{D}": D for D in range(16, 129, 8)}
 OPTIONS = {f"attention options D{D}": D for D in range(16, 129, 8)}
-TABLE = (*(w.name for w in MODELS), "attention D64", "attention options D64")
+TABLE = (*(w.name for w in MODELS), "attention D64", "attention options D64", "SwiGLU")
 # What CI compiles at each change; the rest is one command away.
 CI = ("B/16 autocast", "S/16 float32", "attention options D64")
 

@@ -127,7 +127,7 @@ PATCH_EMBED: dict[int, dict[str, Config]] = {
     90: {name: GEMM[90][name] for name in ("square", "small", "float32")},
     100: {
         "square": Config(128, 64, 64, num_warps=8, num_stages=4),
-        "small": GEMM[100]["small"],
+        "small": Config(64, 64, 32, num_warps=8, num_stages=4),
         "float32": Config(64, 64, 32, num_warps=8, num_stages=3),
     },
     120: {
@@ -293,7 +293,7 @@ _ATTENTION_MMA = {
     "dq_128_dropout": Config(64, 32, num_warps=8, num_stages=1),
     "dkv_dropout": Config(16, 64, num_warps=4, num_stages=2),
     "dkv_128_dropout": Config(16, 64, num_warps=8, num_stages=2),
-    "float32": Config(16, 16, num_warps=4, num_stages=1),
+    "float32": Config(32, 16, num_warps=4, num_stages=1),
 }
 _ATTENTION_WGMMA = {
     "fwd_resident": Config(64, 256, num_warps=4, num_stages=1),
@@ -362,7 +362,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "dkv_128_dropout": Config(32, 64, num_warps=8, num_stages=1),
         "dkv_96": Config(32, 64, num_warps=8, num_stages=2),
     },
-    120: _ATTENTION_MMA,
+    120: _ATTENTION_MMA | {"float32": Config(16, 16, num_warps=4, num_stages=1)},
 }
 
 
