@@ -21,7 +21,7 @@ test-all: $(VENV)/.test
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 bench: $(VENV)/.test
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)

@@ -1,12 +1,11 @@
 """Device, poison and seeds for every test; the interpreter stands in where there is no GPU."""
 
 import os
-from importlib.util import find_spec
 
-import numpy as np
 import pytest
 import torch
 import torchvision_shim
+from interpreter import round_to_bfloat16_as_a_gpu_does
 
 # cuBLAS, as the yardstick, is deterministic only with a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -15,27 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
 torchvision_shim.install()
-
-
-def _round_to_bfloat16_as_a_gpu_does() -> None:
-    """Triton's interpreter cuts float32 off to bfloat16, where hardware rounds to the nearest."""
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def nearest(data, src, dst, rounding_mode):
-        if (src.name, dst.name) == ("fp32", "bf16"):
-            rounded = torch.from_numpy(np.array(data, dtype=np.float32)).bfloat16()
-            return rounded.view(torch.int16).numpy().view(np.uint16)
-        if (src.name, dst.name) == ("bf16", "fp32"):
-            return np.left_shift(data.astype(np.uint32), 16, dtype=np.uint32)
-        return convert(data, src, dst, rounding_mode)
-
-    interpreter._convert_float = nearest
-
-
-if find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":
-    _round_to_bfloat16_as_a_gpu_does()
+round_to_bfloat16_as_a_gpu_does()
 
 
 @pytest.fixture(scope="session")
