@@ -7,6 +7,7 @@ Needs torch and triton; timm and the other peers where they are installed. Nothi
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -92,15 +93,24 @@ def done(result: dict, step: Any, code: str, args: argparse.Namespace) -> bool:
     return old["when"] >= args.start if args.again else old["code"] == code
 
 
+def die_with(parent: int) -> None:
+    """Linux ends this process when its parent ends, however that came about."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        # A parent that ended before the line above sends no signal.
+        if os.getppid() != parent:
+            raise SystemExit("the driver has ended")
+
+
 def work(args: argparse.Namespace) -> int:
     """The worker: steps in order, each recorded; ends when the time is over or CUDA is lost."""
+    die_with(int(os.environ["FASTVIT_BENCH_DRIVER"]))
     import torch
     import torchvision_shim
 
     torchvision_shim.install()
     from benchmarks import harness, machine, report
 
-    machine.die_with_parent()
     device = torch.device("cpu" if args.cpu else "cuda")
     path = result_path(args)
     result = read_json(path, {"steps": {}})
@@ -151,6 +161,7 @@ def drive(args: argparse.Namespace) -> None:
     while time.time() < args.start + args.budget - 15:
         command = [sys.executable, __file__, *forward, "--worker"]
         env = {**os.environ, "FASTVIT_BENCH_START": str(args.start)}
+        env["FASTVIT_BENCH_DRIVER"] = str(os.getpid())
         env["PYTHONPATH"] = os.pathsep.join([*PATHS, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         worker = subprocess.Popen(command, env=env, start_new_session=True)
         pid.write_text(str(worker.pid))

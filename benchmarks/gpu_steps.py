@@ -269,8 +269,8 @@ def _outcome(
     # between fork and exec could deadlock beside the threads of CUDA.
     if sys.platform == "linux":
         become = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
-        become += "os.execvp(sys.argv[1], sys.argv[1:])"
-        command = [sys.executable, "-c", become, *command]
+        become += "os.getppid() == int(sys.argv[1]) and os.execvp(sys.argv[2], sys.argv[2:])"
+        command = [sys.executable, "-c", become, str(os.getpid()), *command]
     try:
         done = subprocess.run(
             command,

@@ -3,9 +3,7 @@
 import ctypes
 import hashlib
 import platform
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -136,12 +134,6 @@ def code_digest(without: str = "") -> str:
                 continue
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def die_with_parent() -> None:
-    """Linux then ends this process when its parent ends, however that came about."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _version(name: str) -> str | None:

@@ -197,6 +197,14 @@ def test_gpu_script_survives_a_kill_and_every_failure(tmp_path: Path) -> None:
     assert "# " in path.with_suffix(".md").read_text()
 
 
+def test_a_worker_whose_driver_ended_before_it_began_does_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--cpu", "--out", str(tmp_path)]
+    env = {**os.environ, "FASTVIT_BENCH_DRIVER": "1", "FASTVIT_BENCH_START": "0"}
+    done = subprocess.run([*command, "--worker"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "the driver has ended" in done.stderr, done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
