@@ -162,7 +162,8 @@ def test_any_shape(data: st.DataObject, device: torch.device) -> None:
     if data.draw(st.booleans()):
         args["norm_kind"] = data.draw(st.sampled_from(["layernorm", "rmsnorm"]))
         args |= {"q_weight": leaf(D), "k_weight": leaf(D)}
-    check_parity("attention_qkv", args, data.draw(st.sampled_from(DTYPES)), device)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    check_parity("attention_qkv", args, dtype, device, together=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
