@@ -147,6 +147,8 @@ GEMM_DW: dict[int, dict[str, Config]] = {
     },
     80: {
         "16-bit": Config(32, 128, 128, num_warps=8, num_stages=4),
+        # float32 pixels and gradients under autocast: sm_86 and sm_89 have 99 KiB for a block.
+        "patch_embed": Config(32, 128, 128, num_warps=8, num_stages=3),
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
     },
     90: {
@@ -231,11 +233,12 @@ def patch_embed_dw(
     M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, gather: bool
 ) -> tuple[Config, int]:
     """The same of the patch embedding's dW, whose one operand are pixels."""
-    config, splits = gemm_dw(M, N, K, dtype, device_index)
+    config, _ = gemm_dw(M, N, K, dtype, device_index)
+    if dtype != torch.float32:
+        config = look_up(GEMM_DW, arch(device_index)).get("patch_embed", config)
     if gather and arch(device_index):
         config = PATCH_GATHER_DW
-        splits = slabs(M, N, K, config, device_index)
-    return config, splits
+    return config, slabs(M, N, K, config, device_index)
 
 
 def slabs(M: int, N: int, K: int, config: Config, device_index: int | None) -> int:
