@@ -90,10 +90,12 @@ class Line:
     def using(self, config: Config) -> Iterator[None]:
         entries = self._entries()
         before, entries[self.name] = entries[self.name], config
+        tuned.forget_choices()
         try:
             yield
         finally:
             entries[self.name] = before
+            tuned.forget_choices()
 
 
 def lines(arch: int) -> list[Line]:

@@ -113,9 +113,9 @@ def check_no_double_backward(op: str, args: dict[str, Any], device: Any) -> None
         torch.autograd.grad(out.sum(), leaves, create_graph=True)
 
 
-def check_compiles(op: str, args: dict[str, Any], device: Any) -> None:
+def check_compiles(op: str, args: dict[str, Any], device: Any, dynamic: bool | None = None) -> None:
     """torch.compile(fullgraph=True) gives what the op gives alone, forward and backward."""
-    compiled = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with fastvit.use_backend("triton"):
         got, plain = (results(f, args, device) for f in (compiled, getattr(ops, op)))
     for name in plain:

@@ -135,6 +135,7 @@ def test_repeatable_compiled_and_first_order(device: torch.device) -> None:
     args = {"qkv": leaf(3, 150, 3, 2, 16), **norm("layernorm", 16), **rope(149, 16)}
     check_repeatable("attention_qkv", args, torch.float16, device)
     check_compiles("attention_qkv", args, device)
+    check_compiles("attention_qkv", args, device, dynamic=True)
     check_no_double_backward("attention_qkv", args, device)
 
 

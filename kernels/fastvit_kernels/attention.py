@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fastvit_kernels import library, tuned
@@ -41,6 +40,7 @@ from fastvit_kernels.attention_resident import (
     _attention_fwd_resident_kernel,
 )
 from fastvit_kernels.gemm import precision
+from fastvit_kernels.launch import cdiv, launch
 
 _LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
 
@@ -55,7 +55,9 @@ class Launch:
     config: tuned.Config
 
     def __call__(self, heads: int, batch: int, *args: Any, **constants: Any) -> None:
-        self.kernel[(self.programs, heads, batch)](
+        launch(
+            self.kernel,
+            (self.programs, heads, batch),
             *args,
             **self.constants,
             **constants,
@@ -74,6 +76,7 @@ def round_up(n: int, pieces: int, largest: int) -> int:
     return n
 
 
+@tuned.choice
 def plan_fwd(
     heads: int,
     N: int,
@@ -91,16 +94,17 @@ def plan_fwd(
     resident = tuned.attention("fwd_resident", D, dtype, arch)
     if not ragged and not dropout and N <= resident.BLOCK_N:
         # Few heads: every query tile its own program, though each then loads all keys.
-        splits = triton.cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
+        splits = cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
         constants = _resident(N, resident) | {"SPLITS": splits}
         return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
     config = tuned.attention("fwd", D, dtype, arch, dropout)
-    if heads * triton.cdiv(N, config.BLOCK_M) < sms:
+    if heads * cdiv(N, config.BLOCK_M) < sms:
         config = tuned.attention("fwd_small", D, dtype, arch, dropout)
     sizes = _sizes("M", config, "N", N, ragged, 2)
     return Launch(_attention_fwd_kernel, _programs(N, sizes, "M", ragged), sizes, config)
 
 
+@tuned.choice
 def plan_bwd(
     heads: int,
     N: int,
@@ -174,7 +178,7 @@ def _sizes(
 def _programs(N: int, sizes: dict[str, int], owned: str, ragged: bool) -> int:
     block, tail = sizes[f"BLOCK_{owned}"], sizes[f"TAIL_{owned}"]
     if ragged:
-        return triton.cdiv(N, block)
+        return cdiv(N, block)
     return N // block + tail // block + (tail % block).bit_count()
 
 
@@ -251,13 +255,13 @@ def _fwd(
     if q.numel() == 0:
         return o, lse2
     at = _layout(q, lengths, cu_seqlens, max_seqlen)
-    launch = plan_fwd(*_plan_facts(q, at, dropout))
+    plan = plan_fwd(*_plan_facts(q, at, dropout))
     strides = (*at.strides(q), *at.strides(k), *at.strides(v))
     constants = _constants(q, k, v)
-    if launch.kernel is _attention_fwd_resident_kernel:
-        launch(H, B, q, k, v, o, lse2, *strides, H, N, scale * _LOG2E, **constants)
+    if plan.kernel is _attention_fwd_resident_kernel:
+        plan(H, B, q, k, v, o, lse2, *strides, H, N, scale * _LOG2E, **constants)
         return o, lse2
-    launch(
+    plan(
         H,
         at.batch,
         *(q, k, v, o, lse2, cu_seqlens, lengths, seed),
@@ -299,28 +303,28 @@ def _bwd_into(
         return
     H = q.shape[2]
     at = _layout(q, lengths, cu_seqlens, max_seqlen)
-    launches = plan_bwd(*_plan_facts(q, at, dropout))
+    plans = plan_bwd(*_plan_facts(q, at, dropout))
     strides = [at.strides(t) for t in (q, k, v, do)]
     strides = [stride for group in strides for stride in group]
     constants = _constants(q, k, v, do, dq)
     dq_strides = (at.outer(dq.stride(0)), dq.stride(1))
     sizes = (H, at.longest, scale, scale * _LOG2E)
-    if launches[0].kernel is _attention_bwd_resident_kernel:
+    if plans[0].kernel is _attention_bwd_resident_kernel:
         args = (q, k, v, o, do, lse2, dq, dk, dv, *strides, *dq_strides, *sizes)
-        launches[0](H, at.batch, *args, **constants)
+        plans[0](H, at.batch, *args, **constants)
         return
-    delta = torch.empty_like(lse2) if len(launches) > 1 else None
+    delta = torch.empty_like(lse2) if len(plans) > 1 else None
     strides += [at.outer(o.stride(0)), *dq_strides, at.outer(lse2.stride(0)), lse2.stride(1)]
     sequences = (cu_seqlens, lengths, seed)
     sizes += _dropout_args(dropout)
-    for launch in launches:
+    for plan in plans:
         # What a part leaves alone it is not given: the traffic count reads its arguments.
-        part = launch.constants["PART"]
+        part = plan.constants["PART"]
         own_o = None if part == "dkv" else o
         own_dq = None if part == "dkv" else dq
         own_dk, own_dv = (None, None) if part == "dq" else (dk, dv)
         args = (q, k, v, own_o, do, lse2, delta, own_dq, own_dk, own_dv, *sequences)
-        launch(H, at.batch, *args, *strides, *sizes, **at.constants, **constants)
+        plan(H, at.batch, *args, *strides, *sizes, **at.constants, **constants)
 
 
 def _bwd(
@@ -446,7 +450,7 @@ def attention(
     lengths: (B,) integers; keys from lengths[b] on are left out. dropout: of the probabilities.
     """
     seed = draw_seed(q, dropout)
-    return AttentionFunction.apply(q, k, v, _scale(q, scale), lengths, dropout, seed)
+    return library.apply(AttentionFunction, q, k, v, _scale(q, scale), lengths, dropout, seed)
 
 
 def attention_qkv(
@@ -455,7 +459,7 @@ def attention_qkv(
     """`attention` of a packed projection, (B, N, 3, H, D); its gradient is one tensor likewise."""
     sequences = (lengths, None, 0)
     seed = draw_seed(qkv, dropout)
-    return AttentionQKVFunction.apply(qkv, _scale(qkv, scale), *sequences, dropout, seed)
+    return library.apply(AttentionQKVFunction, qkv, _scale(qkv, scale), *sequences, dropout, seed)
 
 
 def attention_packed(
@@ -472,7 +476,7 @@ def attention_packed(
     """
     sequences = (None, cu_seqlens, max_seqlen)
     args = (_scale(qkv, scale), *sequences, dropout, draw_seed(qkv, dropout))
-    return AttentionQKVFunction.apply(qkv[None], *args)[0]
+    return library.apply(AttentionQKVFunction, qkv[None], *args)[0]
 
 
 def attention_lse(

@@ -17,6 +17,7 @@ from fastvit_kernels.attention import strides_divisor
 from fastvit_kernels.attention_tiles import dot_rows, load_tile, rows_of
 from fastvit_kernels.common import LOG2E, exp2, mul_rn
 from fastvit_kernels.gemm import precision
+from fastvit_kernels.launch import cdiv, launch
 
 _BLOCK_R, _BLOCK_N = 16, 64
 
@@ -100,9 +101,11 @@ def _maps(q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float) 
     maps = q.new_empty((B, H, R, N), dtype=torch.float32)
     if maps.numel() == 0:
         return maps
-    blocks = triton.cdiv(R, _BLOCK_R)
-    splits = tuned.attention_maps_splits(B * H * blocks, triton.cdiv(N, _BLOCK_N), q.device.index)
-    _attention_maps_kernel[(B * H, blocks, splits)](
+    blocks = cdiv(R, _BLOCK_R)
+    splits = tuned.attention_maps_splits(B * H * blocks, cdiv(N, _BLOCK_N), q.device.index)
+    launch(
+        _attention_maps_kernel,
+        (B * H, blocks, splits),
         *(q, k, None if lse is None else lse.contiguous(), rows, maps),
         *q.stride(),
         *k.stride(),

@@ -30,6 +30,7 @@ from fastvit_kernels.attention import (
     draw_seed,
     strides_divisor,
 )
+from fastvit_kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -289,12 +290,20 @@ def _fwd(
     if y.numel() == 0:
         return y
     sizes, constants = _arguments(qkv, cos, norm, interleaved)
-    blocks = triton.cdiv(B * N, constants["BLOCK_T"])
+    blocks = cdiv(B * N, constants["BLOCK_T"])
     groups = tuned.attention_qk_groups(blocks, H, qkv.device.index)
-    heads = triton.cdiv(H, groups)
+    heads = cdiv(H, groups)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin)
-    _attention_qk_fwd_kernel[(blocks, triton.cdiv(H, heads), 2)](
-        qkv, y, *params, *sizes, heads, eps, **constants
+    launch(
+        _attention_qk_fwd_kernel,
+        (blocks, cdiv(H, heads), 2),
+        qkv,
+        y,
+        *params,
+        *sizes,
+        heads,
+        eps,
+        **constants,
     )
     return y
 
@@ -321,21 +330,31 @@ def _bwd_in_place(
     if qkv.numel() == 0:
         return dparams
     sizes, constants = _arguments(qkv, cos, norm, interleaved)
-    blocks = triton.cdiv(B * N, constants["BLOCK_T"])
+    blocks = cdiv(B * N, constants["BLOCK_T"])
     groups = tuned.attention_qk_groups(blocks, H, qkv.device.index)
-    heads = triton.cdiv(H, groups)
-    groups = triton.cdiv(H, heads)
+    heads = cdiv(H, groups)
+    groups = cdiv(H, heads)
     per_program = tuned.attention_qk_run(blocks * groups, qkv.device.index) if norm else 1
-    runs = triton.cdiv(blocks, per_program)
+    runs = cdiv(blocks, per_program)
     partial = dparams.new_empty((runs * groups if norm else 0, 4 * D))
-    _attention_qk_bwd_kernel[(runs, groups, 2)](
+    launch(
+        _attention_qk_bwd_kernel,
+        (runs, groups, 2),
         *(dqkv, qkv, q_weight, k_weight, cos, sin, partial),
         *(*sizes, heads, per_program, eps),
         **constants,
     )
     if norm:
-        _attention_qk_sum_kernel[(triton.cdiv(4 * D, 16),)](
-            partial, dparams, len(partial), 4 * D, BLOCK_M=128, BLOCK_C=16, num_warps=4
+        launch(
+            _attention_qk_sum_kernel,
+            (cdiv(4 * D, 16),),
+            partial,
+            dparams,
+            len(partial),
+            4 * D,
+            BLOCK_M=128,
+            BLOCK_C=16,
+            num_warps=4,
         )
     return dparams
 
@@ -462,7 +481,7 @@ def attention_qk(
     params = (q_weight, q_bias, k_weight, k_bias, *_tables(cos, sin))
     sequences = (lengths, cu_seqlens, draw_seed(qkv, dropout))
     options = (_scale(qkv, scale), max_seqlen, dropout, eps, norm, interleaved)
-    return AttentionQKFunction.apply(qkv, *params, *sequences, *options)
+    return library.apply(AttentionQKFunction, qkv, *params, *sequences, *options)
 
 
 def _tables(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -30,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit_kernels import tuned
 from fastvit_kernels.common import dgelu, dot, gelu, tile_order
+from fastvit_kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -343,7 +344,7 @@ def gemm(
     b_rows = b.t() if b.stride(0) == 1 else b
     tma = plain and tma_takes(a, b_rows)
     config = tuned.gemm(M, N, b.dtype, a.device.index, tma)
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     outputs = (out, u, h), (residual, bias)
     scales = (layer_scale, path_scale)
     blocks: dict[str, Any] = {
@@ -357,7 +358,9 @@ def gemm(
     }
     if config.tma:
         b_block = [config.BLOCK_K, config.BLOCK_N]
-        _gemm_tma_kernel[(min(tiles, config.CTAS * tuned.num_sms(a.device.index)),)](
+        launch(
+            _gemm_tma_kernel,
+            (min(tiles, config.CTAS * tuned.num_sms(a.device.index)),),
             descriptor(a, [config.BLOCK_M, config.BLOCK_K]),
             descriptor(b_rows, b_block if b_rows is b else b_block[::-1]),
             *outputs[0],
@@ -373,7 +376,9 @@ def gemm(
             **blocks,
         )
         return out
-    _gemm_kernel[(tiles,)](
+    launch(
+        _gemm_kernel,
+        (tiles,),
         a,
         b,
         *outputs[0],

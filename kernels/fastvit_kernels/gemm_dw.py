@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvit_kernels import gemm, tuned
 from fastvit_kernels.common import dot
+from fastvit_kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -258,9 +259,9 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
     (M, N), K = g.shape, x.shape[1]
     tma = gemm.tma_takes(g, x)
     config, splits = tuned.gemm_dw(M, N, K, x.dtype, g.device.index, tma)
-    slab = triton.cdiv(triton.cdiv(M, splits), config.BLOCK_M) * config.BLOCK_M
-    slabs, db_slabs = new_slabs(triton.cdiv(M, slab), N, K, g.device)
-    grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K), len(slabs))
+    slab = cdiv(cdiv(M, splits), config.BLOCK_M) * config.BLOCK_M
+    slabs, db_slabs = new_slabs(cdiv(M, slab), N, K, g.device)
+    grid = (cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K), len(slabs))
     blocks = {
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
@@ -269,7 +270,9 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
         "num_stages": config.num_stages,
     }
     if config.tma:
-        _gemm_dw_tma_kernel[grid](
+        launch(
+            _gemm_dw_tma_kernel,
+            grid,
             gemm.descriptor(g, [config.BLOCK_M, config.BLOCK_N]),
             gemm.descriptor(x, [config.BLOCK_M, config.BLOCK_K]),
             slabs,
@@ -281,7 +284,9 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
             **blocks,
         )
         return slabs, db_slabs
-    _gemm_dw_kernel[grid](
+    launch(
+        _gemm_dw_kernel,
+        grid,
         g,
         x,
         slabs,
@@ -319,22 +324,24 @@ def reduce_slabs(
     S, N, K = slabs.shape
     grads = [_like(p) for p in (weight, bias, layer_scale)]
     config, norm_config = tuned.REDUCE_SLABS, tuned.REDUCE_NORM
-    programs = triton.cdiv(N, config.BLOCK_N)
+    programs = cdiv(N, config.BLOCK_N)
     args2: tuple = (None,) * 4 + (1, 1, 1)
     if second is not None:
         (slabs2, db_slabs2), weight2, bias2 = second
         grads += [_like(weight2), _like(bias2)]
         S2, N2, K2 = slabs2.shape
         args2 = (slabs2, db_slabs2, *grads[3:], N2, K2, S2)
-        programs += triton.cdiv(N2, config.BLOCK_N)
+        programs += cdiv(N2, config.BLOCK_N)
     args3: tuple = (None, None, None, 1, 1)
     if norm is not None:
         norm_rows, *params = norm
         grads += [_like(p) for p in params]
         R, _, C = norm_rows.shape
         args3 = (norm_rows, *grads[-2:], C, R)
-        programs += triton.cdiv(C, norm_config.BLOCK_N)
-    _reduce_slabs_kernel[(programs,)](
+        programs += cdiv(C, norm_config.BLOCK_N)
+    launch(
+        _reduce_slabs_kernel,
+        (programs,),
         slabs,
         db_slabs,
         None if layer_scale is None else weight.contiguous(),

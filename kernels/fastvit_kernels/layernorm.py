@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import tuned
+from fastvit_kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -148,7 +149,9 @@ def layernorm_fwd(
     y = None if y_dtype is None else torch.empty((M, C), dtype=y_dtype, device=x.device)
     if M:
         config = tuned.layernorm_fwd(C)
-        _layernorm_fwd_kernel[(triton.cdiv(M, config.BLOCK_M),)](
+        launch(
+            _layernorm_fwd_kernel,
+            (cdiv(M, config.BLOCK_M),),
             x,
             norm_weight,
             norm_bias,
@@ -187,11 +190,13 @@ def layernorm_bwd(
     dx = torch.empty((M, C), dtype=x.dtype, device=x.device)
     y = None if y_dtype is None else torch.empty((M, C), dtype=y_dtype, device=x.device)
     config, programs = tuned.layernorm_bwd(M, C, x.device.index)
-    rows_per_program = triton.cdiv(triton.cdiv(M, programs), config.BLOCK_M) * config.BLOCK_M
-    programs = triton.cdiv(M, rows_per_program)
+    rows_per_program = cdiv(cdiv(M, programs), config.BLOCK_M) * config.BLOCK_M
+    programs = cdiv(M, rows_per_program)
     has_params = norm_weight is not None or norm_bias is not None
     norm_rows = x.new_empty((programs, 2, C), dtype=torch.float32) if has_params else None
-    _layernorm_bwd_kernel[(programs,)](
+    launch(
+        _layernorm_bwd_kernel,
+        (programs,),
         dy,
         x,
         residual,

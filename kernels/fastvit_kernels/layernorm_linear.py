@@ -156,4 +156,6 @@ def layernorm_linear(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm(x) weight^T + bias in `dtype`, and x. x: (..., C); weight: (O, C) -> (..., O)."""
-    return LayerNormLinearFunction.apply(x, norm_weight, norm_bias, weight, bias, eps, rms, dtype)
+    return library.apply(
+        LayerNormLinearFunction, x, norm_weight, norm_bias, weight, bias, eps, rms, dtype
+    )

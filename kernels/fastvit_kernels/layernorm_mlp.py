@@ -247,8 +247,9 @@ def layernorm_mlp(
     """
     # Without a backward u would be written for nothing.
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
-    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return LayerNormMlpFunction.apply(
+    backward = library.wants_gradient(*tensors)
+    return library.apply(
+        LayerNormMlpFunction,
         x,
         norm_weight,
         norm_bias,

@@ -11,7 +11,11 @@ launchers: dict[str, Callable[..., Any]] = {}  # what `torch.ops.fastvit.<name>`
 
 
 def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Make a launcher the op `torch.ops.fastvit.<name>`; `fake` gives shapes and dtypes alone."""
+    """Make a launcher the op `torch.ops.fastvit.<name>`; `fake` gives shapes and dtypes alone.
+
+    What comes back calls the launcher itself where nobody watches: the dispatcher takes longer than
+    most launches.
+    """
 
     def wrap(launch: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(launch, mutates_args=())
@@ -20,15 +24,62 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         @functools.wraps(launch)
         def on_its_device(first: torch.Tensor, *args: Any) -> Any:
             # Triton launches on the current GPU, which need not be the one that holds the tensors.
-            with torch.cuda.device_of(first):
-                return launch(first, *args)
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device_of(first):
+                    return launch(first, *args)
+            return launch(first, *args)
 
         _library.impl(name, on_its_device, "CompositeExplicitAutograd")
         launchers[name] = launch
         torch.library.register_fake(f"fastvit::{name}", fake, lib=_library)
-        return getattr(torch.ops.fastvit, name).default
+        op = getattr(torch.ops.fastvit, name).default
+
+        def call(first: torch.Tensor, *args: Any) -> Any:
+            return op(first, *args) if is_watched(first) else on_its_device(first, *args)
+
+        return call
 
     return wrap
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_watched(*tensors: torch.Tensor) -> bool:
+    """Whether something other than the GPU is to see an op on tensors: a compiler, a dispatch mode,
+    a transform, a subclass.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or not all(type(t) in _PLAIN for t in tensors)
+    )
+
+
+class _NoContext:
+    """What a forward without a backward is given: keeps nothing."""
+
+    def save_for_backward(self, *_: Any) -> None:
+        pass
+
+    def set_materialize_grads(self, _: bool) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args); where no gradient is wanted its forward alone, which costs less."""
+    tensors = [t for t in args if isinstance(t, torch.Tensor)]
+    if is_watched(*tensors) or wants_gradient(*tensors):
+        return function.apply(*args)
+    return function.forward(_NoContext(), *args)
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward through any of the tensors is to come."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

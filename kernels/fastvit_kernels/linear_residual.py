@@ -146,4 +146,6 @@ def linear_residual(
 
     x: (B, N, K); weight: (C, K); residual: (B, N, C) -> (B, N, C) in eager's dtype.
     """
-    return LinearResidualFunction.apply(x, weight, bias, residual, layer_scale, path_scale, dtype)
+    return library.apply(
+        LinearResidualFunction, x, weight, bias, residual, layer_scale, path_scale, dtype
+    )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastvit_kernels import gemm, gemm_dw, library, tuned
 from fastvit_kernels.common import dot, tile_order
+from fastvit_kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -327,7 +328,9 @@ def _fwd(
     geometry = _geometry(images, weight)
     pixels = _access(images, geometry)
     config = tuned.patch_embed(M, N, weight.dtype, pixels, images.device.index)
-    _patch_embed_fwd_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
+    launch(
+        _patch_embed_fwd_kernel,
+        (cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N),),
         images,
         weight,
         bias,
@@ -388,10 +391,12 @@ def _bwd(
         geometry = _geometry(images, weight)
         gather = _access(images, geometry) == "gather"
         config, splits = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather)
-        slab = triton.cdiv(triton.cdiv(B * m, splits), config.BLOCK_M) * config.BLOCK_M
-        slabs, db_slabs = gemm_dw.new_slabs(triton.cdiv(B * m, slab), N, K, dout.device)
-        grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K), len(slabs))
-        _patch_embed_dw_kernel[grid](
+        slab = cdiv(cdiv(B * m, splits), config.BLOCK_M) * config.BLOCK_M
+        slabs, db_slabs = gemm_dw.new_slabs(cdiv(B * m, slab), N, K, dout.device)
+        grid = (cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K), len(slabs))
+        launch(
+            _patch_embed_dw_kernel,
+            grid,
             dout,
             images,
             slabs,
@@ -417,7 +422,9 @@ def _bwd(
         dw = dw.view(param.shape)
     if dpos is not None or dprefix is not None:
         config = tuned.SUM_BATCH
-        _patch_embed_dtokens_kernel[(P + m, triton.cdiv(N, config.BLOCK_N))](
+        launch(
+            _patch_embed_dtokens_kernel,
+            (P + m, cdiv(N, config.BLOCK_N)),
             dout,
             dpos,
             dprefix,
@@ -435,9 +442,9 @@ def _bwd(
         geometry = _geometry(dimages, weight)
         pixels = _access(dimages, geometry)
         config = tuned.patch_embed(B * m, K, dtype, pixels, dout.device.index)
-        _patch_embed_dimages_kernel[
-            (triton.cdiv(B * m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
-        ](
+        launch(
+            _patch_embed_dimages_kernel,
+            (cdiv(B * m, config.BLOCK_M) * cdiv(K, config.BLOCK_N),),
             dout,
             weight,
             dimages,
@@ -513,4 +520,4 @@ def patch_embed(
     if images.stride(1) == 1 and images.stride(3) == images.shape[1] > 1:
         # channels_last is one channel of C times the width, with the weight's columns to match.
         images, weight = (t.permute(0, 2, 3, 1).flatten(2)[:, None] for t in (images, weight))
-    return PatchEmbedFunction.apply(images, weight, bias, pos, prefix, dtype)
+    return library.apply(PatchEmbedFunction, images, weight, bias, pos, prefix, dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvit_kernels import gemm, library, tuned
 from fastvit_kernels.common import sigmoid
+from fastvit_kernels.launch import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -58,7 +59,7 @@ def _swiglu_bwd_kernel(
 
 
 def _grid(M: int, F: int) -> tuple[int, int]:
-    return triton.cdiv(M, tuned.SWIGLU.BLOCK_M), triton.cdiv(F, tuned.SWIGLU.BLOCK_N)
+    return cdiv(M, tuned.SWIGLU.BLOCK_M), cdiv(F, tuned.SWIGLU.BLOCK_N)
 
 
 def _blocks() -> dict[str, int]:
@@ -74,7 +75,7 @@ def _fwd(x: Tensor) -> Tensor:
     M, F = len(x), x.shape[1] // 2
     y = x.new_empty((M, F))
     if y.numel():
-        _swiglu_fwd_kernel[_grid(M, F)](x, y, M, F, x.stride(0), **_blocks())
+        launch(_swiglu_fwd_kernel, _grid(M, F), x, y, M, F, x.stride(0), **_blocks())
     return y
 
 
@@ -83,7 +84,7 @@ def _bwd(dy: Tensor, x: Tensor) -> Tensor:
     dx = x.new_empty((M, 2 * F))
     if dx.numel():
         sizes = (M, F, dy.stride(0), x.stride(0))
-        _swiglu_bwd_kernel[_grid(M, F)](dy, x, dx, *sizes, **_blocks())
+        launch(_swiglu_bwd_kernel, _grid(M, F), dy, x, dx, *sizes, **_blocks())
     return dx
 
 
@@ -107,4 +108,4 @@ class SwiGluFunction(torch.autograd.Function):
 
 def swiglu(x: Tensor) -> Tensor:
     """SiLU(x[..., :F]) * x[..., F:]. x: (..., 2 F) -> (..., F)."""
-    return SwiGluFunction.apply(x)
+    return library.apply(SwiGluFunction, x)

@@ -8,9 +8,9 @@ interpreter, where few large programs are fastest.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,21 @@ class Config:
 
 
 T = TypeVar("T")
+Choose = TypeVar("Choose", bound=Callable)
+_choices: list[Any] = []
+
+
+def choice(choose: Choose) -> Choose:
+    """Remember what `choose` answers: every launch asks."""
+    cached = functools.lru_cache(maxsize=4096)(choose)
+    _choices.append(cached)
+    return cached  # type: ignore[return-value]
+
+
+def forget_choices() -> None:
+    """For after a table was edited."""
+    for cached in _choices:
+        cached.cache_clear()
 
 
 _target: tuple[int, int] | None = None
@@ -45,6 +60,11 @@ def target(arch: int, sms: int) -> Iterator[None]:
         yield
     finally:
         _target = before
+
+
+def is_elsewhere() -> bool:
+    """Whether configurations are chosen for another GPU than the one at hand."""
+    return _target is not None
 
 
 def arch(device_index: int | None) -> int:
@@ -186,10 +206,15 @@ def normalizes_on_load(C: int, x: torch.dtype, compute: torch.dtype) -> bool:
 
 def gemm(M: int, N: int, dtype: torch.dtype, device_index: int | None, tma: bool = False) -> Config:
     """The configuration of one forward or dX product. tma: TMA can take its operands."""
-    table = look_up(GEMM, arch(device_index))
+    return _gemm(M, N, dtype, tma, arch(device_index), num_sms(device_index))
+
+
+@choice
+def _gemm(M: int, N: int, dtype: torch.dtype, tma: bool, arch: int, sms: int) -> Config:
+    table = look_up(GEMM, arch)
     if tma:
         table = table | {k.removeprefix("tma_"): c for k, c in table.items() if c.tma}
-    return table[gemm_class(M, N, dtype, num_sms(device_index), table)]
+    return table[gemm_class(M, N, dtype, sms, table)]
 
 
 def patch_embed(
@@ -224,9 +249,16 @@ def gemm_dw(
     M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, tma: bool = False
 ) -> tuple[Config, int]:
     """The configuration of dW and the number of its slabs."""
-    table = look_up(GEMM_DW, arch(device_index))
+    return _gemm_dw(M, N, K, dtype, tma, arch(device_index), num_sms(device_index))
+
+
+@choice
+def _gemm_dw(
+    M: int, N: int, K: int, dtype: torch.dtype, tma: bool, arch: int, sms: int
+) -> tuple[Config, int]:
+    table = look_up(GEMM_DW, arch)
     name = "float32" if dtype == torch.float32 else "tma" if tma and "tma" in table else "16-bit"
-    return table[name], slabs(M, N, K, table[name], device_index)
+    return table[name], slabs(M, N, K, table[name], arch, sms)
 
 
 def patch_embed_dw(
@@ -238,24 +270,25 @@ def patch_embed_dw(
         config = look_up(GEMM_DW, arch(device_index)).get("patch_embed", config)
     if gather and arch(device_index):
         config = PATCH_GATHER_DW
-    return config, slabs(M, N, K, config, device_index)
+    return config, slabs(M, N, K, config, arch(device_index), num_sms(device_index))
 
 
-def slabs(M: int, N: int, K: int, config: Config, device_index: int | None) -> int:
+@choice
+def slabs(M: int, N: int, K: int, config: Config, arch: int, sms: int) -> int:
     """How many slabs dW is cut into: those of least estimated time, in steps along M.
 
     Programs run in waves of one per SM; each takes its rows and about 4 steps to begin and end; a
     slab is written and read once as float32, which for 2^21 elements takes the time of some 16
     steps of 128 x 128 x 64 (H100: 5 us against 0.3 us each).
     """
-    if arch(device_index) == 0:
+    if arch == 0:
         return 2
     tiles, steps = -(-N // config.BLOCK_N) * -(-K // config.BLOCK_K), -(-M // config.BLOCK_M)
     step = config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
     traffic = 16 * N * K / 2**21 * 2**20 / step
 
     def cost(S: int) -> float:
-        waves = -(-tiles * S // num_sms(device_index))
+        waves = -(-tiles * S // sms)
         return waves * (-(-steps // S) + 4) + traffic * S
 
     return min(range(1, max(2, min(64, steps // 8 + 1))), key=cost)
@@ -265,6 +298,7 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@choice
 def layernorm_fwd(C: int) -> Config:
     """Whole rows, about 4096 elements a program; BLOCK_N is the padded row."""
     block_c = _power_of_two(C)

@@ -444,7 +444,9 @@ def _check_qk(
         raise ValueError(f"{op}: cos and sin go together")
     if cos is not None:
         m = cos.shape[-2] if cos.ndim >= 2 else 0
-        if D % 2 or _shape(cos) not in [(m, D // 2), (B, m, D // 2)] or m > N:
+        # Number by number: a compiler of dynamic shapes finds no equal tuples.
+        batched = cos.ndim == 3 and cos.shape[0] == B
+        if D % 2 or not (cos.ndim == 2 or batched) or cos.shape[-1] != D // 2 or m > N:
             expected = f"(m, {D // 2}) or ({B}, m, {D // 2}) with m <= {N}"
             raise ValueError(f"{op}: cos must be {expected}, got {_shape(cos)}")
         _shaped(op, "sin", sin, _shape(cos))

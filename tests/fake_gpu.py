@@ -1,0 +1,140 @@
+"""Run launches against a driver that only keeps them, and compare `launch` with Triton's own road.
+
+A script, for a process without TRITON_INTERPRET: prints how many launches agreed.
+"""
+
+from typing import Any, cast
+
+import torch
+from fastvit_kernels import (
+    attention,
+    gemm,
+    gemm_dw,
+    launch,
+    layernorm,
+    layernorm_linear,
+    layernorm_mlp,
+    linear_residual,
+    patch_embed,
+    swiglu,
+    tuned,
+)
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+made: list[tuple] = []
+
+
+class Driver:
+    """What Triton asks of a driver up to the launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class Compiled:
+    """One specialization; `made` keeps its launches."""
+
+    function = packed_metadata = None
+
+    def __init__(self, name: str, key: Any) -> None:
+        self.key = name, str(key)
+
+    def launch_metadata(self, *_: Any) -> None:
+        return None
+
+    def run(self, x: int, y: int, z: int, *rest: Any) -> None:
+        made.append((self.key, (x, y, z), [_value(a) for a in rest[6:]]))
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *args: self.run(*grid[:3], *[None] * 6, *args)
+
+
+def _value(arg: Any) -> Any:
+    if isinstance(arg, TensorDescriptor):
+        return arg.base.dtype, tuple(arg.shape), tuple(arg.strides), tuple(arg.block_shape)
+    return (arg.dtype, tuple(arg.shape)) if isinstance(arg, Tensor) else arg
+
+
+def compile_nothing(kernel: Any, key: Any, *args: Any, **kwargs: Any) -> Compiled:
+    compiled = Compiled(kernel.fn.__name__, key)
+    kernel.device_caches[0][0][key] = compiled
+    return compiled
+
+
+def block(x: Tensor, C: int, dtype: torch.dtype, at: int, H: int = 2) -> None:
+    """A block forward and backward; `at`: elements that parameters lie off their allocation."""
+
+    def leaf(*shape: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        return torch.zeros(size + at)[at:].view(shape).to(x.dtype).requires_grad_()
+
+    F = 4 * C
+    qkv, fork = layernorm_linear.layernorm_linear(
+        x, leaf(C), leaf(C), leaf(3 * C, C), leaf(3 * C), 1e-6, False, dtype
+    )
+    packed = qkv.view(*x.shape[:2], 3, H, C // H)
+    o = attention.attention_qkv(packed).flatten(2)
+    path_scale = torch.ones(len(x)) if at else None
+    y = linear_residual.linear_residual(o, leaf(C, C), leaf(C), fork, leaf(C), path_scale, dtype)
+    params = (leaf(C), leaf(C), leaf(F, C), leaf(F), leaf(C, F), None)
+    for activation in ("gelu", "gelu_tanh"):
+        options = (1e-6, False, activation, False, dtype)
+        y = layernorm_mlp.layernorm_mlp(y, *params, None, path_scale, *options)
+    y = swiglu.swiglu(y)
+    y.backward(torch.zeros_like(y))
+
+
+def everything() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x, w = torch.zeros(1, 8, 16, dtype=dtype), torch.ones(16, dtype=dtype)
+        for norm in ((w, None), (None, w)):
+            layernorm_linear.layernorm_linear(
+                x, *norm, w.expand(16, 16).clone(), None, 1e-6, False, dtype
+            )
+        for B, N, C, at in (
+            (2, 5, 64, 0),
+            (3, 197, 64, 0),
+            (3, 400, 48, 1),
+            (3, 400, 48, 0),
+            (1, 17, 128, 0),
+        ):
+            for x_dtype in {dtype, torch.float32}:
+                x = torch.zeros(B, N, C, dtype=x_dtype, requires_grad=True)
+                block(x, C, dtype, at)
+        images = torch.zeros(2, 3, 32, 48, dtype=dtype)
+        weight = torch.zeros(64, 3, 16, 16, dtype=dtype, requires_grad=True)
+        tokens = patch_embed.patch_embed(images, weight, None, None, None, dtype)
+        tokens.backward(torch.zeros_like(tokens))
+
+
+if __name__ == "__main__":
+    driver.set_active(cast(Any, Driver()))
+    JITFunction._do_compile = cast(Any, compile_nothing)
+    tuned._device = lambda index: (90, 132)
+
+    def tritons(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        kernel[grid](*args, **constants)
+
+    everything()
+    first, made = made, []
+    kept = len(launch._compiled)
+    everything()
+    again, made = made, []
+    assert len(launch._compiled) == kept, "the same launches were not found again"
+    for module in (attention, gemm, gemm_dw, layernorm, patch_embed, swiglu):
+        setattr(module, "launch", tritons)  # noqa: B010
+    everything()
+    assert first == made and again == made, next(
+        pair for pair in zip(again, made, strict=True) if pair[0] != pair[1]
+    )
+    print(f"{len(made)} launches of {kept} kinds agree")
