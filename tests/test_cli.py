@@ -179,7 +179,13 @@ def test_predict_with_a_damaged_checkpoint(capsys, digits_run, tmp_path):
     assert main(["predict", str(cut), "x.png"]) == 2
     assert "cut.safetensors is truncated" in capsys.readouterr().err
     cut.write_bytes(raw)
-    for name, value in (("classes", ["a"]), ("mean", None), ("std", [1.0, 2.0])):
+    for name, value in (
+        ("classes", ["a"]),
+        ("mean", None),
+        ("mean", ["a"]),
+        ("std", [1.0, 2.0]),
+        ("std", [0.0]),
+    ):
         (tmp_path / "cut.json").write_text(json.dumps({**config, name: value}))
         assert main(["predict", str(cut), "x.png"]) == 2
         assert name in capsys.readouterr().err
@@ -196,6 +202,7 @@ def test_predict_with_a_damaged_checkpoint(capsys, digits_run, tmp_path):
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--model", "vit_nano"], "--model must be one of"),
         (["--workers", "-1"], "--workers must not be negative"),
+        (["--weight-decay", "nan"], "weight_decay must not be negative, got nan"),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, message):
@@ -225,3 +232,25 @@ def test_usage(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0 and "torch" in capsys.readouterr().out
+
+
+def test_class_names_are_not_tex(tmp_path, capsys):
+    write_folder(tmp_path / "data", ("a$^$", "$\\frac$"))
+    assert main([*DIGITS, "--data", "folder:data", "--image-size", "16", "--out", "run"]) == 0
+    assert (tmp_path / "run" / "attention.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left"), 2, "No space left")],
+    ids=["ctrl-c", "full disk"],
+)
+def test_what_ends_a_command_from_outside_is_one_line(monkeypatch, capsys, error, status, said):
+    from fastvit import cli
+
+    def stop(*args):
+        raise error
+
+    monkeypatch.setattr(cli, "load_data", stop)
+    assert main(DIGITS) == status
+    assert said in capsys.readouterr().err

@@ -298,3 +298,22 @@ def test_missing_packages_are_named(monkeypatch):
         load_data("digits")
     with pytest.raises(UsageError, match="a needs pillow and tqdm"):
         need("a", "PIL", "tqdm")
+
+
+def test_deep_pixels_are_scaled_or_refused(tmp_path):
+    """A conversion of Pillow's clips: 16 bits to white all over, floats in 0..1 to black."""
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / name)
+        for channels in (1, 3):
+            pixels = read_image(tmp_path / name, (64, 64), channels).float()
+            expected = torch.from_numpy(ramp / 257).float().expand_as(pixels)
+            assert (pixels - expected).abs().max() <= 1, (name, channels)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "turned.tif", exif=exif)
+    assert read_image(tmp_path / "turned.tif", (64, 64))[0, 0, 0] > 200
+    for dtype in (np.float32, np.int32):
+        Image.fromarray((ramp / 65535).astype(dtype)).save(tmp_path / "b.tif")
+        with pytest.raises(UsageError, match="which has no white; save it as 8 bits"):
+            read_image(tmp_path / "b.tif", (64, 64))

@@ -104,3 +104,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_name_without_the_ending(tmp_path):
     with pytest.raises(UsageError, match=r"must end in \.safetensors"):
         save_checkpoint(tmp_path / "m.pt", tiny())
+
+
+def test_shared_parameters(tmp_path):
+    model = fastvit.ViT(image_size=8, patch_size=4, dim=16, depth=2, heads=2, mlp_dim=16)
+    model.blocks[1] = model.blocks[0]
+    path = save_checkpoint(tmp_path / "m.safetensors", model.eval())
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(load_checkpoint(path)[0](images), model(images))

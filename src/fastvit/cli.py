@@ -30,7 +30,7 @@ RUN_OPTIONS = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; the exit status is 0, 1 for images not read, or 2 for bad input."""
+    """Run a subcommand; the exit status is 0, 1 for images not read, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="fastvit", description="Train, use and convert Vision Transformers."
     )
@@ -43,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # OSError: a full disk, a folder without permission
         print(f"fastvit {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
 
 
 def add_train(commands: Any) -> None:

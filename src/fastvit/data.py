@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -422,7 +423,8 @@ def read_image(
 
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+            upright = ImageOps.exif_transpose(_eight_bits(image))
+            upright = upright.convert("RGB" if channels == 3 else "L")
     except Exception as error:  # decoders raise anything from OSError to SyntaxError
         raise UsageError(f"{path}: {_reason(error)}") from error
     height, width = size
@@ -431,6 +433,21 @@ def read_image(
         fitted = ImageOps.invert(fitted)
     pixels = np.array(fitted, dtype=np.uint8)
     return torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(image: Any) -> Any:
+    """Pillow clips where it converts deeper pixels; 16 bits are scaled, and more are refused,
+    since nothing says what their white is."""
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
+        from PIL import Image
+
+        exif = image.getexif()
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+        image.info["exif"] = exif.tobytes()
+    elif mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {mode!r}, which has no white; save it as 8 bits")
+    return image
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ def plot_curves(path: Path, history: Sequence[dict[str, float]], title: str) -> 
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title, fontsize=11, color=INK)
+    figure.suptitle(title, parse_math=False, fontsize=11, color=INK)
     epochs = range(1, len(history) + 1)
     marker = "o" if len(history) < 3 else None
     for axis, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -67,7 +67,7 @@ def plot_attention(
     figure = Figure(
         figsize=(max(2.3 * columns, 5.5), rows * (2.3 / aspect + 0.3) + 0.4), layout="constrained"
     )
-    figure.suptitle(title, fontsize=11, color=INK)
+    figure.suptitle(title, parse_math=False, fontsize=11, color=INK)
     figure.get_layout_engine().set(wspace=0.06, hspace=0.08)  # pyright: ignore
     overlays = overlay(images, maps)
     for i, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
@@ -82,7 +82,7 @@ def plot_attention(
         true, predicted, probability = captions[i]
         right = true == predicted
         text = f"{predicted}  {probability:.0%}" if right else f"{predicted}, is {true}"
-        axis.set_title(text, fontsize=9, color=INK if right else "#c0392b", pad=3)
+        axis.set_title(text, parse_math=False, fontsize=9, color=INK if right else "#c0392b", pad=3)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130)
 

@@ -15,13 +15,18 @@ from fastvit.model import ViT, pair
 def check_config(config: dict[str, Any]) -> None:
     """Raise where a checkpoint's JSON lacks what prediction needs."""
     channels = config["model"].get("channels", 3)
-    for name, length in (("mean", channels), ("std", channels), ("classes", None)):
-        value = config.get(name)
-        if not isinstance(value, list) or (length is not None and len(value) != length):
-            expected = "a list" if length is None else f"a list of {length}"
+    for name in ("mean", "std"):
+        value: Any = config.get(name)
+        numbers = isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)
+        if not numbers or len(value) != channels or (name == "std" and min(value) <= 0):
             raise UsageError(
-                f"checkpoint: its config must hold {name!r}, {expected}; got {value!r}"
+                f"checkpoint: its config must hold {name!r}, a list of {channels} "
+                f"{'positive ' * (name == 'std')}numbers; got {value!r}"
             )
+    if not isinstance(config.get("classes"), list):
+        raise UsageError(
+            f"checkpoint: its config must hold 'classes', a list; got {config.get('classes')!r}"
+        )
     if len(config["classes"]) != config["model"].get("num_classes"):
         raise UsageError(
             f"checkpoint: its config names {len(config['classes'])} classes, "

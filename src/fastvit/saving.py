@@ -65,7 +65,8 @@ def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
     if path.suffix != ".safetensors":
         raise UsageError(f"a checkpoint's name must end in .safetensors, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    # Clones, since safetensors refuses parameters that two modules share.
+    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     config = {"format": FORMAT, "version": VERSION, "model": model.config, **details}
     text = json.dumps(config, indent=2) + "\n"
     with replacing(path) as temporary:
