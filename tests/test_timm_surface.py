@@ -249,3 +249,32 @@ def test_bad_indices() -> None:
             model.forward_intermediates(images, indices)
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NLC', got 'NHWC'"):
         model.forward_intermediates(images, output_fmt="NHWC")
+
+
+def test_none_asks_for_nothing() -> None:
+    """timm's training scripts pass every option, None where it was not given."""
+    options: dict[str, Any] = dict(
+        drop_path_rate=None, img_size=None, init_values=None, global_pool=None
+    )
+    theirs = timm.create_model("deit3_small_patch16_224", depth=1, **options)
+    ours = fastvit.create_model("deit3_small_patch16_224", depth=1, **options)
+    ours.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (None, {}, TypeError, "name must be a string, got None"),
+        ("timm/vit_tiny_patch16_224", {}, ValueError, "vit_tiny_patch16_224.* hub id goes to"),
+        ("vit_tiny_patch16_224", {"mlp_ratio": "4"}, ValueError, "mlp_ratio must be a positive"),
+        (
+            "vit_tiny_patch16_224",
+            {"resample": "bilinear"},
+            ValueError,
+            "resample must be a mapping",
+        ),
+    ],
+)
+def test_bad_names_and_words(name: Any, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastvit.create_model(name, depth=1, **options)

@@ -110,12 +110,14 @@ def accelerate(model: nn.Module) -> Report:
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate`: every module gets its own class back. Returns `model`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     modules = [m for m in model.modules() if hasattr(type(m), "_fastvit_peer")]
     for module in modules:
         if "_fastvit_peer" not in vars(type(module)):
             raise RuntimeError(
-                f"{type(module).__name__} was wrapped after fastvit.accelerate (by FSDP?); "
-                "unwrap the model before fastvit.restore"
+                f"{type(module).__name__} got its class after fastvit.accelerate, from FSDP or a "
+                "parametrization; undo that before fastvit.restore"
             )
     for module in modules:
         module.__class__ = peer_class(module)

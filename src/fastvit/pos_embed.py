@@ -32,7 +32,9 @@ class Resample:
     def of(cls, options: "Mapping[str, Any] | Resample | None") -> "Resample":
         if isinstance(options, Resample):
             return options
-        options = options or {}
+        options = {} if options is None else options
+        if not isinstance(options, Mapping):
+            raise ValueError(f"resample must be a mapping of options, got {options!r}")
         known = [f.name for f in fields(cls)]
         if unknown := sorted(options.keys() - set(known)):
             raise ValueError(f"resample: {unknown[0]!r} is unknown; expected {', '.join(known)}")

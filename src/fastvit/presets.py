@@ -4,6 +4,7 @@
 that `pretrained=True` takes from the hub when the name carries no ".tag" of its own.
 """
 
+import difflib
 import fnmatch
 from collections.abc import Sequence
 from typing import Any
@@ -309,9 +310,16 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> ViT:
     (else the usual ones) from the hub, or from its cache alone where HF_HUB_OFFLINE is set.
     Otherwise the weights are random.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r}")
     architecture, _, tag = name.partition(".")
     if architecture not in PRESETS:
-        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(architecture, PRESETS, 5, 0.4)
+        near = f", such as {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"unknown model {name!r}; expected one of fastvit.list_models(){near}. A hub id goes "
+            "to fastvit.load_checkpoint"
+        )
     if pretrained:
         from fastvit.checkpoints import load_checkpoint
 

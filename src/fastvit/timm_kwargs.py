@@ -100,8 +100,9 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
 
     mlp_ratio is timm's: of the width, both branches together for a packed SwiGLU, but not in Eva.
     proj_bias is timm's: without it the MLP has no biases either, unless mlp_bias says so. What only
-    timm can do raises ValueError and names the argument.
+    timm can do raises ValueError and names the argument. None in timm's words asks for nothing.
     """
+    kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in TIMM_NAMES}
     ours = {k: v for k, v in kwargs.items() if k not in TIMM_NAMES - _SAME}
     for name, value in kwargs.items():
         if name in ours or name in ("mlp_ratio", "proj_drop_rate"):
@@ -126,6 +127,9 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
         for mine in ("proj_dropout", "mlp_dropout"):
             _put(ours, "proj_drop_rate", mine, kwargs["proj_drop_rate"])
     if "mlp_ratio" in kwargs:
+        ratio = kwargs["mlp_ratio"]
+        if not (isinstance(ratio, (int, float)) and ratio > 0):
+            raise ValueError(f"mlp_ratio must be a positive number, got {ratio!r}")
         merged = {**preset, **ours}
         hidden = int(merged.get("dim", 768) * kwargs["mlp_ratio"])
         packed = merged.get("mlp") == "swiglu_packed"
