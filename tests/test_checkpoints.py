@@ -232,12 +232,79 @@ def test_missing_unexpected_and_misshapen_keys_are_one_error() -> None:
         (plain(dist_token=torch.zeros(1, 1, 32)), "a distilled DeiT .* has two heads"),
         (plain(blocks__0__mlp__norm__weight=torch.zeros(8)), "a norm inside its MLP"),
         ({"embedding/kernel": np.zeros((4, 4, 3, 8), np.float32)}, "lacks .*embedding/bias"),
+        ({"net": plain(), "epoch": 3}, "no tensors at all, only entries such as 'net', 'epoch'"),
+        (plain(pos_embed=torch.zeros(())), r"pos_embed is \(\), expected 3 dimensions"),
+        (plain(pos_embed=torch.zeros(1, 0, 32)), "0 positions make no square grid"),
+        (plain(patch_embed__proj__weight=torch.zeros(32, 192)), "weight is .*, expected 4 dimen"),
+        (plain(norm__bias=torch.zeros(32, dtype=torch.int8)), "norm.bias is torch.int8, not flo"),
+        (plain(norm__bias=torch.zeros(32, device="meta")), "norm.bias is without data"),
+        (plain(norm__bias=torch.zeros(32).to_sparse()), "norm.bias is torch.sparse_coo, not a p"),
     ],
-    ids=["empty", "resnet", "no qkv", "11 positions", "distilled", "sub-norm", "half an npz"],
+    ids=[
+        *("empty", "resnet", "no qkv", "11 positions", "distilled", "sub-norm", "half an npz"),
+        *("nested", "no positions", "0 positions", "flat kernel", "int8", "meta", "sparse"),
+    ],
 )
 def test_state_dicts_that_no_vit_holds(state: dict, message: str) -> None:
     with pytest.raises(UsageError, match=f"(?i){message}"):
         fastvit.load_checkpoint(state)
+
+
+def test_names_that_wrappers_put_between() -> None:
+    """torch.compile, FSDP and activation checkpointing of single blocks, and DeepSpeed's file."""
+    state = plain()
+    expected = fastvit.load_checkpoint(state, heads=2).state_dict()
+    for wrapper in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        wrapped = {k.replace("blocks.1.", f"blocks.1.{wrapper}."): v for k, v in state.items()}
+        wrapped = {f"module.{wrapper}.{k}": v for k, v in wrapped.items()}
+        loaded = fastvit.load_checkpoint({"module": wrapped, "ds_version": "1"}, heads=2)
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, expected[name]), (wrapper, name)
+
+
+def test_oblong_positions_that_could_be_square_ones() -> None:
+    """2 x 4 patches and <cls> are 9 positions, which are 3 x 3 patches too: the size decides."""
+    model = fastvit.ViT(**{**OURS, "image_size": (16, 32)}, num_classes=3).eval()
+    images = torch.randn(2, 3, 16, 32)
+    loaded = fastvit.load_checkpoint(model.state_dict(), heads=2, image_size=(16, 32))
+    assert not loaded.load_report.adapted
+    assert torch.equal(loaded(images), model(images))
+
+
+def test_what_a_state_dict_cannot_say_is_said() -> None:
+    notes = fastvit.load_checkpoint(plain(), heads=2, activation="gelu_tanh").load_report.notes
+    assert notes == ["no config: norm_eps 1e-06, pool 'cls' assumed; pass what is otherwise"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 9}, "its config is of version 9, expected 1"),
+        ({"depth": 3}, "its config says depth 3, its tensors 2"),
+        ({"dim": 64}, "its config says dim 64, its tensors 32"),
+        ({"mean": 3}, None),
+    ],
+    ids=str,
+)
+def test_our_own_config_at_fault(change: dict, message: str | None, tmp_path: Path) -> None:
+    from fastvit.saving import save_checkpoint
+
+    path = save_checkpoint(tmp_path / "m.safetensors", fastvit.ViT(**OURS, num_classes=3))
+    config = json.loads((tmp_path / "m.json").read_text())
+    (config["model"] if set(change) & {"depth", "dim"} else config).update(change)
+    (tmp_path / "m.json").write_text(json.dumps(config))
+    if message is None:
+        assert fastvit.load_checkpoint(path).default_cfg["mean"] == (0.5,) * 3
+        return
+    with pytest.raises(UsageError, match=message):
+        fastvit.load_checkpoint(path)
+
+
+def test_models_that_are_not_ours() -> None:
+    other: Any = torch.nn.Linear(2, 2)
+    for call in (fastvit.load_weights, fastvit.export_checkpoint):
+        with pytest.raises(TypeError, match=r"model must be a fastvit\.ViT, got Linear"):
+            call(other, "hf")
 
 
 # --- files at fault
@@ -271,6 +338,19 @@ def test_files_at_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UsageError, match=r"evil\.npz is truncated or not a \.npz file"):
         fastvit.load_checkpoint("evil.npz")
     assert not Path("owned").exists()
+    np.save("array.npy", np.zeros(3))
+    Path("array.npy").rename("array.npz")
+    with pytest.raises(UsageError, match=r"array\.npz is truncated or not a \.npz file"):
+        fastvit.load_checkpoint("array.npz")
+    torch.save(fastvit.ViT(**OURS), "whole.pth")
+    with pytest.raises(
+        UsageError, match=r"whole\.pth holds more .* GLOBAL fastvit\.model\.ViT was"
+    ):
+        fastvit.load_checkpoint("whole.pth")
+    for name in ("pointer.pth", "pointer.safetensors"):
+        Path(name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(UsageError, match=f"{name} is a pointer of Git LFS, .* git lfs pull"):
+            fastvit.load_checkpoint(name)
     torch.save([1, 2], "list.pth")
     with pytest.raises(UsageError, match=r"list\.pth holds a list, not a state dict"):
         fastvit.load_checkpoint("list.pth")
@@ -309,6 +389,10 @@ def test_folders_at_fault(saved: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
     with pytest.raises(UsageError, match="which is not beside it"):
         fastvit.load_checkpoint(saved)
+    for weight_map in (["a"], {"a": 3}, None):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UsageError, match=r"index\.json holds no 'weight_map' of tensors"):
+            fastvit.load_checkpoint(saved)
 
 
 def test_shards_are_joined(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints that transformers' own save_pretrained wrote, and what from_pretrained reads back."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,3 +249,42 @@ def test_timm_ours_hf_ours_timm_is_bit_exact(tmp_path: Path) -> None:
         assert back.keys() == theirs.state_dict().keys()
         for key, tensor in theirs.state_dict().items():
             assert torch.equal(back[key], tensor), (name, key)
+
+
+def test_the_config_of_one_of_two_models(tmp_path: Path) -> None:
+    """An encoder's own numbers lie in a config inside the config."""
+    text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    decoder = hf.BertConfig(**text, vocab_size=9, is_decoder=True, add_cross_attention=True)
+    encoder = hf.ViTModel(hf.ViTConfig(**VIT, layer_norm_eps=1e-3))
+    theirs = liven(
+        hf.VisionEncoderDecoderModel(encoder=encoder, decoder=hf.BertLMHeadModel(decoder))
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = fastvit.load_checkpoint(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    close("features", ours.forward_features(images), theirs.encoder(images).last_hidden_state)
+    assert not any("guessed" in note for note in ours.load_report.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3}, "its config says depth 3, its tensors 2"),
+        ({"num_attention_heads": "2"}, "its config says num_attention_heads '2'"),
+        ({"layer_norm_eps": "x"}, "its config says layer_norm_eps 'x'"),
+        ({"image_size": [32, 32, 3]}, r"its config says image_size \[32, 32, 3\]"),
+    ],
+    ids=str,
+)
+def test_a_config_at_fault(change: dict, message: str, tmp_path: Path) -> None:
+    hf.ViTModel(hf.ViTConfig(**VIT)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UsageError, match=message):
+        fastvit.load_checkpoint(tmp_path)
+
+
+def test_distilled_deit_is_refused(tmp_path: Path) -> None:
+    hf.DeiTModel(hf.DeiTConfig(**VIT)).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"a distilled DeiT .*distillation_token.* has two heads"):
+        fastvit.load_checkpoint(tmp_path)

@@ -172,3 +172,14 @@ def test_models_that_only_look_alike_are_refused(tmp_path: Path) -> None:
     theirs = timm.create_model("vit_small_patch16_rope_224", embed_dim=64, depth=1, num_heads=2)
     with pytest.raises(UsageError, match="has no position table"):
         fastvit.load_checkpoint(theirs.state_dict())
+
+
+def test_a_preset_settles_what_keys_alone_would_leave_to_guess(tmp_path: Path) -> None:
+    """norm_pre makes a bare state dict look like CLIP's, of norm_eps 1e-5; a preset says 1e-6."""
+    args = narrow("vit_tiny_patch16_224", pre_norm=True)
+    theirs = liven(timm.create_model("vit_tiny_patch16_224", **args))
+    timm.models.save_for_hf(theirs, tmp_path, model_args=args)
+    ours = fastvit.load_checkpoint(tmp_path)
+    assert ours.config["norm_eps"] == 1e-6
+    images = torch.randn(2, 3, 64, 64)
+    check(ours, run(theirs, images))

@@ -31,6 +31,7 @@ WEIGHTS = (
     "open_clip_pytorch_model.bin",
 )
 CONFIGS = ("config.json", "open_clip_config.json")
+_LFS = b"version https://git-lfs"
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -73,12 +74,19 @@ def read_file(path: Path) -> Mapping[str, Any]:
         raise UsageError(f"checkpoint: {path} must end in one of {', '.join(SUFFIXES)}")
     size = f"{path.stat().st_size:,} bytes"
     try:
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise UsageError(
+                    f"checkpoint: {path} is a pointer of Git LFS, not the file; run git lfs pull"
+                )
         if path.suffix == ".safetensors":
             return load_safetensors(path)
         if path.suffix == ".npz":
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-    except (SafetensorError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except UsageError:
+        raise
+    except (SafetensorError, zipfile.BadZipFile, EOFError, OSError, ValueError, TypeError) as error:
         raise UsageError(
             f"checkpoint: {path} is truncated or not a {path.suffix} file ({error}); {size}"
         ) from error
@@ -95,7 +103,8 @@ def _read_torch(path: Path, size: str) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")  # about TorchScript, which is refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        said = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
+        reason = said[1].strip() if said else str(error).splitlines()[0]
         raise UsageError(
             f"checkpoint: {path} holds more than tensors, or is damaged, and fastvit unpickles "
             f"nothing else: {reason}. Load it where you trust it and pass the state dict"
@@ -123,9 +132,8 @@ def _read_folder(folder: Path) -> Source:
     if weights is None:
         raise UsageError(f"checkpoint: {folder} holds none of {', '.join(WEIGHTS)}")
     if weights.name.endswith(".index.json"):
-        shards = sorted(set(_json(weights).get("weight_map", {}).values()))
         state: dict[str, Any] = {}
-        for shard in shards:
+        for shard in _shards(weights):
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise UsageError(f"checkpoint: {weights} names {shard}, which is not beside it")
             state.update(read_file(folder / shard))
@@ -133,6 +141,14 @@ def _read_folder(folder: Path) -> Source:
         state = dict(read_file(weights))
     config = _json(folder / "model.json") or _config_in(folder, weights)
     return Source(str(folder), state, config, _json(folder / _PREPROCESSOR))
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of shards names."""
+    files = _json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+        raise UsageError(f"checkpoint: {index} holds no 'weight_map' of tensors to files")
+    return sorted(set(files.values()))
 
 
 def _config_in(folder: Path, weights: Path) -> dict[str, Any]:
@@ -174,7 +190,7 @@ def _read_hub(name: str) -> Source:
             raise UsageError(f"checkpoint: hub id {name}: {error}") from error
         folder = path.parent
         if file.endswith(".index.json"):
-            for shard in sorted(set(_json(path).get("weight_map", {}).values())):
+            for shard in _shards(path):
                 hub.hf_hub_download(repository, shard, revision=revision or None)
         if file in WEIGHTS:
             break

@@ -16,11 +16,11 @@ from fastvit.checkpoint_files import Source, read_source
 from fastvit.dialects import Reading, read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
-from fastvit.model import ViT
+from fastvit.model import ViT, pair
 from fastvit.pos_embed import Resample, resample_patches, resample_positions
 from fastvit.presets import DATA, PRESETS
-from fastvit.saving import FORMAT
-from fastvit.shapes import infer
+from fastvit.saving import FORMAT, VERSION
+from fastvit.shapes import check_ranks, infer
 from fastvit.timm_kwargs import translate
 
 State = dict[str, Tensor]
@@ -70,6 +70,8 @@ def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> Vi
     read_from = read_source(source)
     reading, arguments = interpret(read_from, kwargs)
     override = translate(kwargs, arguments)
+    if reading.dialect == "timm" and not read_from.config:
+        _note_assumed(reading, arguments, override)
     try:
         # Random weights for a billion parameters take their time, and would be overwritten.
         with torch.device("meta"):
@@ -85,6 +87,15 @@ def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> Vi
     return model.eval()
 
 
+def _note_assumed(reading: Reading, arguments: dict[str, Any], override: dict[str, Any]) -> None:
+    """Say what neither keys nor shapes of timm's state dict show."""
+    names = [n for n in ("norm_eps", "activation", "pool") if n not in override]
+    defaults = {"norm_eps": 1e-6, "activation": "gelu"}
+    said = [f"{n} {arguments.get(n, defaults.get(n))!r}" for n in names]
+    if said:
+        reading.notes.append(f"no config: {', '.join(said)} assumed; pass what is otherwise")
+
+
 def load_weights(
     model: ViT, source: str | Path | Mapping[str, Any], strict: bool = True
 ) -> LoadReport:
@@ -95,6 +106,8 @@ def load_weights(
     classes, which stays as it is and is said, as is what the checkpoint was trained to compute
     otherwise than the model does (norm_eps, activation). Nothing is written unless everything fits.
     """
+    if not isinstance(model, ViT):
+        raise TypeError(f"model must be a fastvit.ViT, got {type(model).__name__}")
     read_from = read_source(source)
     reading, arguments = interpret(read_from, {})
     may_lack = {k for k in model.state_dict() if k.startswith("head.") or not strict}
@@ -121,11 +134,18 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
         if channels := kwargs.get("channels", kwargs.get("in_chans")):
             given["channels"] = channels
         reading = read(source.state, given)
+    check_ranks(reading.state)
     if ours:
+        if config.get("version") != VERSION:
+            raise UsageError(
+                f"checkpoint: {source.name}: its config is of version {config.get('version')!r}, "
+                f"expected {VERSION}"
+            )
         reading.dialect = "fastvit"
         pairs = {k: tuple(v) for k, v in config["model"].items() if isinstance(v, list)}
         reading.known = {**config["model"], **pairs}
-        reading.data = {k: tuple(config[k]) for k in ("mean", "std") if k in config}
+        stated = {k: config.get(k) for k in ("mean", "std")}
+        reading.data = {k: tuple(v) for k, v in stated.items() if isinstance(v, list)}
     elif timm:
         _timm_config(reading, config)
     for theirs, name in (("image_mean", "mean"), ("image_std", "std")):
@@ -136,7 +156,7 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
         hints["heads"] = hints.pop("num_heads")
     if not any(k in reading.known for k in ("image_size", "img_size")):
         given = kwargs.get("image_size", kwargs.get("img_size"))
-        if given is not None and not _square(reading.state):
+        if given is not None and not _square(reading.state, given):
             hints["image_size"] = given
     if reading.dialect == "timm" and "pos_embed" not in reading.state:
         if not {"rope", "pos_embed"} & {*reading.known, *kwargs}:
@@ -150,14 +170,18 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
     return reading, arguments
 
 
-def _square(state: State) -> bool:
-    """True if some number of prefix tokens leaves a square grid of positions."""
+def _square(state: State, image_size: Any) -> bool:
+    """True if some number of prefix tokens leaves a square grid of positions, and it is not the
+    usual number that leaves just the grid of image_size, oblong."""
     if "pos_embed" not in state:
         return True
-    count = state["pos_embed"].shape[1]
+    count, kernel = state["pos_embed"].shape[1], state["patch_embed.proj.weight"]
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    prefix = registers + ("cls_token" in state)
-    return any(math.isqrt(n) ** 2 == n for n in (count, count - prefix))
+    patches = count - registers - ("cls_token" in state)
+    (height, width), (p_h, p_w) = pair("image_size", image_size), kernel.shape[2:]
+    if (height // p_h) * (width // p_w) == patches:
+        return math.isqrt(patches) ** 2 == patches
+    return any(n >= 0 and math.isqrt(n) ** 2 == n for n in (count, patches))
 
 
 def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
@@ -177,6 +201,8 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
         args = translate(args, preset)
     except ValueError as error:
         raise UsageError(f"checkpoint: {architecture}: {error}") from error
+    if preset:  # says all of it: what was read out of the keys alone is no more than a guess
+        reading.known = {k: v for k, v in reading.known.items() if k == "head_activation"}
     known = {**reading.known, **preset, **args}
     pretrained = config.get("pretrained_cfg") or {}
     size = pretrained.get("input_size")
@@ -222,6 +248,7 @@ def _fit(
     if unexpected and strict:
         problems.append(f"it has the unexpected {', '.join(unexpected)}")
     problems += wrong
+    problems += [f"{k} is {_unfit(v)}" for k, v in state.items() if _unfit(v)]
     if problems:
         raise UsageError(f"checkpoint: {name}, read as {reading.dialect}: {'; '.join(problems)}")
     if unexpected:
@@ -238,6 +265,15 @@ def _fit(
     for line in (*report.adapted, *report.notes):
         log.warning("%s: %s", name, line)
     return lacking & expected.keys()
+
+
+def _unfit(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being weights: quantized, without data, sparse."""
+    if not tensor.is_floating_point():
+        return f"{tensor.dtype}, not floating point"
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return f"{'without data' if tensor.is_meta else tensor.layout}, not a plain tensor"
+    return None
 
 
 def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str]) -> State:

@@ -67,11 +67,7 @@ def _read_timm(state: State, outside: State, config: Config) -> Reading:
     ]
     if "pre_logits.fc.weight" in state:
         rules.insert(0, (rf"head\.{_P}", r"head.2.\1"))
-    if "dist_token" in state:
-        raise UsageError(
-            "checkpoint: a distilled DeiT (key 'dist_token') has two heads, which fastvit.ViT "
-            "does not hold"
-        )
+    _refuse_distilled(state, "dist_token")
     if any(k.endswith("mlp.norm.weight") for k in state):
         raise UsageError("checkpoint: this EVA has a norm inside its MLP, which fastvit.ViT lacks")
     known: dict[str, Any] = {}
@@ -95,6 +91,14 @@ def _read_timm(state: State, outside: State, config: Config) -> Reading:
     elif gammas or "blocks.0.ls1.gamma" in state:
         data = IMAGENET
     return _finish("timm", state, outside, rules, known, data)
+
+
+def _refuse_distilled(state: State, token: str) -> None:
+    if token in state:
+        raise UsageError(
+            f"checkpoint: a distilled DeiT (key {token!r}) has two heads, which "
+            "fastvit.ViT does not hold"
+        )
 
 
 def _read_dinov2(state: State, outside: State, config: Config) -> Reading:
@@ -148,6 +152,9 @@ _L = r"(?:encoder\.)?(?:model\.)?layers?\.(\d+)\."
 
 def _read_hf_vit(state: State, outside: State, config: Config) -> Reading:
     """transformers' ViT, Dinov2 and Dinov2WithRegisters, under their old and their new keys."""
+    _refuse_distilled(state, "embeddings.distillation_token")
+    for owner in ("encoder", "backbone_config", "vision_config"):  # where it is one of two models
+        config = config[owner] if isinstance(config.get(owner), Mapping) else config
     dinov2 = any(k.endswith("layer_scale1.lambda1") for k in state)
     registers = "embeddings.register_tokens" in state
     rules = [
@@ -413,7 +420,7 @@ _FAMILIES: list[tuple[str, Callable[[State], bool], Reader]] = [
 def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
     """Any checkpoint's tensors in our names. Raises UsageError for what no dialect explains."""
     state, within = unwrap(state)
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {_WRAPPERS.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
     for anchor, holds, reader in _FAMILIES:
         found = [k for k in tensors if k == anchor or k.endswith("." + anchor)]
         prefixes = sorted((k.removesuffix(anchor) for k in found), key=len)
@@ -422,20 +429,27 @@ def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
             outside = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
             if holds(inside):
                 reading = reader(inside, outside, config or {})
-                if within not in (None, "state_dict", "model"):
+                if within not in (None, "state_dict", "model", "module"):
                     reading.notes.append(f"its weights under {within!r} were taken")
                 return reading
     some = ", ".join(list(tensors)[:5]) or "no tensors at all"
+    if state and not tensors:
+        some += f", only entries such as {', '.join(map(repr, list(state)[:5]))}; pass the state "
+        some += "dict if it is one of them"
     raise UsageError(
         "checkpoint: unknown dialect; expected a ViT of timm, transformers, torchvision, DINOv2, "
         f"DINOv3, OpenAI or open_clip, or a JAX npz. Its keys begin: {some}"
     )
 
 
+# What torch.compile, activation checkpointing and FSDP put into the names of what they wrap.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
 def unwrap(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     """The state dict inside a training checkpoint's own dict, averaged weights before others, and
     the key that it lay under, or None."""
-    for name in ("state_dict_ema", "model_ema", "teacher", "state_dict", "model"):
+    for name in ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "module"):
         inner = state.get(name)
         if isinstance(inner, Mapping) and inner:
             return unwrap(inner)[0], name
@@ -474,13 +488,22 @@ def _finish(
 
 
 def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
-    """What a transformers config says that shapes do not."""
-    known: dict[str, Any] = {"norm_eps": float(config.get("layer_norm_eps", default_eps))}
-    if "num_attention_heads" in config:
-        known["heads"] = config["num_attention_heads"]
-    if "image_size" in config:
-        size = config["image_size"]
-        known["image_size"] = size if isinstance(size, int) else tuple(size)
+    """What a transformers config says; shapes are held to it."""
+    known: dict[str, Any] = {}
+    for ours, theirs, kind in (
+        ("norm_eps", "layer_norm_eps", (float, int)),
+        ("heads", "num_attention_heads", int),
+        ("depth", "num_hidden_layers", int),
+        ("dim", "hidden_size", int),
+        ("image_size", "image_size", (int, list, tuple)),
+    ):
+        value = config.get(theirs)
+        if value is None:
+            continue
+        if not isinstance(value, kind) or (isinstance(value, (list, tuple)) and len(value) != 2):
+            raise UsageError(f"checkpoint: its config says {theirs} {value!r}")
+        known[ours] = tuple(value) if isinstance(value, list) else value
+    known["norm_eps"] = float(known.get("norm_eps", default_eps))
     activation = config.get("hidden_act")
     if activation is not None:
         names = {"gelu": "gelu", "quick_gelu": "quick_gelu"}

@@ -41,6 +41,8 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
     `from_pretrained(PATH)`. "hf" is ViT, Dinov2, Dinov2WithRegisters, DINOv3ViT, SiglipVision or
     CLIPVision, whichever holds this model. Raises UsageError where the dialect holds none like it.
     """
+    if not isinstance(model, ViT):
+        raise TypeError(f"model must be a fastvit.ViT, got {type(model).__name__}")
     if dialect not in DIALECTS:
         raise UsageError(f"dialect must be one of {DIALECTS}, got {dialect!r}")
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}

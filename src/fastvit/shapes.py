@@ -14,10 +14,7 @@ State = Mapping[str, Tensor]
 
 def infer(state: State, known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Arguments for `ViT(**...)` and what had to be guessed. known: what the config settles; what
-    shapes show stands above it."""
-    for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight"):
-        if name not in state:
-            raise UsageError(f"checkpoint: it lacks {name}")
+    shapes show stands above it, but a config of other layers or another width is an error."""
     kernel, qkv = state["patch_embed.proj.weight"], state["blocks.0.attn.qkv.weight"]
     dim, channels, *patch = kernel.shape
     mlp_dim = state["blocks.0.mlp.fc2.weight"].shape[1]
@@ -41,6 +38,11 @@ def infer(state: State, known: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         "fc_norm": "fc_norm.weight" in state,
         "num_classes": 0,
     }
+    for name in ("dim", "depth"):
+        if known.get(name, shown[name]) != shown[name]:
+            raise UsageError(
+                f"checkpoint: its config says {name} {known[name]}, its tensors {shown[name]}"
+            )
     if ("blocks.0.ls1.gamma" in state) != (known.get("layer_scale") is not None):
         shown["layer_scale"] = 1e-5 if "blocks.0.ls1.gamma" in state else None
     for name in ("head.weight", "head.2.weight"):
@@ -53,6 +55,28 @@ def infer(state: State, known: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     _heads(shown, state, known, qkv.shape[0] // 3, notes)
     _image(shown, state, known, notes)
     return {**known, **shown}, notes
+
+
+_RANKS = {
+    "patch_embed.proj.weight": 4,
+    "blocks.0.attn.qkv.weight": 2,
+    "blocks.0.mlp.fc2.weight": 2,
+    "pos_embed": 3,
+    "cls_token": 3,
+    "reg_token": 3,
+}
+
+
+def check_ranks(state: State) -> None:
+    """Raise where a tensor whose shape tells the architecture is not there or has another rank."""
+    for name, rank in _RANKS.items():
+        if name not in state:
+            if rank != 3:
+                raise UsageError(f"checkpoint: it lacks {name}")
+        elif state[name].ndim != rank:
+            raise UsageError(
+                f"checkpoint: {name} is {tuple(state[name].shape)}, expected {rank} dimensions"
+            )
 
 
 def _mlp(state: State) -> str:
@@ -141,7 +165,7 @@ def _image(shown: dict[str, Any], state: State, known: Mapping[str, Any], notes:
                 shown["crop_remainder"] = True
             return
     for patches, alone in covers.items():
-        side = math.isqrt(patches)
+        side = math.isqrt(max(patches, 0))
         if side * side == patches and side:
             shown["no_embed_class"] = alone
             shown["image_size"] = side * p_h if p_h == p_w else (side * p_h, side * p_w)
