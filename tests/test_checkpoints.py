@@ -216,6 +216,7 @@ def test_missing_unexpected_and_misshapen_keys_are_one_error() -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), "nothing may be written when something is wrong"
     report = model.load_weights(plain(), strict=False)
+    assert not any("guessed" in note for note in report.notes), "the model's own heads stand"
     assert any(key.startswith("blocks.1.") for key in report.dropped)
     wider = fastvit.ViT(**{**OURS, "mlp_dim": 64}, num_classes=3)
     with pytest.raises(UsageError, match=r"fc1\.bias is \(128,\), expected \(64,\)"):
@@ -301,6 +302,10 @@ def test_our_own_config_at_fault(change: dict, message: str | None, tmp_path: Pa
 
 
 def test_models_that_are_not_ours() -> None:
+    with torch.device("meta"):
+        empty = fastvit.ViT(**OURS, num_classes=3)
+    with pytest.raises(ValueError, match=r"on the meta device; call model\.to_empty"):
+        empty.load_weights(plain())
     other: Any = torch.nn.Linear(2, 2)
     for call in (fastvit.load_weights, fastvit.export_checkpoint):
         with pytest.raises(TypeError, match=r"model must be a fastvit\.ViT, got Linear"):

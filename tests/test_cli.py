@@ -254,3 +254,15 @@ def test_what_ends_a_command_from_outside_is_one_line(monkeypatch, capsys, error
     monkeypatch.setattr(cli, "load_data", stop)
     assert main(DIGITS) == status
     assert said in capsys.readouterr().err
+
+
+def test_a_model_without_cls_says_whose_attention_it_draws(monkeypatch):
+    from fastvit import plots
+
+    seen = []
+    monkeypatch.setattr(plots, "plot_attention", lambda *args: seen.append((args[4], args[2])))
+    preset = ["--model", "vit_base_patch16_siglip_224", "--image-size", "8", "--patch-size", "4"]
+    assert main([*DIGITS, *preset, "--epochs", "1"]) == 0
+    ((title, maps),) = seen
+    assert title.startswith("Where patches look") and "<cls> looks" not in title
+    assert torch.allclose(maps.sum((1, 2)), torch.ones(len(maps)), atol=1e-5)

@@ -3,11 +3,13 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
 import fastvit
 from fastvit.errors import UsageError
+from fastvit.pos_embed import Resample
 from fastvit.saving import load_checkpoint, replacing, save_checkpoint
 
 
@@ -112,3 +114,18 @@ def test_shared_parameters(tmp_path):
     path = save_checkpoint(tmp_path / "m.safetensors", model.eval())
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(load_checkpoint(path)[0](images), model(images))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(drop_path=np.float32(0.1), norm_eps=np.float32(1e-5)),
+        dict(resample=Resample(mode="bilinear"), dynamic_img_size=True),
+    ],
+    ids=["numpy", "resample"],
+)
+def test_arguments_that_json_has_no_word_for(tmp_path, options):
+    model = tiny(**options).eval()
+    images = torch.randn(2, *model.default_cfg["input_size"])
+    loaded, _ = load_checkpoint(save_checkpoint(tmp_path / "m.safetensors", model))
+    assert torch.equal(loaded(images), model(images))

@@ -108,8 +108,10 @@ def load_weights(
     """
     if not isinstance(model, ViT):
         raise TypeError(f"model must be a fastvit.ViT, got {type(model).__name__}")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model is on the meta device; call model.to_empty(device=...) first")
     read_from = read_source(source)
-    reading, arguments = interpret(read_from, {})
+    reading, arguments = interpret(read_from, {"heads": model.config["heads"]})
     may_lack = {k for k in model.state_dict() if k.startswith("head.") or not strict}
     for name in COMPUTED:
         theirs, mine = reading.known.get(name, model.config[name]), model.config[name]

@@ -192,8 +192,10 @@ def _plot_attention(run: Run, path: Path, count: int = 12) -> None:
     model, classes = run.model.eval(), run.data.classes
     probabilities, predicted = run.logits(images).softmax(-1).max(-1)
     x = run.normalised(images.to(run.device).float() / 255)
+    whose = "<cls> looks" if model.has_class_token else "patches look"
     with run.autocast():
-        maps = model.attention_maps(x)[:, 0].mean(1)[:, 0]
+        rows = "cls" if model.has_class_token else "all"
+        maps = model.attention_maps(x, rows=rows)[:, 0].mean((1, 2))
     maps = maps[:, model.num_prefix_tokens :].unflatten(1, model.patch_embed.grid_size)
     captions = [
         (classes[true], classes[guess], p)
@@ -201,7 +203,7 @@ def _plot_attention(run: Run, path: Path, count: int = 12) -> None:
             labels.tolist(), predicted.tolist(), probabilities.tolist(), strict=True
         )
     ]
-    title = "Where <cls> looks (last layer, mean of its heads), and the predicted class"
+    title = f"Where {whose} (last layer, mean of its heads), and the predicted class"
     plot_attention(path, images.cpu(), maps.float().cpu(), captions, title)
 
 

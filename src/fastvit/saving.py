@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 
 from fastvit.errors import UsageError
 from fastvit.model import ViT
+from fastvit.pos_embed import Resample
 
 FORMAT = "fastvit"
 VERSION = 1
@@ -68,12 +69,17 @@ def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
     # Clones, since safetensors refuses parameters that two modules share.
     weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     config = {"format": FORMAT, "version": VERSION, "model": model.config, **details}
-    text = json.dumps(config, indent=2) + "\n"
+    text = json.dumps(config, indent=2, default=_plain) + "\n"
     with replacing(path) as temporary:
         temporary.write_bytes(save(weights, metadata={"format": "pt"}))
     with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(text)
     return path
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for, of what `fastvit.ViT` takes: a `Resample`, numbers of numpy."""
+    return vars(value) if isinstance(value, Resample) else value.item()
 
 
 def load_checkpoint(path: Path | str) -> tuple[ViT, dict[str, Any]]:
