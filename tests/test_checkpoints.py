@@ -335,6 +335,13 @@ def test_files_at_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             cut.write_bytes(Path(name).read_bytes()[:size])
             with pytest.raises(UsageError, match=rf"{cut} is truncated or not .*; {size:,} bytes"):
                 fastvit.load_checkpoint(cut)
+    Path("broken.pth").write_bytes(b"\x80\x02}q\x00(Q.")  # a reference from an empty stack
+    with pytest.raises(UsageError, match=r"broken\.pth is truncated or not a file of torch\.save"):
+        fastvit.load_checkpoint("broken.pth")
+    wide = Path("good.npz").read_bytes().replace(b"PK\x01\x02-\x03-", b"PK\x01\x02-\x03\xff")
+    Path("wide.npz").write_bytes(wide)
+    with pytest.raises(UsageError, match=r"wide\.npz is truncated or not a \.npz file"):
+        fastvit.load_checkpoint("wide.npz")
     torch.save({**state, "evil": Evil()}, "evil.pth")
     with pytest.raises(UsageError, match="holds more than tensors"):
         fastvit.load_checkpoint("evil.pth")

@@ -159,10 +159,12 @@ def test_both_forms_of_rope_against_timms_eva() -> None:
         theirs: Any = liven(eva(**args))
         base = "vit_small_patch16_dinov3_qkvb" if name == "dinov3" else "eva02_small_patch14_224"
         # Each word that the preset says otherwise than Eva's constructor does.
-        said: dict[str, Any] = {"use_abs_pos_emb": True, "num_reg_tokens": 0, "init_values": None}
-        said.update(swiglu_mlp=False, ref_feat_shape=None, qkv_bias=True, norm_layer=None)
+        said: dict[str, Any] = {"use_abs_pos_emb": True, "num_reg_tokens": 0, "qkv_bias": True}
+        said.update(swiglu_mlp=False, use_fc_norm=True)
         said["norm_layer"] = functools.partial(nn.LayerNorm, eps=theirs.blocks[0].norm1.eps)
-        ours: Any = fastvit.create_model(base, **{**said, "use_fc_norm": None, **args}).eval()
+        for word, mine in (("init_values", "layer_scale"), ("ref_feat_shape", "rope_grid")):
+            said.update({} if word in args else {mine: None})  # None in timm's words says nothing
+        ours: Any = fastvit.create_model(base, **{**said, **args}).eval()
         names = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
         state = theirs.state_dict()
         for old, new in names.items():

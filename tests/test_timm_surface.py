@@ -266,6 +266,12 @@ def test_none_asks_for_nothing() -> None:
     [
         (None, {}, TypeError, "name must be a string, got None"),
         ("timm/vit_tiny_patch16_224", {}, ValueError, "vit_tiny_patch16_224.* hub id goes to"),
+        (
+            "vit_tiny_patch16_224",
+            {"mlp_layer": timm.layers.SwiGLUPacked},
+            ValueError,
+            "mlp_layer: timm gates with act_layer, here 'gelu'; fastvit with 'silu'",
+        ),
         ("vit_tiny_patch16_224", {"mlp_ratio": "4"}, ValueError, "mlp_ratio must be a positive"),
         (
             "vit_tiny_patch16_224",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastvit.errors import UsageError
 from fastvit.model import ViT, pair
 from fastvit.pos_embed import HUGGING_FACE, Resample
-from fastvit.saving import replacing, replacing_folder
+from fastvit.saving import json_value, replacing, replacing_folder
 
 State = dict[str, Tensor]
 log = logging.getLogger("fastvit")
@@ -64,7 +64,7 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
         raise UsageError(f"export_checkpoint: {path} is a file; expected a folder or .safetensors")
     files = {
         "model.safetensors": data,
-        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "config.json": (json.dumps(config, indent=2, default=json_value) + "\n").encode(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():

@@ -69,7 +69,7 @@ def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
     # Clones, since safetensors refuses parameters that two modules share.
     weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     config = {"format": FORMAT, "version": VERSION, "model": model.config, **details}
-    text = json.dumps(config, indent=2, default=_plain) + "\n"
+    text = json.dumps(config, indent=2, default=json_value) + "\n"
     with replacing(path) as temporary:
         temporary.write_bytes(save(weights, metadata={"format": "pt"}))
     with replacing(path.with_suffix(".json")) as temporary:
@@ -77,7 +77,7 @@ def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
     return path
 
 
-def _plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """What JSON has no word for, of what `fastvit.ViT` takes: a `Resample`, numbers of numpy."""
     return vars(value) if isinstance(value, Resample) else value.item()
 

@@ -123,6 +123,7 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
     if "proj_bias" in ours:
         ours.setdefault("mlp_bias", ours["proj_bias"])
     _translate_words(ours)
+    _check_gate(ours, kwargs, preset)
     if "proj_drop_rate" in kwargs:
         for mine in ("proj_dropout", "mlp_dropout"):
             _put(ours, "proj_drop_rate", mine, kwargs["proj_drop_rate"])
@@ -156,6 +157,15 @@ def _put(ours: dict[str, Any], theirs: str, name: str, value: Any) -> None:
     if name in ours:
         raise ValueError(f"{theirs} and {name} are the same; give one of them")
     ours[name] = value
+
+
+def _check_gate(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, Any]) -> None:
+    """timm hands its act_layer, GELU unless told otherwise, to a gated mlp_layer too."""
+    gated = ours.get("mlp", preset.get("mlp", "mlp")) != "mlp"
+    told = "act_layer" in kwargs or ("mlp_layer" in kwargs and preset.get("mlp", "mlp") == "mlp")
+    act = _name_of(kwargs.get("act_layer", "gelu"))
+    if gated and told and _ACTIVATIONS.get(act) != "silu":
+        raise ValueError(f"mlp_layer: timm gates with act_layer, here {act!r}; fastvit with 'silu'")
 
 
 def _translate_words(ours: dict[str, Any]) -> None:

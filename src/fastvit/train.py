@@ -6,7 +6,6 @@ disk, so that a killed run resumes to exactly the result of an uninterrupted one
 
 import dataclasses
 import math
-import pickle
 import sys
 import time
 import warnings
@@ -332,7 +331,7 @@ def load_state(folder: Path) -> tuple[Settings, dict[str, Any]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return Settings(**state["settings"]), state
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler of a damaged file raises anything
         raise UsageError(f"--resume: {path} is damaged or not a run's state: {error}") from error
 
 
