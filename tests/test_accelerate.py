@@ -441,6 +441,23 @@ def test_other_hooks_and_replacements_are_honoured():
     close({"y": model(x)}, {"y": changed})
 
 
+@pytest.mark.parametrize("name", MAIN)
+def test_global_hooks_fire_as_often_as_before(name):
+    """What counts FLOPs or traces modules hooks them all at once."""
+    model, x = make(name), images()
+    fired: list[nn.Module] = []
+
+    def run() -> list[nn.Module]:
+        fired.clear()
+        with nn.modules.module.register_module_forward_hook(lambda m, a, o: fired.append(m)):
+            model(x)
+        return list(fired)
+
+    before = run()
+    fastvit.accelerate(model)
+    assert run() == before
+
+
 def test_timm_masks_and_other_sizes():
     model, x = make(timm_vit(dynamic_img_size=True)), images()
     wide = torch.randn(2, 3, 48, 24)

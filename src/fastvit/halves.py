@@ -240,9 +240,7 @@ def _joined(linears: tuple[Peer, ...]) -> tuple[Tensor, Tensor | None]:
 
 
 def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) -> str | None:
-    if _has_any_global_hook():
-        return "a global module hook is registered"
-    reason = why_not_module("norm", half.norm, *ops.NORMS)
+    reason = why_not_skip() or why_not_module("norm", half.norm, *ops.NORMS)
     if reason is None and len(half.norm.normalized_shape) != 1:
         reason = f"norm is over {half.norm.normalized_shape}"
     if reason is None and half.norm.eps is None:
@@ -256,6 +254,11 @@ def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) ->
         if reason is None and "dropout" in kinds and module is not None and module.p:
             reason = f"dropout {module.p} in training" if is_on(module, training) else None
     return reason
+
+
+def why_not_skip() -> str | None:
+    """Why no module at all can be skipped, or None: a hook that is to fire for every one."""
+    return "a global module hook is registered" if _has_any_global_hook() else None
 
 
 def is_on(dropout: nn.Module, training: bool | None) -> bool:

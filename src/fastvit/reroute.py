@@ -24,6 +24,7 @@ from fastvit.halves import (
     wants_attentions,
     why_not_kind,
     why_not_module,
+    why_not_skip,
 )
 
 # Softmax attention under other names: without a mask they all compute what ops.attention does.
@@ -343,7 +344,8 @@ def _vp_attention_reason(a: Any, training: bool | None = None) -> str | None:
     if a.dropout.p and is_on(a.dropout, training):
         return f"attention dropout {a.dropout.p} in training"
     return (
-        why_not_module("attend", a.attend, "softmax")
+        why_not_skip()
+        or why_not_module("attend", a.attend, "softmax")
         or why_not_module("dropout", a.dropout, "dropout")
         or limits.attention(round(a.scale**-2))  # to_qkv may be another's module
     )
@@ -386,7 +388,8 @@ def _vp_stem_reason(stem: Any, training: bool | None = None) -> str | None:
     if len(stem) != 4:
         return f"{len(stem)} layers, not 4"
     return (
-        why_not_module("norm", stem[1], "layernorm")
+        why_not_skip()
+        or why_not_module("norm", stem[1], "layernorm")
         or why_not_module("projection", stem[2], "linear")
         or limits.linear(stem[2].in_features, stem[2].out_features)
     )
