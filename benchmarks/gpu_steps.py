@@ -18,6 +18,7 @@ import torch
 from benchmarks import (
     bench_attention,
     bench_block,
+    bench_gemm,
     bench_layernorm_linear,
     bench_layernorm_mlp,
     bench_linear_residual,
@@ -160,7 +161,7 @@ def _ops(device: torch.device) -> tuple[list[Step], list[Step]]:
     """(the first shape of every op, all other shapes)."""
     first: list[Step] = []
     later: list[Step] = []
-    for module in OPS:
+    for module in (*OPS, bench_gemm):
         for i, case in enumerate(module.cases(device)):
             (first if i < 2 else later).append(_op("ops", case))
     return first, later

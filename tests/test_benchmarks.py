@@ -14,6 +14,7 @@ import torch
 import fastvit
 from benchmarks import (
     bench_attention,
+    bench_gemm,
     bench_linear_residual,
     gpu_steps,
     harness,
@@ -128,9 +129,20 @@ def test_model_flops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode(), torch.no_grad(), fastvit.use_backend("reference"), math:
         model = fastvit.ViT(num_classes=1000, **size.arguments()).requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, size.image, size.image))
+            model.forward_head(model.forward_features(torch.empty(1, 3, size.image, size.image)))
     assert counter.get_total_flops() == pytest.approx(size.flops, rel=1e-3)
     assert sum(p.numel() for p in model.parameters()) == size.parameters
+
+
+@pytest.mark.parametrize("product", bench_gemm.PRODUCTS)
+def test_bare_products_agree(product: str) -> None:
+    case = bench_gemm.case(CPU, "odd", 197, 64, 40, torch.float32, product)
+    args = case.inputs(CPU, torch.float32)
+    provider = Provider("fastvit", bench_gemm.ours(product))
+    truth, eager = harness._oracle(case, args)
+    assert harness.check_provider(case, provider, args, eager, truth) == {}
+    wrong = Provider("wrong", lambda a, b: 1.01 * bench_gemm.PRODUCTS[product](a, b))
+    assert harness.check_provider(case, wrong, args, eager, truth)["status"] == "failed parity"
 
 
 @MODELS

@@ -178,10 +178,13 @@ class Attention(nn.Module):
         layer_scale: Tensor | None = None,
         path_scale: Tensor | None = None,
         rope: Tables | None = None,
+        rows: int | None = None,
     ) -> Tensor:
         dropout, proj_dropout = (self.dropout, self.proj_dropout) if self.training else (0.0, 0.0)
         qkv, x = self.project(x, norm)
         o = ops.attention_qkv(qkv, dropout=dropout, **self.qk_options(rope))
+        if rows is not None:
+            o, x = o[:, :rows], x[:, :rows]
         return ops.linear_residual(
             o.flatten(2), self.proj.weight, self.proj.bias, x, layer_scale, path_scale, proj_dropout
         )

@@ -34,7 +34,7 @@ HEAD_ACTIVATIONS = {"gelu": nn.GELU, "tanh": nn.Tanh}
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block. x: (B, N, C) -> (B, N, C)."""
+    """A pre-norm encoder block. x: (B, N, C) -> (B, N, C), or its first `rows` vectors alone."""
 
     def __init__(
         self,
@@ -75,9 +75,9 @@ class Block(nn.Module):
             self.mlp = SwiGlu(dim, mlp_dim, mlp_dropout, mlp_bias, packed=mlp == "swiglu_packed")
         self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, rope: Tables | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tables | None = None, rows: int | None = None) -> Tensor:
         gamma1, gamma2 = (None if ls is None else ls.gamma for ls in (self.ls1, self.ls2))
-        x = self.attn(x, self.norm1, gamma1, self.path_scale(x), rope)
+        x = self.attn(x, self.norm1, gamma1, self.path_scale(x), rope, rows)
         return self.mlp(x, self.norm2, gamma2, self.path_scale(x))
 
     def path_scale(self, x: Tensor) -> Tensor | None:
@@ -293,10 +293,26 @@ class ViT(VitPytorchNames, nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, channels, H, W) -> logits (B, num_classes); (B, N, .) with pool "none"."""
-        x = self.encode(images)
-        if self.pool == "cls":
-            x = x[:, :1]  # the final norm acts on each vector alone, so only <cls> needs it
-        return self.forward_head(self.norm(x))
+        if self._reads_cls_alone():
+            return self.forward_head(self.norm(self.encode(images, rows=1)))
+        return self.forward_head(self.forward_features(images))
+
+    def _reads_cls_alone(self) -> bool:
+        """Whether of the last block only the first vector is ever read, so that its output
+        projection and MLP, and the final norm, need not see the others: about a sixteenth of ViT-B.
+        Hooks, and modules and methods that are not ours, are given all vectors; dropout draws its
+        mask for all, so that a seed means what it means in timm.
+        """
+        if self.pool != "cls" or type(self).forward_features is not ViT.forward_features:
+            return False
+        last = self.blocks[-1]
+        if not (type(last) is Block and type(last.attn) is Attention):
+            return False
+        if type(last.mlp) not in (Mlp, SwiGlu):
+            return False
+        if self.training and (last.attn.proj_dropout or last.mlp.dropout):
+            return False
+        return not any(_is_hooked(m) for m in (*last.modules(), self.norm))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All vectors after the final norm: (B, channels, H, W) -> (B, N, dim), N = prefix + m."""
@@ -360,17 +376,18 @@ class ViT(VitPytorchNames, nn.Module):
             tables = (tables[0][index], tables[1][index])
         return torch.cat([prefix, patches], dim=1), tables
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Stem and body, before the final norm. (B, channels, H, W) -> (B, N, dim)."""
+    def encode(self, images: Tensor, rows: int | None = None) -> Tensor:
+        """Stem and body, before the final norm. (B, channels, H, W) -> (B, N or rows, dim)."""
         x, rope = self.embed(images)
-        for block in self.blocks:
+        *others, last = self.blocks
+        for block in others:
             x = self._run(block, x, rope)
-        return x
+        return self._run(last, x, rope, *(() if rows is None else (rows,)))
 
-    def _run(self, block: nn.Module, x: Tensor, rope: Tables | None) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, *options: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, rope, use_reentrant=False)
-        return block(x, rope)
+            return checkpoint(block, x, *options, use_reentrant=False)
+        return block(x, *options)
 
     def forward_intermediates(
         self,
@@ -585,6 +602,11 @@ class ViT(VitPytorchNames, nn.Module):
 
 
 TIMM_POOLS = {"token": "cls", "avg": "mean", "": "none"}
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any((*hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _init_linear(module: nn.Linear) -> None:

@@ -1,0 +1,74 @@
+"""The bare products of a ViT's projections against cuBLAS: y = x W^T, dx = dy W, dW = dy^T x.
+
+What the fused ops save is not in here: this is the rate of the kernels' inner loops alone, with the
+sum of dW's slabs. x: (M, K); W: (N, K); dy: (M, N).
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import front_door, peers, workloads
+from benchmarks.harness import Case, Provider, Work
+
+TOKENS = 197
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "x W^T": lambda x, weight: torch.mm(x, weight.t()),
+    "dy W": lambda dy, weight: torch.mm(dy, weight),
+    "dy^T x": lambda dy, x: torch.mm(dy.t(), x),
+}
+
+
+def cases(device: torch.device) -> list[Case]:
+    dtype, cuda = workloads.op_dtype(device), device.type == "cuda"
+    layers = (("fc1", 4, 1), ("qkv", 3, 1), ("proj", 1, 1), ("fc2", 1, 4))
+    return [
+        case(device, f"{name} {layer}", b * TOKENS, outs * c, ins * c, dtype, product)
+        for name, b, c in workloads.row_shapes(device)
+        if name in ("B", "L") or not cuda
+        for layer, outs, ins in (layers if cuda else layers[:1])
+        for product in PRODUCTS
+    ]
+
+
+def case(
+    device: torch.device, name: str, M: int, N: int, K: int, dtype: torch.dtype, product: str
+) -> Case:
+    def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x, weight, dy = (torch.randn(s, device=device) for s in ((M, K), (N, K), (M, N)))
+        weight *= K**-0.5
+        pair = {"x W^T": (x, weight), "dy W": (dy, weight), "dy^T x": (dy, x)}[product]
+        return pair[0].to(dtype), pair[1].to(dtype)
+
+    work = Work(2 * M * N * K, (M * K + N * K + M * N) * dtype.itemsize)
+    providers = [
+        peers.entry("fastvit", peers.missing(device=device), lambda: ours(product)),
+        Provider("cuBLAS" if device.type == "cuda" else "torch.mm", PRODUCTS[product]),
+    ]
+    shape = f"{name} M{M} {product}"
+    return Case("gemm", shape, dtype, inputs, PRODUCTS[product], providers, work)
+
+
+def ours(product: str) -> Callable[[Tensor, Tensor], Tensor]:
+    from fastvit_kernels import gemm, gemm_dw
+
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return gemm.gemm(x, weight.t(), x.new_empty(len(x), len(weight)))
+
+    def dx(dy: Tensor, weight: Tensor) -> Tensor:
+        return gemm.gemm(dy, weight, dy.new_empty(len(dy), weight.shape[1]))
+
+    def dw(dy: Tensor, x: Tensor) -> Tensor:
+        like = dy.new_empty(dy.shape[1], x.shape[1])
+        (found, *_) = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(dy, x), like, None)
+        assert found is not None
+        return found
+
+    return {"x W^T": forward, "dy W": dx, "dy^T x": dw}[product]
+
+
+@pytest.mark.parametrize(("case", "provider"), front_door.parameters(cases))
+def bench_gemm(benchmark, case: Case, provider: str) -> None:
+    front_door.replay(benchmark, case, provider)
