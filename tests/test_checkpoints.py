@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -322,6 +323,13 @@ class Evil:
         return (os.system, ("touch owned",))
 
 
+class EvilScalar:
+    """A scalar of numpy's that is a pickle itself."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (np.float64(0).__reduce__()[0], (np.dtype(object), pickle.dumps(Evil())))
+
+
 def test_files_at_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     state = plain()
@@ -349,6 +357,9 @@ def test_files_at_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     np.savez("evil.npz", **evil)
     with pytest.raises(UsageError, match=r"evil\.npz is truncated or not a \.npz file"):
         fastvit.load_checkpoint("evil.npz")
+    torch.save({**state, "evil": EvilScalar()}, "scalar.pth")
+    with pytest.raises(UsageError, match="holds more than tensors"):
+        fastvit.load_checkpoint("scalar.pth")
     assert not Path("owned").exists()
     np.save("array.npy", np.zeros(3))
     Path("array.npy").rename("array.npz")

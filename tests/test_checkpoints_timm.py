@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peers import Truth, check, liven, truth
@@ -102,6 +103,7 @@ def test_the_architecture_comes_from_the_shapes(tmp_path: Path) -> None:
             "state_dict_ema": {f"module.{k}": v for k, v in state.items()},
             "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
             "args": argparse.Namespace(lr=0.1),
+            "best": {"accuracy": np.float64(0.8), "epoch": np.int64(3)},
         }
         torch.save(trained, tmp_path / "trained.pth.tar")
         for file in ("bare.pth", "bare.safetensors", "trained.pth.tar"):

@@ -91,17 +91,21 @@ def read_file(path: Path) -> Mapping[str, Any]:
     return _read_torch(path, size)
 
 
+# Training scripts keep their arguments and an accuracy beside the weights: a plain container, and a
+# number of numpy's, whose function has two names (numpy 2 and before) and whose dtype has a class.
+_PLAIN: list[Any] = [argparse.Namespace, np.dtype]
+_scalar = np.float64(0).__reduce__()[0]
+_PLAIN += [(_scalar, f"numpy.{module}.multiarray.scalar") for module in ("_core", "core")]
+_PLAIN += [type(np.dtype(kind)) for kind in "?bhilBHILefd"]
+
+
 def _read_torch(path: Path, size: str) -> Mapping[str, Any]:
     try:
-        # Training scripts keep their arguments beside the weights: a plain container of them.
-        with (
-            torch.serialization.safe_globals([argparse.Namespace]),
-            warnings.catch_warnings(),
-        ):
+        with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about TorchScript, which is refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        said = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
+        said = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))
         reason = said[1].strip() if said else str(error).splitlines()[0]
         raise UsageError(
             f"checkpoint: {path} holds more than tensors, or is damaged, and fastvit unpickles "
