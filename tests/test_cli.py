@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -266,3 +267,15 @@ def test_a_model_without_cls_says_whose_attention_it_draws(monkeypatch):
     ((title, maps),) = seen
     assert title.startswith("Where patches look") and "<cls> looks" not in title
     assert torch.allclose(maps.sum((1, 2)), torch.ones(len(maps)), atol=1e-5)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_of_a_file(capsys, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # as a disk with no more room
+    try:
+        assert main([*DIGITS, "--out", "run"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fastvit train: error: cannot write run/state.pt: ")
+    assert os.listdir(tmp_path / "run") == []

@@ -296,7 +296,10 @@ class Run:
             "seconds": self.seconds,
         }
         with replacing(path) as temporary:
-            torch.save(state, temporary)
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # a full disk, in PyTorch's words
+                raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
     def resume(self, state: dict[str, Any]) -> None:
         """Take up a state of `load_state`; the data must be what it was."""
