@@ -13,7 +13,7 @@ from fastvit.layers import (
     NORMS,
     Attention,
     AttentionPool,
-    LayerScale,
+    Block,
     Mlp,
     PatchEmbed,
     SwiGlu,
@@ -23,6 +23,8 @@ from fastvit.layers import (
     check_sizes,
     make_norm,
     pair,
+    runs,
+    watched,
 )
 from fastvit.pos_embed import Grid, Resample, resample_positions
 from fastvit.rope import Rope
@@ -31,62 +33,6 @@ from fastvit.vit_pytorch import VitPytorchNames
 POOLS = ("cls", "mean", "max", "avgmax", "cls_mean", "map", "none")
 POS_EMBEDS = ("learned", "none")
 HEAD_ACTIVATIONS = {"gelu": nn.GELU, "tanh": nn.Tanh}
-
-
-class Block(nn.Module):
-    """A pre-norm encoder block. x: (B, N, C) -> (B, N, C)."""
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        dim_head: int,
-        mlp_dim: int,
-        qkv_bias: bool | str = True,
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        norm_eps: float = 1e-6,
-        *,
-        proj_dropout: float | None = None,
-        mlp_dropout: float | None = None,
-        proj_bias: bool = True,
-        mlp_bias: bool = True,
-        qk_norm: bool = False,
-        norm: str = "layernorm",
-        mlp: str = "mlp",
-        activation: str = "gelu",
-    ) -> None:
-        super().__init__()
-        self.drop_path = drop_path
-        proj_dropout, mlp_dropout = (
-            dropout if rate is None else rate for rate in (proj_dropout, mlp_dropout)
-        )
-        self.norm1 = make_norm(norm, dim, norm_eps)
-        head_norm = make_norm(norm, dim_head, norm_eps) if qk_norm else None
-        self.attn = Attention(
-            dim, heads, dim_head, qkv_bias, dropout, proj_dropout, proj_bias, head_norm
-        )
-        self.ls1 = None if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = make_norm(norm, dim, norm_eps)
-        if mlp == "mlp":
-            self.mlp = Mlp(dim, mlp_dim, mlp_dropout, mlp_bias, activation)
-        else:
-            self.mlp = SwiGlu(dim, mlp_dim, mlp_dropout, mlp_bias, packed=mlp == "swiglu_packed")
-        self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
-
-    def forward(self, x: Tensor, rope: Tables | None = None) -> Tensor:
-        gamma1, gamma2 = (None if ls is None else ls.gamma for ls in (self.ls1, self.ls2))
-        x = self.attn(x, self.norm1, gamma1, self.path_scale(x), rope)
-        return self.mlp(x, self.norm2, gamma2, self.path_scale(x))
-
-    def path_scale(self, x: Tensor) -> Tensor | None:
-        """Drop path's factor per sample: 0 with probability drop_path, else 1 / keep. (B,)."""
-        if not self.training or not self.drop_path:
-            return None
-        keep = 1.0 - self.drop_path
-        scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        return scale.bernoulli_(keep).div_(keep)
 
 
 class ViT(VitPytorchNames, nn.Module):
@@ -292,11 +238,33 @@ class ViT(VitPytorchNames, nn.Module):
             nn.init.trunc_normal_(self.attn_pool.latent, std=self.embed_dim**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, channels, H, W) -> logits (B, num_classes); (B, N, .) with pool "none"."""
-        x = self.encode(images)
-        if self.pool == "cls":
-            x = x[:, :1]  # the final norm acts on each vector alone, so only <cls> needs it
-        return self.forward_head(self.norm(x))
+        """images: (B, channels, H, W) -> logits (B, num_classes); (B, N, .) with pool "none".
+
+        Where <cls> alone is read, the last projection and MLP, and the final norm, run on it alone.
+        """
+        if self._cls_alone():
+            return self.forward_head(self.norm(self.encode(images, keep=1)))
+        return self.forward_head(self.forward_features(images))
+
+    def _cls_alone(self) -> bool:
+        """Whether the vectors behind <cls> may end at the last attention, for nobody sees them.
+
+        What comes after acts on each vector alone, so logits and gradients are the same without.
+        """
+        block: Any = self.blocks[-1] if len(self.blocks) else self.blocks
+        methods = ("forward_features", "forward_head", "pooled", "encode", "_run")
+        # Methods and modules that are not ours may read any vector, and so may hooks. And from one
+        # seed dropout drops what timm's does, which takes a draw for every vector.
+        return (
+            self.pool == "cls"
+            and runs(self, (ViT,), *methods)
+            and runs(block, (Block,), "forward")
+            and runs(block.attn, (Attention,), "forward")
+            and runs(block.mlp, (Mlp, SwiGlu), "forward")
+            and runs(self.norm, (nn.LayerNorm, nn.RMSNorm, nn.Identity), "forward")
+            and not (block.training and (block.attn.proj_dropout or block.mlp.dropout))
+            and not watched(block, block.attn, block.mlp, self.norm)
+        )
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All vectors after the final norm: (B, channels, H, W) -> (B, N, dim), N = prefix + m."""
@@ -360,17 +328,24 @@ class ViT(VitPytorchNames, nn.Module):
             tables = (tables[0][index], tables[1][index])
         return torch.cat([prefix, patches], dim=1), tables
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Stem and body, before the final norm. (B, channels, H, W) -> (B, N, dim)."""
+    def encode(self, images: Tensor, keep: int | None = None) -> Tensor:
+        """Stem and body, before the final norm. (B, channels, H, W) -> (B, N, dim).
+
+        keep: the last block gives the first `keep` vectors alone.
+        """
         x, rope = self.embed(images)
-        for block in self.blocks:
-            x = self._run(block, x, rope)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x, rope, keep if i == last else None)
         return x
 
-    def _run(self, block: nn.Module, x: Tensor, rope: Tables | None) -> Tensor:
+    def _run(
+        self, block: nn.Module, x: Tensor, rope: Tables | None, keep: int | None = None
+    ) -> Tensor:
+        args = (x, rope) if keep is None else (x, rope, keep)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, rope, use_reentrant=False)
-        return block(x, rope)
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
     def forward_intermediates(
         self,
