@@ -46,9 +46,6 @@ class Task:
 
     @property
     def work(self) -> Work:
-        """What the model is nominally, the same for all providers: also where one, as ours does,
-        leaves out the vectors that nobody reads behind the last attention.
-        """
         flops = (3 if self.kind == "train" else 1) * self.batch * self.size.flops
         return Work(flops, self.size.bytes(self.kind, self.batch, self.dtype.itemsize))
 

@@ -131,9 +131,8 @@ def ceilings_line(result: dict) -> str:
     rates = ", ".join(f"{k} {number(v / 1e12)} TFLOP/s" for k, v in c["flops"].items())
     return (
         f"Measured in the same run: matrix products {rates}; copy {c['bandwidth'] / 1e9:.0f} GB/s. "
-        "MFU is of that rate; a floor is the longer of FLOPs at that rate and bytes at that speed. "
-        "FLOPs of whole models are nominal, the same for every provider; ours does 2 to 6% fewer: "
-        "only <cls> leaves the last attention."
+        "MFU is of that rate; a floor is the longer of FLOPs at that rate and bytes at that speed; "
+        "a model's FLOPs are those of all its tokens in all its blocks, for every provider."
     )
 
 

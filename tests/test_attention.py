@@ -156,3 +156,10 @@ def test_tails_are_cut_to_size(N: int, arch: int) -> None:
     keys = c["KEYS"] if "KEYS" in c else N // c["BLOCK_N"] * c["BLOCK_N"] + c["TAIL_N"]
     assert rows >= N and keys >= N
     assert 1 - N * N / (rows * keys) < 0.12
+
+
+def test_batch_beyond_a_grid_is_refused_or_served_by_the_reference() -> None:
+    qkv = torch.zeros(65536, 1, 3, 1, 16)
+    with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="batch 65536 is over"):
+        ops.attention_qkv(qkv)
+    assert ops.attention_qkv(qkv).shape == (65536, 1, 1, 16)

@@ -4,13 +4,16 @@ import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM_MIN, HEAD_DIM_MAX = 16, 128
+BATCH_MAX = 65535  # CUDA's limit of a grid's depth
 
 
 def dtype(dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"dtype {dtype} is not float32, float16 or bfloat16"
 
 
-def attention(head_dim: int, scale: float | None = None) -> str | None:
+def attention(head_dim: int, scale: float | None = None, batch: int = 1) -> str | None:
+    if batch > BATCH_MAX:
+        return f"batch {batch} is over {BATCH_MAX}"
     if scale is not None and not 0 < scale < float("inf"):
         return f"scale {scale} is not positive and finite"
     if head_dim % 8 or not HEAD_DIM_MIN <= head_dim <= HEAD_DIM_MAX:

@@ -207,14 +207,14 @@ class Attention(nn.Module):
         layer_scale: Tensor | None = None,
         path_scale: Tensor | None = None,
         rope: Tables | None = None,
-        keep: int | None = None,
+        rows: int | None = None,
     ) -> Tensor:
-        """keep: all vectors are looked at, but the first `keep` alone go on; None: all do."""
+        """rows: all vectors are looked at, but the first `rows` alone go on; None: all do."""
         dropout, proj_dropout = (self.dropout, self.proj_dropout) if self.training else (0.0, 0.0)
         qkv, x = self.project(x, norm)
         o = ops.attention_qkv(qkv, dropout=dropout, **self.qk_options(rope)).flatten(2)
-        if keep is not None:
-            o, x = o[:, :keep], x[:, :keep]
+        if rows is not None:
+            o, x = o[:, :rows], x[:, :rows]
         return ops.linear_residual(
             o, self.proj.weight, self.proj.bias, x, layer_scale, path_scale, proj_dropout
         )
@@ -333,7 +333,7 @@ class SwiGlu(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block. x: (B, N, C) -> (B, N, C), or its first `keep` vectors alone."""
+    """A pre-norm encoder block. x: (B, N, C) -> (B, N, C), or its first `rows` vectors alone."""
 
     def __init__(
         self,
@@ -374,9 +374,9 @@ class Block(nn.Module):
             self.mlp = SwiGlu(dim, mlp_dim, mlp_dropout, mlp_bias, packed=mlp == "swiglu_packed")
         self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, rope: Tables | None = None, keep: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tables | None = None, rows: int | None = None) -> Tensor:
         gamma1, gamma2 = (None if ls is None else ls.gamma for ls in (self.ls1, self.ls2))
-        x = self.attn(x, self.norm1, gamma1, self.path_scale(x), rope, keep)
+        x = self.attn(x, self.norm1, gamma1, self.path_scale(x), rope, rows)
         return self.mlp(x, self.norm2, gamma2, self.path_scale(x))
 
     def path_scale(self, x: Tensor) -> Tensor | None:

@@ -242,11 +242,11 @@ class ViT(VitPytorchNames, nn.Module):
 
         Where <cls> alone is read, the last projection and MLP, and the final norm, run on it alone.
         """
-        if self._cls_alone():
-            return self.forward_head(self.norm(self.encode(images, keep=1)))
+        if self._reads_cls_alone():
+            return self.forward_head(self.norm(self.encode(images, rows=1)))
         return self.forward_head(self.forward_features(images))
 
-    def _cls_alone(self) -> bool:
+    def _reads_cls_alone(self) -> bool:
         """Whether the vectors behind <cls> may end at the last attention, for nobody sees them.
 
         What comes after acts on each vector alone, so logits and gradients are the same without.
@@ -328,21 +328,21 @@ class ViT(VitPytorchNames, nn.Module):
             tables = (tables[0][index], tables[1][index])
         return torch.cat([prefix, patches], dim=1), tables
 
-    def encode(self, images: Tensor, keep: int | None = None) -> Tensor:
+    def encode(self, images: Tensor, rows: int | None = None) -> Tensor:
         """Stem and body, before the final norm. (B, channels, H, W) -> (B, N, dim).
 
-        keep: the last block gives the first `keep` vectors alone.
+        rows: the last block gives the first `rows` vectors alone.
         """
         x, rope = self.embed(images)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = self._run(block, x, rope, keep if i == last else None)
+            x = self._run(block, x, rope, rows if i == last else None)
         return x
 
     def _run(
-        self, block: nn.Module, x: Tensor, rope: Tables | None, keep: int | None = None
+        self, block: nn.Module, x: Tensor, rope: Tables | None, rows: int | None = None
     ) -> Tensor:
-        args = (x, rope) if keep is None else (x, rope, keep)
+        args = (x, rope) if rows is None else (x, rope, rows)
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

@@ -148,7 +148,7 @@ def attention(
     _integers(op, "key_padding", key_padding, q, q.shape[0])
     _rate(op, dropout)
     dtype = _compute_dtype(op, "q", q, k=k, v=v)
-    unsupported = limits.attention(q.shape[-1], scale)
+    unsupported = limits.attention(q.shape[-1], scale, _batch(q))
     if choose_triton(op, q, dtype, unsupported):
         from fastvit_kernels.attention import attention as kernel
 
@@ -185,7 +185,7 @@ def attention_qkv(
     _check_qk(op, qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     dtype = _compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
-    unsupported = limits.attention(qkv.shape[-1], scale)
+    unsupported = limits.attention(qkv.shape[-1], scale, _batch(qkv))
     if choose_triton(op, qkv, dtype, unsupported):
         if norm_kind is not None or cos is not None:
             from fastvit_kernels.attention_qk import attention_qk as kernel
@@ -233,7 +233,7 @@ def attention_packed(
     _shaped(op, "cos", cos, (len(qkv), qkv.shape[-1] // 2))
     dtype = _compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
-    unsupported = limits.attention(qkv.shape[-1], scale)
+    unsupported = limits.attention(qkv.shape[-1], scale, _batch(cu_seqlens))
     if choose_triton(op, qkv, dtype, unsupported):
         if norm_kind is not None or cos is not None:
             from fastvit_kernels.attention_qk import attention_qk
@@ -287,7 +287,7 @@ def attention_lse(
     _shaped(op, "k", k, tuple(q.shape))
     _integers(op, "key_padding", key_padding, q, q.shape[0])
     dtype = _compute_dtype(op, "q", q, k=k)
-    if choose_triton(op, q, dtype, limits.attention(q.shape[-1], scale)):
+    if choose_triton(op, q, dtype, limits.attention(q.shape[-1], scale, _batch(q))):
         from fastvit_kernels.attention import attention_lse as kernel
 
         return kernel(q.to(dtype), k.to(dtype), scale, key_padding)
@@ -465,6 +465,11 @@ def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> to
                 "expected one dtype, or torch.autocast"
             )
     return dtype
+
+
+def _batch(t: Tensor) -> int:
+    """t's batch, for a limit that is not to become a guard of compiled code."""
+    return 1 if torch.compiler.is_compiling() else len(t)
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
