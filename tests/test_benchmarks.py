@@ -119,7 +119,7 @@ def test_saved_for_backward_counts_each_buffer_once() -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_model_flops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the products PyTorch counts in the model itself."""
+    """Against the products PyTorch counts in the model itself, when it runs on all vectors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 

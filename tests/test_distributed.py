@@ -60,6 +60,7 @@ def process(rank: int, port: int, wrapper: str, backend: str, path: str) -> None
 
         for part in (*model.blocks, model):
             fully_shard(part)
+        assert model._reads_cls_alone(), "its hooks read no vector"
     mean = losses(model, backend, rank, WORLD)
     dist.all_reduce(mean)
     if rank == 0:

@@ -1,14 +1,10 @@
 """fastvit.ViT against timm and float64: logits, gradients, training, export, bad input."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from checks import check
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
 from fastvit.model import Block
@@ -232,87 +228,6 @@ def test_drop_path_scales_and_drops_by_sample() -> None:
     assert block.eval().path_scale(torch.zeros(4, 1, 32)) is None
     rates = [b.drop_path for b in tiny(depth=5, drop_path=0.4).blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-
-
-ALONE = {
-    "plain": {},
-    "depth 1": {"depth": 1},
-    "registers, layer scale, drop path": {"registers": 2, "layer_scale": 0.1, "drop_path": 0.3},
-    "rope, qk-norm, rmsnorm, swiglu": {
-        "rope": "dinov3",
-        "qk_norm": True,
-        "norm": "rmsnorm",
-        "mlp": "swiglu",
-    },
-    "norm after pooling": {"fc_norm": True},
-    "small head": {"head_hidden_dim": 8},
-    "no head": {"num_classes": 0},
-}
-
-
-@pytest.mark.parametrize("options", ALONE.values(), ids=ALONE)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_cls_alone_is_what_all_vectors_give(options: dict, checkpointing: bool) -> None:
-    """forward, which follows <cls> alone through the last block, against the whole of it."""
-    model = tiny(**options).double()
-    liven(model)
-    model.set_grad_checkpointing(checkpointing)
-    images = torch.randn(3, 3, 16, 16, dtype=torch.float64, requires_grad=True)
-    leaves = [images, *model.parameters()]
-    found = []
-    for forward in (model, lambda x: model.forward_head(model.forward_features(x))):
-        torch.manual_seed(0)
-        logits = forward(images)
-        found.append([logits, *torch.autograd.grad(logits.square().sum(), leaves)])
-    for alone, whole in zip(*found, strict=True):
-        torch.testing.assert_close(alone, whole, rtol=1e-11, atol=1e-12)
-
-
-def test_cls_alone_saves_the_last_block() -> None:
-    model = tiny()
-
-    def flops(forward: Callable[[Tensor], Tensor]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            forward(torch.randn(1, 3, 16, 16))
-        return counter.get_total_flops()
-
-    saved = flops(lambda x: model.forward_head(model.forward_features(x))) - flops(model)
-    assert saved == 16 * 2 * (32 * 32 + 2 * 32 * 64)  # of 17 vectors: projection and MLP
-
-
-def test_whoever_looks_sees_all_vectors() -> None:
-    images = torch.randn(2, 3, 16, 16)
-
-    def seen(module: nn.Module, model: nn.Module, backward: bool = False) -> tuple[int, ...]:
-        shapes = []
-        if backward:
-            handle = module.register_full_backward_hook(lambda _, __, g: shapes.append(g[0].shape))
-        else:
-            handle = module.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
-        model(images).sum().backward()
-        handle.remove()
-        return tuple(shapes[0])
-
-    model = tiny()
-    last = model.blocks[-1]
-    for module in (last, last.attn, last.mlp, model.norm):
-        assert seen(module, model) == seen(module, model, backward=True) == (2, 17, 32)
-
-    class Sums(fastvit.ViT):
-        def forward_features(self, images: Tensor) -> Tensor:
-            return super().forward_features(images).sum(1, keepdim=True)
-
-    sums = Sums(**TINY)
-    sums.load_state_dict(model.state_dict())
-    whole = model.forward_features(images)
-    torch.testing.assert_close(sums(images), model.forward_head(whole.sum(1, keepdim=True)))
-
-    class Mixing(type(last.mlp)):
-        def forward(self, x: Tensor, *args: Any) -> Tensor:
-            return super().forward(x.cumsum(1).flip(1), *args)
-
-    last.mlp.__class__ = Mixing
-    torch.testing.assert_close(model(images), model.forward_head(model.forward_features(images)))
 
 
 def test_dropout_acts_in_training_alone() -> None:

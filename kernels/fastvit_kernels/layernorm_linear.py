@@ -55,8 +55,8 @@ def norm_gemm(
 
 
 def _fwd_fake(x, norm_weight, norm_bias, weight, bias, eps, rms):
-    stats = x.new_empty(len(x), dtype=torch.float32)
-    return weight.new_empty((len(x), len(weight))), stats, torch.empty_like(stats)
+    stats = x.new_empty(x.shape[0], dtype=torch.float32)
+    return weight.new_empty((x.shape[0], len(weight))), stats, torch.empty_like(stats)
 
 
 def _bwd(

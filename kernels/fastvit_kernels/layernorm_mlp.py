@@ -86,8 +86,8 @@ def _fwd_fake(
     save_u,
     out_dtype,
 ):
-    stats = x.new_empty(len(x), dtype=torch.float32)
-    u = fc1_weight.new_empty((len(x), len(fc1_weight)) if save_u else (0, 0))
+    stats = x.new_empty(x.shape[0], dtype=torch.float32)
+    u = fc1_weight.new_empty((x.shape[0], len(fc1_weight)) if save_u else (0, 0))
     return x.new_empty(x.shape, dtype=out_dtype), u, stats, torch.empty_like(stats)
 
 

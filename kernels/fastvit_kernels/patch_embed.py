@@ -362,7 +362,7 @@ def _fwd(
 def _fwd_fake(images, weight, bias, pos, prefix, out_dtype):
     grid_h, grid_w = _grid_size(images, weight)
     tokens = grid_h * grid_w + (0 if prefix is None else len(prefix))
-    return images.new_empty((len(images), tokens, len(weight)), dtype=out_dtype)
+    return images.new_empty((images.shape[0], tokens, len(weight)), dtype=out_dtype)
 
 
 def _bwd(

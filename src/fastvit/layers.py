@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fastvit import ops
 from fastvit.pos_embed import Grid, Resample, resample_patches
@@ -43,6 +44,34 @@ def check_choice(choices: tuple[Any, ...], **values: Any) -> None:
     for name, value in values.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+# These hooks follow names and parameters, and read no vector: FlopCounterMode's, fully_shard's.
+_BLIND = ("torch.utils.module_tracker", "torch.distributed.fsdp.")
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether a hook on one of the modules, or on all there are, sees what goes in or comes out."""
+    tables = [
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_backward_pre_hooks,
+        torch_module._global_backward_hooks,
+    ]
+    for m in modules:
+        tables += [m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks]
+    hooks = [hook for table in tables if table for hook in table.values()]
+    return not all(str(getattr(hook, "__module__", "")).startswith(_BLIND) for hook in hooks)
+
+
+def runs(module: Any, kinds: tuple[type, ...], *methods: str) -> bool:
+    """Whether module has these methods from one of the kinds: no subclass's, no patched ones."""
+    patched = any(m in vars(module) for m in methods)
+    return not patched and any(
+        isinstance(module, kind)
+        and all(getattr(type(module), m) is getattr(kind, m) for m in methods)
+        for kind in kinds
+    )
 
 
 class LayerNorm(nn.LayerNorm):
@@ -180,13 +209,14 @@ class Attention(nn.Module):
         rope: Tables | None = None,
         rows: int | None = None,
     ) -> Tensor:
+        """rows: all vectors are looked at, but the first `rows` alone go on; None: all do."""
         dropout, proj_dropout = (self.dropout, self.proj_dropout) if self.training else (0.0, 0.0)
         qkv, x = self.project(x, norm)
-        o = ops.attention_qkv(qkv, dropout=dropout, **self.qk_options(rope))
+        o = ops.attention_qkv(qkv, dropout=dropout, **self.qk_options(rope)).flatten(2)
         if rows is not None:
             o, x = o[:, :rows], x[:, :rows]
         return ops.linear_residual(
-            o.flatten(2), self.proj.weight, self.proj.bias, x, layer_scale, path_scale, proj_dropout
+            o, self.proj.weight, self.proj.bias, x, layer_scale, path_scale, proj_dropout
         )
 
     def project(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -302,6 +332,62 @@ class SwiGlu(nn.Module):
         )
 
 
+class Block(nn.Module):
+    """A pre-norm encoder block. x: (B, N, C) -> (B, N, C), or its first `rows` vectors alone."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        mlp_dim: int,
+        qkv_bias: bool | str = True,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-6,
+        *,
+        proj_dropout: float | None = None,
+        mlp_dropout: float | None = None,
+        proj_bias: bool = True,
+        mlp_bias: bool = True,
+        qk_norm: bool = False,
+        norm: str = "layernorm",
+        mlp: str = "mlp",
+        activation: str = "gelu",
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        proj_dropout, mlp_dropout = (
+            dropout if rate is None else rate for rate in (proj_dropout, mlp_dropout)
+        )
+        self.norm1 = make_norm(norm, dim, norm_eps)
+        head_norm = make_norm(norm, dim_head, norm_eps) if qk_norm else None
+        self.attn = Attention(
+            dim, heads, dim_head, qkv_bias, dropout, proj_dropout, proj_bias, head_norm
+        )
+        self.ls1 = None if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2 = make_norm(norm, dim, norm_eps)
+        if mlp == "mlp":
+            self.mlp = Mlp(dim, mlp_dim, mlp_dropout, mlp_bias, activation)
+        else:
+            self.mlp = SwiGlu(dim, mlp_dim, mlp_dropout, mlp_bias, packed=mlp == "swiglu_packed")
+        self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
+
+    def forward(self, x: Tensor, rope: Tables | None = None, rows: int | None = None) -> Tensor:
+        gamma1, gamma2 = (None if ls is None else ls.gamma for ls in (self.ls1, self.ls2))
+        x = self.attn(x, self.norm1, gamma1, self.path_scale(x), rope, rows)
+        return self.mlp(x, self.norm2, gamma2, self.path_scale(x))
+
+    def path_scale(self, x: Tensor) -> Tensor | None:
+        """Drop path's factor per sample: 0 with probability drop_path, else 1 / keep. (B,)."""
+        if not self.training or not self.drop_path:
+            return None
+        keep = 1.0 - self.drop_path
+        scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        return scale.bernoulli_(keep).div_(keep)
+
+
 class AttentionPool(nn.Module):
     """One learned query reads all tokens, then an MLP: SigLIP's head. (B, N, C) -> (B, C)."""
 
@@ -318,7 +404,7 @@ class AttentionPool(nn.Module):
         self.mlp = Mlp(dim, mlp_dim, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q(self.latent).expand(len(x), -1, -1).unflatten(-1, (self.heads, -1))
+        q = self.q(self.latent).expand(x.shape[0], -1, -1).unflatten(-1, (self.heads, -1))
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
         o = self.proj(ops.pool_attention(q, k, v).flatten(2))
         return self.mlp(o, self.norm)[:, 0]

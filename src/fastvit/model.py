@@ -13,7 +13,7 @@ from fastvit.layers import (
     NORMS,
     Attention,
     AttentionPool,
-    LayerScale,
+    Block,
     Mlp,
     PatchEmbed,
     SwiGlu,
@@ -23,6 +23,8 @@ from fastvit.layers import (
     check_sizes,
     make_norm,
     pair,
+    runs,
+    watched,
 )
 from fastvit.pos_embed import Grid, Resample, resample_positions
 from fastvit.rope import Rope
@@ -31,62 +33,6 @@ from fastvit.vit_pytorch import VitPytorchNames
 POOLS = ("cls", "mean", "max", "avgmax", "cls_mean", "map", "none")
 POS_EMBEDS = ("learned", "none")
 HEAD_ACTIVATIONS = {"gelu": nn.GELU, "tanh": nn.Tanh}
-
-
-class Block(nn.Module):
-    """A pre-norm encoder block. x: (B, N, C) -> (B, N, C), or its first `rows` vectors alone."""
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        dim_head: int,
-        mlp_dim: int,
-        qkv_bias: bool | str = True,
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        norm_eps: float = 1e-6,
-        *,
-        proj_dropout: float | None = None,
-        mlp_dropout: float | None = None,
-        proj_bias: bool = True,
-        mlp_bias: bool = True,
-        qk_norm: bool = False,
-        norm: str = "layernorm",
-        mlp: str = "mlp",
-        activation: str = "gelu",
-    ) -> None:
-        super().__init__()
-        self.drop_path = drop_path
-        proj_dropout, mlp_dropout = (
-            dropout if rate is None else rate for rate in (proj_dropout, mlp_dropout)
-        )
-        self.norm1 = make_norm(norm, dim, norm_eps)
-        head_norm = make_norm(norm, dim_head, norm_eps) if qk_norm else None
-        self.attn = Attention(
-            dim, heads, dim_head, qkv_bias, dropout, proj_dropout, proj_bias, head_norm
-        )
-        self.ls1 = None if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = make_norm(norm, dim, norm_eps)
-        if mlp == "mlp":
-            self.mlp = Mlp(dim, mlp_dim, mlp_dropout, mlp_bias, activation)
-        else:
-            self.mlp = SwiGlu(dim, mlp_dim, mlp_dropout, mlp_bias, packed=mlp == "swiglu_packed")
-        self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
-
-    def forward(self, x: Tensor, rope: Tables | None = None, rows: int | None = None) -> Tensor:
-        gamma1, gamma2 = (None if ls is None else ls.gamma for ls in (self.ls1, self.ls2))
-        x = self.attn(x, self.norm1, gamma1, self.path_scale(x), rope, rows)
-        return self.mlp(x, self.norm2, gamma2, self.path_scale(x))
-
-    def path_scale(self, x: Tensor) -> Tensor | None:
-        """Drop path's factor per sample: 0 with probability drop_path, else 1 / keep. (B,)."""
-        if not self.training or not self.drop_path:
-            return None
-        keep = 1.0 - self.drop_path
-        scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        return scale.bernoulli_(keep).div_(keep)
 
 
 class ViT(VitPytorchNames, nn.Module):
@@ -292,27 +238,33 @@ class ViT(VitPytorchNames, nn.Module):
             nn.init.trunc_normal_(self.attn_pool.latent, std=self.embed_dim**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, channels, H, W) -> logits (B, num_classes); (B, N, .) with pool "none"."""
+        """images: (B, channels, H, W) -> logits (B, num_classes); (B, N, .) with pool "none".
+
+        Where <cls> alone is read, the last projection and MLP, and the final norm, run on it alone.
+        """
         if self._reads_cls_alone():
             return self.forward_head(self.norm(self.encode(images, rows=1)))
         return self.forward_head(self.forward_features(images))
 
     def _reads_cls_alone(self) -> bool:
-        """Whether of the last block only the first vector is ever read, so that its output
-        projection and MLP, and the final norm, need not see the others: about a sixteenth of ViT-B.
-        Hooks, and modules and methods that are not ours, are given all vectors; dropout draws its
-        mask for all, so that a seed means what it means in timm.
+        """Whether the vectors behind <cls> may end at the last attention, for nobody sees them.
+
+        What comes after acts on each vector alone, so logits and gradients are the same without.
         """
-        if self.pool != "cls" or type(self).forward_features is not ViT.forward_features:
-            return False
-        last = self.blocks[-1]
-        if not (type(last) is Block and type(last.attn) is Attention):
-            return False
-        if type(last.mlp) not in (Mlp, SwiGlu):
-            return False
-        if self.training and (last.attn.proj_dropout or last.mlp.dropout):
-            return False
-        return not any(_is_hooked(m) for m in (*last.modules(), self.norm))
+        block: Any = self.blocks[-1] if len(self.blocks) else self.blocks
+        methods = ("forward_features", "forward_head", "pooled", "encode", "_run")
+        # Methods and modules that are not ours may read any vector, and so may hooks. And from one
+        # seed dropout drops what timm's does, which takes a draw for every vector.
+        return (
+            self.pool == "cls"
+            and runs(self, (ViT,), *methods)
+            and runs(block, (Block,), "forward")
+            and runs(block.attn, (Attention,), "forward")
+            and runs(block.mlp, (Mlp, SwiGlu), "forward")
+            and runs(self.norm, (nn.LayerNorm, nn.RMSNorm, nn.Identity), "forward")
+            and not (block.training and (block.attn.proj_dropout or block.mlp.dropout))
+            and not watched(block, block.attn, block.mlp, self.norm)
+        )
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All vectors after the final norm: (B, channels, H, W) -> (B, N, dim), N = prefix + m."""
@@ -377,17 +329,23 @@ class ViT(VitPytorchNames, nn.Module):
         return torch.cat([prefix, patches], dim=1), tables
 
     def encode(self, images: Tensor, rows: int | None = None) -> Tensor:
-        """Stem and body, before the final norm. (B, channels, H, W) -> (B, N or rows, dim)."""
-        x, rope = self.embed(images)
-        *others, last = self.blocks
-        for block in others:
-            x = self._run(block, x, rope)
-        return self._run(last, x, rope, *(() if rows is None else (rows,)))
+        """Stem and body, before the final norm. (B, channels, H, W) -> (B, N, dim).
 
-    def _run(self, block: nn.Module, x: Tensor, *options: Any) -> Tensor:
+        rows: the last block gives the first `rows` vectors alone.
+        """
+        x, rope = self.embed(images)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x, rope, rows if i == last else None)
+        return x
+
+    def _run(
+        self, block: nn.Module, x: Tensor, rope: Tables | None, rows: int | None = None
+    ) -> Tensor:
+        args = (x, rope) if rows is None else (x, rope, rows)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, *options, use_reentrant=False)
-        return block(x, *options)
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
     def forward_intermediates(
         self,
@@ -602,11 +560,6 @@ class ViT(VitPytorchNames, nn.Module):
 
 
 TIMM_POOLS = {"token": "cls", "avg": "mean", "": "none"}
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return any((*hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _init_linear(module: nn.Linear) -> None:

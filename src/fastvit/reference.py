@@ -32,7 +32,7 @@ def patch_embed(
     if pos is not None:
         tokens = tokens + pos
     if prefix is not None:
-        tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens
 
 
