@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import ops
+from fastvit.plain import why_not_plain
 
 _CAPTURE = "transformers.utils.output_capturing"
 HF = "transformers.models"
@@ -273,19 +274,7 @@ def why_not_module(name: str, module: Any, *kinds: str) -> str | None:
         return None
     if reason := why_not_kind(name, module, *kinds):
         return reason
-    if "forward" in module.__dict__:
-        return f"{name} has its forward replaced"
-    if (
-        module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or (module._forward_hooks and not _idle_capture(module))
-    ):
-        return f"{name} has hooks"
-    weight = module._parameters.get("weight")
-    if weight is not None and type(weight) not in (nn.Parameter, Tensor):
-        return f"{name} holds a {type(weight).__name__}"
-    return None
+    return why_not_plain(name, module, bool(module._forward_hooks) and not _idle_capture(module))
 
 
 def why_not_kind(name: str, module: Any, *kinds: str) -> str | None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from fastvit import ops
+from fastvit import ops, reference
+from fastvit.plain import why_not_fused
 from fastvit.pos_embed import Grid, Resample, resample_patches
 
 NORMS = ops.NORMS
@@ -46,34 +46,6 @@ def check_choice(choices: tuple[Any, ...], **values: Any) -> None:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-# These hooks follow names and parameters, and read no vector: FlopCounterMode's, fully_shard's.
-_BLIND = ("torch.utils.module_tracker", "torch.distributed.fsdp.")
-
-
-def watched(*modules: nn.Module) -> bool:
-    """Whether a hook on one of the modules, or on all there are, sees what goes in or comes out."""
-    tables = [
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_forward_hooks,
-        torch_module._global_backward_pre_hooks,
-        torch_module._global_backward_hooks,
-    ]
-    for m in modules:
-        tables += [m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks]
-    hooks = [hook for table in tables if table for hook in table.values()]
-    return not all(str(getattr(hook, "__module__", "")).startswith(_BLIND) for hook in hooks)
-
-
-def runs(module: Any, kinds: tuple[type, ...], *methods: str) -> bool:
-    """Whether module has these methods from one of the kinds: no subclass's, no patched ones."""
-    patched = any(m in vars(module) for m in methods)
-    return not patched and any(
-        isinstance(module, kind)
-        and all(getattr(type(module), m) is getattr(kind, m) for m in methods)
-        for kind in kinds
-    )
-
-
 class LayerNorm(nn.LayerNorm):
     kind = "layernorm"
 
@@ -87,6 +59,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 Norm = LayerNorm | RMSNorm
+_KINDS = (LayerNorm, RMSNorm, nn.Linear)
 
 
 def make_norm(kind: str, dim: int, eps: float) -> Norm:
@@ -109,7 +82,7 @@ class PatchEmbed(nn.Module):
         """any_size: take images of any number of patches; crop: leave out what is over at the
         right and the bottom, as a convolution does."""
         super().__init__()
-        self.any_size, self.crop = any_size, crop
+        self.any_size, self.crop, self.channels = any_size, crop, channels
         self._set_sizes(image_size, patch_size)
         self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size, bias=bias)
 
@@ -120,7 +93,8 @@ class PatchEmbed(nn.Module):
 
     def grid(self, images: Tensor) -> Grid:
         """Rows and columns of patches in images (B, C, H, W), whose size is checked here."""
-        channels, sizes = self.proj.in_channels, tuple(images.shape[2:])
+        channels = getattr(self.proj, "in_channels", self.channels)
+        sizes = tuple(images.shape[2:])
         if self.any_size:
             if images.ndim != 4 or images.shape[1] != channels:
                 raise ValueError(f"images must be (B, {channels}, H, W), got {tuple(images.shape)}")
@@ -138,6 +112,10 @@ class PatchEmbed(nn.Module):
             p_h, p_w = self.patch_size
             height, width = images.shape[2:]
             images = images[:, :, : height // p_h * p_h, : width // p_w * p_w]
+        if reason := why_not_fused(nn.Conv2d, proj=self.proj):
+            ops.leave_to_modules("patch_embed", images, reason)
+            tokens = self.proj(images).flatten(2).transpose(1, 2)
+            return reference.place(tokens, pos, prefix)
         return ops.patch_embed(images, self.proj.weight, self.proj.bias, pos, prefix)
 
     def resize(self, image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
@@ -215,18 +193,22 @@ class Attention(nn.Module):
         o = ops.attention_qkv(qkv, dropout=dropout, **self.qk_options(rope)).flatten(2)
         if rows is not None:
             o, x = o[:, :rows], x[:, :rows]
-        return ops.linear_residual(
-            o, self.proj.weight, self.proj.bias, x, layer_scale, path_scale, proj_dropout
-        )
+        branch = (layer_scale, path_scale, proj_dropout)
+        return _linear_residual("proj", self.proj, o, x, *branch)
 
     def project(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """q, k, v of norm(x), packed, and x itself: (B, N, C) -> (B, N, 3, H, D), (B, N, C)."""
-        bias = self.qkv.bias
+        bias = getattr(self.qkv, "bias", None)
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv, x = ops.layernorm_linear_fork(
-            x, norm.weight, norm.bias, self.qkv.weight, bias, norm.eps, norm.kind
-        )
+        if reason := why_not_fused(*_KINDS, norm=norm, qkv=self.qkv):
+            ops.leave_to_modules("layernorm_linear", x, reason)
+            qkv = self.qkv(norm(x))
+            qkv = qkv if self.q_bias is None else qkv + bias
+        else:
+            qkv, x = ops.layernorm_linear_fork(
+                x, norm.weight, norm.bias, self.qkv.weight, bias, norm.eps, norm.kind
+            )
         return qkv.unflatten(-1, (3, self.heads, self.dim_head)), x
 
     def qk_options(self, rope: Tables | None) -> dict[str, Any]:
@@ -265,6 +247,12 @@ class Mlp(nn.Module):
         path_scale: Tensor | None = None,
     ) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
+        dropout = self.dropout if self.training else 0.0
+        if reason := why_not_fused(*_KINDS, norm=norm, fc1=fc1, fc2=fc2):
+            ops.leave_to_modules("layernorm_mlp", x, reason)
+            hidden = reference.activate(fc1(norm(x)), self.activation)
+            hidden = nn.functional.dropout(hidden, dropout) if dropout else hidden
+            return reference.add_branch(x, fc2(hidden), layer_scale, path_scale, dropout)
         return ops.layernorm_mlp(
             x,
             norm.weight,
@@ -277,7 +265,7 @@ class Mlp(nn.Module):
             path_scale,
             norm.eps,
             self.activation,
-            self.dropout if self.training else 0.0,
+            dropout,
             norm.kind,
             self.save,
         )
@@ -304,13 +292,28 @@ class SwiGlu(nn.Module):
         self.fc1_x = None if packed else nn.Linear(dim, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
-    def _in_projection(self) -> tuple[Tensor, Tensor | None]:
+    def project(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """gate and value of norm(x), packed, and x itself: (B, N, C) -> (B, N, 2 F), (B, N, C)."""
         if self.fc1 is not None:
-            return self.fc1.weight, self.fc1.bias
-        gate, value = self.fc1_g, self.fc1_x
-        assert gate is not None and value is not None
-        bias = None if gate.bias is None else torch.cat([gate.bias, value.bias])
-        return torch.cat([gate.weight, value.weight]), bias
+            parts = {"fc1": self.fc1}
+        else:
+            parts = {"fc1_g": self.fc1_g, "fc1_x": self.fc1_x}
+        linears = [m for m in parts.values() if m is not None]
+        if reason := why_not_fused(*_KINDS, norm=norm, **parts):
+            ops.leave_to_modules("layernorm_linear", x, reason)
+            y = norm(x)
+            return torch.cat([linear(y) for linear in linears], dim=-1), x
+        weights: list[Tensor] = [m.weight for m in linears]
+        biases: list[Tensor] = [m.bias for m in linears if m.bias is not None]
+        return ops.layernorm_linear_fork(
+            x,
+            norm.weight,
+            norm.bias,
+            weights[0] if len(weights) == 1 else torch.cat(weights),
+            None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases),
+            norm.eps,
+            norm.kind,
+        )
 
     def forward(
         self,
@@ -319,17 +322,28 @@ class SwiGlu(nn.Module):
         layer_scale: Tensor | None = None,
         path_scale: Tensor | None = None,
     ) -> Tensor:
-        weight, bias = self._in_projection()
-        hidden, x = ops.layernorm_linear_fork(
-            x, norm.weight, norm.bias, weight, bias, norm.eps, norm.kind
-        )
+        hidden, x = self.project(x, norm)
         hidden = ops.swiglu(hidden)
         dropout = self.dropout if self.training else 0.0
         if dropout:
             hidden = nn.functional.dropout(hidden, dropout)
-        return ops.linear_residual(
-            hidden, self.fc2.weight, self.fc2.bias, x, layer_scale, path_scale, dropout
-        )
+        return _linear_residual("fc2", self.fc2, hidden, x, layer_scale, path_scale, dropout)
+
+
+def _linear_residual(
+    name: str,
+    linear: nn.Linear,
+    x: Tensor,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    path_scale: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    branch = (layer_scale, path_scale, dropout)
+    if reason := why_not_fused(nn.Linear, **{name: linear}):
+        ops.leave_to_modules("linear_residual", x, reason)
+        return reference.add_branch(residual, linear(x), *branch)
+    return ops.linear_residual(x, linear.weight, linear.bias, residual, *branch)
 
 
 class Block(nn.Module):

@@ -23,9 +23,8 @@ from fastvit.layers import (
     check_sizes,
     make_norm,
     pair,
-    runs,
-    watched,
 )
+from fastvit.plain import runs, watched
 from fastvit.pos_embed import Grid, Resample, resample_positions
 from fastvit.rope import Rope
 from fastvit.vit_pytorch import VitPytorchNames

@@ -56,6 +56,11 @@ def patch_embed(
     return reference.patch_embed(images, weight, bias, pos, prefix)
 
 
+def leave_to_modules(op: str, x: Tensor, reason: str) -> None:
+    """The caller runs its own modules in place of `op`, for `reason`: an error under 'triton'."""
+    choose_triton(op, x, x.dtype, reason)
+
+
 def layernorm_linear(
     x: Tensor,
     norm_weight: Tensor | None,

@@ -28,7 +28,11 @@ def patch_embed(
     """
     p_h, p_w = weight.shape[-2:]
     patches = rearrange(images, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p_h, pw=p_w)
-    tokens = F.linear(patches, weight.flatten(1), bias)
+    return place(F.linear(patches, weight.flatten(1), bias), pos, prefix)
+
+
+def place(tokens: Tensor, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
+    """[prefix; tokens + pos]. tokens: (B, m, dim); pos: (m, dim); prefix: (P, dim)."""
     if pos is not None:
         tokens = tokens + pos
     if prefix is not None:
@@ -252,7 +256,7 @@ def linear_residual(
     x: (B, N, K); weight: (C, K); residual: (B, N, C); layer_scale: (C,); path_scale: (B,), the
     drop-path factor of each sample (0 or 1 / keep). Returns (B, N, C) in the residual's dtype.
     """
-    return _add_branch(residual, F.linear(x, weight, bias), layer_scale, path_scale, dropout)
+    return add_branch(residual, F.linear(x, weight, bias), layer_scale, path_scale, dropout)
 
 
 def layernorm_mlp(
@@ -283,22 +287,27 @@ def layernorm_mlp(
         options = (layer_scale, path_scale, eps, activation, dropout, norm_kind)
         return checkpoint(layernorm_mlp, *args, *options, use_reentrant=False)
     hidden = layernorm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, norm_kind)
-    if activation == "quick_gelu":
-        hidden = hidden * torch.sigmoid(1.702 * hidden)
-    else:
-        hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
+    hidden = activate(hidden, activation)
     if dropout:
         hidden = F.dropout(hidden, dropout)
-    return _add_branch(x, F.linear(hidden, fc2_weight, fc2_bias), layer_scale, path_scale, dropout)
+    return add_branch(x, F.linear(hidden, fc2_weight, fc2_bias), layer_scale, path_scale, dropout)
 
 
-def _add_branch(
+def activate(x: Tensor, activation: str) -> Tensor:
+    """GELU of x: 'gelu' by erf, 'gelu_tanh', or 'quick_gelu'."""
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def add_branch(
     residual: Tensor,
     branch: Tensor,
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
     dropout: float,
 ) -> Tensor:
+    """residual + path_scale * layer_scale * dropout(branch). branch: (B, N, C)."""
     if dropout:
         branch = F.dropout(branch, dropout)
     if layer_scale is not None:

@@ -1,0 +1,129 @@
+"""A layer put in place of one of ours, a hook, pruning: all act, on the modules' own forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import fastvit
+
+TINY: dict[str, Any] = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, num_classes=5)
+LINEARS = {
+    "mlp": ("patch_embed.proj", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "norm1", "norm2"),
+    "swiglu": ("mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"),
+    "swiglu_packed": ("mlp.fc1", "mlp.fc2"),
+}
+PARTS = [(mlp, name) for mlp, names in LINEARS.items() for name in names]
+
+
+def make(mlp: str, **options: Any) -> fastvit.ViT:
+    torch.manual_seed(0)
+    model = fastvit.ViT(**TINY, mlp=mlp, mlp_dim=64, layer_scale=0.5, **options)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model.double()
+
+
+def part(model: fastvit.ViT, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the part, and its name there."""
+    path = name if name.startswith("patch_embed") else f"blocks.0.{name}"
+    parent, _, child = path.rpartition(".")
+    return model.get_submodule(parent), child
+
+
+class Half(nn.Module):
+    """A module of its own around another: LoRA's shape. At scale 1 it changes nothing."""
+
+    def __init__(self, inner: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.inner, self.scale = inner, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.inner(x)
+
+
+@pytest.mark.parametrize(("mlp", "name"), PARTS)
+def test_a_module_in_place_of_ours_runs(mlp: str, name: str) -> None:
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model = make(mlp)
+    before = model(images)
+    parent, child = part(model, name)
+    inner = parent.get_submodule(child)
+    setattr(parent, child, Half(inner, 1.0))
+    torch.testing.assert_close(model(images), before, rtol=1e-11, atol=1e-12)
+    setattr(parent, child, Half(inner, 0.5))
+    assert not torch.allclose(model(images), before, rtol=1e-3)
+    model.float()
+    reasons = {c.reason for c in fastvit.backend_report(model, images.float()).choices}
+    assert any(r.endswith("is Half") for r in reasons), reasons
+    with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="is Half"):
+        model(images.float())
+
+
+def hooked(module: nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize(("mlp", "name"), PARTS)
+def test_hooks_fire_and_change_nothing(mlp: str, name: str) -> None:
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model = make(mlp, qkv_bias="qv" if mlp == "swiglu" else True)
+    before = model(images)
+    parent, child = part(model, name)
+    calls = hooked(parent.get_submodule(child))
+    torch.testing.assert_close(model(images), before, rtol=1e-11, atol=1e-12)
+    assert calls == [1]
+
+
+def test_global_hooks_see_every_layer() -> None:
+    model, seen = make("mlp"), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m))
+    try:
+        model(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    finally:
+        handle.remove()
+    layers = {m for m in model.modules() if isinstance(m, nn.Linear | nn.LayerNorm | nn.Conv2d)}
+    assert layers <= seen
+
+
+def pruned(fc1: nn.Linear) -> Callable[[], Tensor]:
+    prune.random_unstructured(fc1, "weight", amount=0.9)
+    return lambda: fc1.get_parameter("weight_orig")
+
+
+def halved(fc1: nn.Linear) -> Callable[[], Tensor]:
+    class Halve(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    parametrize.register_parametrization(fc1, "weight", Halve())
+    return lambda: fc1.get_parameter("parametrizations.weight.original")
+
+
+@pytest.mark.parametrize("change", [pruned, halved])
+def test_pruned_and_parametrized_weights_follow_their_original(change: Callable) -> None:
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model = make("mlp")
+    before = model(images)
+    original = change(model.blocks[0].mlp.fc1)
+    changed = model(images)
+    assert not torch.allclose(changed, before, rtol=1e-3)
+    (grad,) = torch.autograd.grad(changed.sum(), original())
+    assert grad.abs().sum() > 0
+    with torch.no_grad():
+        original().mul_(2)
+    assert not torch.allclose(model(images), changed, rtol=1e-3)
+
+
+def test_a_part_compiles_beside_a_foreign_module() -> None:
+    model = make("mlp")
+    parent, child = part(model, "attn.qkv")
+    setattr(parent, child, Half(parent.get_submodule(child), 0.5))
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), model(images))
