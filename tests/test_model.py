@@ -1,5 +1,7 @@
 """fastvit.ViT against timm and float64: logits, gradients, training, export, bad input."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,11 +290,42 @@ def test_empty_batch(backend: str, device: torch.device) -> None:
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"drop_path": -0.1}, r"drop_path must be in \[0, 1\), got -0.1"),
         ({"head_hidden_dim": 0}, r"head_hidden_dim must be an int >= 1"),
+        ({"image_size": None}, r"image_size must be a positive int or a pair of them, got None"),
+        ({"image_size": 16.0}, r"image_size must be a positive int or a pair of them, got 16.0"),
+        ({"patch_size": True}, r"patch_size must be a positive int"),
+        ({"dropout": "a"}, r"dropout must be in \[0, 1\), got 'a'"),
+        ({"dropout": None}, r"dropout must be in \[0, 1\), got None"),
+        ({"layer_scale": "a"}, r"layer_scale must be positive and finite, got 'a'"),
+        ({"layer_scale": float("nan")}, r"layer_scale must be positive and finite, got nan"),
+        ({"norm_eps": None}, r"norm_eps must be positive and finite, got None"),
+        ({"norm_eps": -1}, r"norm_eps must be positive and finite, got -1"),
+        ({"rope": []}, r"rope must be one of \(None, 'eva', 'dinov3'\), got \[\]"),
+        ({"class_token": "no"}, r"class_token must be one of \(True, False\), got 'no'"),
+        ({"fc_norm": "nope"}, r"fc_norm must be one of \(True, False, None\), got 'nope'"),
+        ({"qk_norm": "nope"}, r"qk_norm must be one of \(True, False\), got 'nope'"),
     ],
 )
 def test_bad_arguments(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**kwargs)
+
+
+def test_numpys_integers_are_integers() -> None:
+    numpy = pytest.importorskip("numpy")
+    model = tiny(image_size=numpy.int64(8), patch_size=(numpy.int32(4), 2), dim=numpy.int64(32))
+    assert model(torch.randn(1, 3, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("images", [None, [1.0]])
+def test_images_that_are_no_tensor(images: Any) -> None:
+    with pytest.raises(TypeError, match=f"images must be a tensor, got {type(images).__name__}"):
+        tiny()(images)
+
+
+def test_no_class_token_no_cls_map() -> None:
+    model = tiny(class_token=False, pool="mean", registers=1)
+    with pytest.raises(ValueError, match="rows 'cls' needs a class token"):
+        model.attention_maps(torch.randn(1, 3, 16, 16))
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 1, 16, 16), (2, 3, 16, 20), (2, 3, 8, 8)])

@@ -5,7 +5,8 @@ the prologue of the branch's first product, LayerScale, drop path and the sum in
 last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -22,22 +23,36 @@ Tables = tuple[Tensor, Tensor, bool]  # RoPE's cos and sin, and whether its pair
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """An int or a (height, width) pair as a pair of positive ints."""
-    sizes = (value, value) if isinstance(value, int) else tuple(value)
-    if len(sizes) != 2 or not all(isinstance(s, int) and s > 0 for s in sizes):
+    sizes = (value, value) if not isinstance(value, Iterable) else tuple(value)
+    if len(sizes) != 2 or not all(_is_int(s) and s > 0 for s in sizes):
         raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
-    return sizes
+    return int(sizes[0]), int(sizes[1])
 
 
 def check_sizes(least: int, **sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+        if not _is_int(size) or size < least:
             raise ValueError(f"{name} must be an int >= {least}, got {size!r}")
 
 
 def check_rates(**rates: float) -> None:
     for name, rate in rates.items():
-        if not 0.0 <= rate < 1.0:
+        if not _is_real(rate) or not 0.0 <= rate < 1.0:
             raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+
+
+def check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not _is_real(value) or not 0.0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_choice(choices: tuple[Any, ...], **values: Any) -> None:
@@ -93,6 +108,8 @@ class PatchEmbed(nn.Module):
 
     def grid(self, images: Tensor) -> Grid:
         """Rows and columns of patches in images (B, C, H, W), whose size is checked here."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         channels = getattr(self.proj, "in_channels", self.channels)
         sizes = tuple(images.shape[2:])
         if self.any_size:

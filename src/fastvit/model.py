@@ -19,6 +19,7 @@ from fastvit.layers import (
     SwiGlu,
     Tables,
     check_choice,
+    check_positive,
     check_rates,
     check_sizes,
     make_norm,
@@ -26,7 +27,7 @@ from fastvit.layers import (
 )
 from fastvit.plain import runs, watched
 from fastvit.pos_embed import Grid, Resample, resample_positions
-from fastvit.rope import Rope
+from fastvit.rope import FORMS, Rope
 from fastvit.vit_pytorch import VitPytorchNames
 
 POOLS = ("cls", "mean", "max", "avgmax", "cls_mean", "map", "none")
@@ -132,6 +133,14 @@ class ViT(VitPytorchNames, nn.Module):
         check_choice(MLPS, mlp=mlp)
         check_choice(ops.ACTIVATIONS, activation=activation)
         check_choice((True, False, "qv"), qkv_bias=qkv_bias)
+        check_choice((None, *FORMS), rope=rope)
+        flags = dict(class_token=class_token, no_embed_class=no_embed_class, qk_norm=qk_norm)
+        flags |= dict(pre_norm=pre_norm, final_norm=final_norm, crop_remainder=crop_remainder)
+        flags |= dict(proj_bias=proj_bias, mlp_bias=mlp_bias, dynamic_img_size=dynamic_img_size)
+        check_choice((True, False), **flags)
+        check_choice((True, False, None), fc_norm=fc_norm, patch_bias=patch_bias)
+        optional = dict(layer_scale=layer_scale, rope_theta=rope_theta)
+        check_positive(norm_eps=norm_eps, **{k: v for k, v in optional.items() if v is not None})
         check_choice(tuple(HEAD_ACTIVATIONS), head_activation=head_activation)
         if not class_token and pool in ("cls", "cls_mean"):
             raise ValueError(f"pool {pool!r} needs class_token=True")
@@ -543,6 +552,8 @@ class ViT(VitPytorchNames, nn.Module):
         if isinstance(rows, str):
             if rows not in ("cls", "all"):
                 raise ValueError(f"rows must be 'cls', 'all' or indices, got {rows!r}")
+            if rows == "cls" and not self.has_class_token:
+                raise ValueError("rows 'cls' needs a class token; this model has none")
             rows = (0,) if rows == "cls" else range(x.shape[1])
         maps = {}
         for i, block in enumerate(list(self.blocks)[: max(wanted) + 1]):
