@@ -313,42 +313,49 @@ def layernorm_bwd(M: int, C: int, device_index: int | None) -> tuple[Config, int
 
 
 # Attention. "fwd_resident" and "bwd_.._keys" hold every key of a row, at most BLOCK_N of them; the
-# others walk over the keys (fwd, dq) or over the queries (dkv) in blocks. "_128" serves head dims
-# over 64, "_112" those over 80 that are several blocks of columns, "_72" that one alone; "_dropout"
-# rows with dropout, whose random numbers take registers.
+# others walk over the keys (fwd, dq) or over the queries (dkv) in blocks. "_to_128" serves head
+# dims over 64, "_to_112" those over 80 that are several blocks of columns, "_72" that one alone;
+# "_dropout" rows with dropout, whose random numbers take registers.
 _ATTENTION_MMA = {
     "fwd_resident": Config(32, 256, num_warps=4, num_stages=1),
-    "fwd_resident_128": Config(64, 64, num_warps=4, num_stages=1),
+    "fwd_resident_to_128": Config(64, 64, num_warps=4, num_stages=1),
     "fwd": Config(128, 64, num_warps=8, num_stages=2),
-    "fwd_128": Config(128, 32, num_warps=8, num_stages=2),
+    "fwd_to_128": Config(128, 32, num_warps=8, num_stages=2),
     "fwd_small": Config(64, 32, num_warps=4, num_stages=2),
     "dq": Config(64, 32, num_warps=4, num_stages=2),
-    "dq_128": Config(64, 32, num_warps=8, num_stages=2),
+    "dq_to_128": Config(64, 32, num_warps=8, num_stages=2),
     "dkv": Config(32, 64, num_warps=4, num_stages=2),
-    "dkv_112": Config(16, 32, num_warps=4, num_stages=2),
-    "dkv_128": Config(32, 64, num_warps=8, num_stages=2),
-    "dq_128_dropout": Config(64, 32, num_warps=8, num_stages=1),
+    "dkv_to_112": Config(16, 32, num_warps=4, num_stages=2),
+    "dkv_to_128": Config(32, 64, num_warps=8, num_stages=2),
+    "dq_to_128_dropout": Config(64, 32, num_warps=8, num_stages=1),
     "dkv_dropout": Config(16, 64, num_warps=4, num_stages=2),
-    "dkv_128_dropout": Config(16, 64, num_warps=8, num_stages=2),
+    "dkv_to_128_dropout": Config(16, 64, num_warps=8, num_stages=2),
+    # Head dims whose own pieces of columns leave fewer registers than those of their class.
+    "fwd_resident_56": Config(32, 256, num_warps=8, num_stages=1),
+    "fwd_56_dropout": Config(128, 32, num_warps=8, num_stages=2),
+    "fwd_104_dropout": Config(128, 16, num_warps=8, num_stages=2),
+    "fwd_120_dropout": Config(128, 16, num_warps=8, num_stages=2),
+    "dq_104": Config(32, 32, num_warps=8, num_stages=2),
+    "dkv_72": Config(32, 32, num_warps=8, num_stages=2),
     "float32": Config(32, 16, num_warps=4, num_stages=1),
 }
 _ATTENTION_WGMMA = {
     "fwd_resident": Config(64, 256, num_warps=4, num_stages=1),
-    "fwd_resident_128": Config(64, 128, num_warps=4, num_stages=1),
+    "fwd_resident_to_128": Config(64, 128, num_warps=4, num_stages=1),
     "bwd_64_keys": Config(64, 64, num_warps=4, num_stages=1),
     "bwd_128_keys": Config(64, 128, num_warps=8, num_stages=1),
-    "bwd_64_keys_128": Config(64, 64, num_warps=8, num_stages=1),
-    "bwd_128_keys_128": Config(0, 0),
+    "bwd_64_keys_to_128": Config(64, 64, num_warps=8, num_stages=1),
+    "bwd_128_keys_to_128": Config(0, 0),
     "fwd": Config(128, 128, num_warps=8, num_stages=2),
-    "fwd_128": Config(128, 64, num_warps=8, num_stages=2),
+    "fwd_to_128": Config(128, 64, num_warps=8, num_stages=2),
     "fwd_small": Config(64, 64, num_warps=4, num_stages=2),
     "dq_beside": Config(64, 64, num_warps=4, num_stages=2),
     "dkv_beside": Config(32, 64, num_warps=4, num_stages=2),
-    "dq_beside_128": Config(0, 0),
+    "dq_beside_to_128": Config(0, 0),
     "dq": Config(64, 64, num_warps=4, num_stages=2),
-    "dq_128": Config(64, 64, num_warps=4, num_stages=1),
+    "dq_to_128": Config(64, 64, num_warps=4, num_stages=1),
     "dkv": Config(64, 64, num_warps=4, num_stages=2),
-    "dkv_128": Config(32, 64, num_warps=8, num_stages=1),
+    "dkv_to_128": Config(32, 64, num_warps=8, num_stages=1),
     # Head dims whose own pieces of columns leave fewer registers than those of their class.
     "fwd_resident_48": Config(64, 128, num_warps=4, num_stages=1),
     "fwd_resident_88": Config(64, 64, num_warps=4, num_stages=1),
@@ -359,15 +366,18 @@ _ATTENTION_WGMMA = {
     "dq_96": Config(64, 64, num_warps=4, num_stages=1),
     "dq_88_dropout": Config(64, 32, num_warps=4, num_stages=1),
     "dq_96_dropout": Config(64, 32, num_warps=4, num_stages=1),
-    "dq_112": Config(64, 32, num_warps=4, num_stages=1),
+    "dq_to_112": Config(64, 32, num_warps=4, num_stages=1),
     "dq_120": Config(64, 64, num_warps=8, num_stages=1),
     "dkv_104": Config(16, 64, num_warps=8, num_stages=1),
     "dkv_120": Config(16, 64, num_warps=8, num_stages=1),
+    "dq_104_dropout": Config(64, 32, num_warps=8, num_stages=1),
+    "dq_120_dropout": Config(64, 32, num_warps=8, num_stages=1),
+    "fwd_120_dropout": Config(128, 32, num_warps=8, num_stages=2),
     "fwd_dropout": Config(128, 64, num_warps=8, num_stages=2),
-    "fwd_112_dropout": Config(128, 32, num_warps=8, num_stages=2),
-    "dq_128_dropout": Config(64, 32, num_warps=4, num_stages=1),
+    "fwd_to_112_dropout": Config(128, 32, num_warps=8, num_stages=2),
+    "dq_to_128_dropout": Config(64, 32, num_warps=4, num_stages=1),
     "dkv_dropout": Config(32, 64, num_warps=4, num_stages=2),
-    "dkv_128_dropout": Config(16, 64, num_warps=8, num_stages=1),
+    "dkv_to_128_dropout": Config(16, 64, num_warps=8, num_stages=1),
     "float32": Config(16, 32, num_warps=8, num_stages=1),
 }
 ATTENTION: dict[int, dict[str, Config]] = {
@@ -379,27 +389,41 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_small": Config(64, 128),
         "dq_beside": Config(128, 128),
         "dkv_beside": Config(128, 128),
-        "dq_beside_128": Config(0, 0),
+        "dq_beside_to_128": Config(0, 0),
         "dq": Config(128, 128),
         "dkv": Config(128, 128),
     },
     80: _ATTENTION_MMA
     | {
-        "dq_128": Config(64, 32, num_warps=8, num_stages=1),
+        "dq_to_128": Config(64, 32, num_warps=8, num_stages=1),
         "dq_72": Config(64, 32, num_warps=8, num_stages=2),
         "dq_80": Config(64, 32, num_warps=8, num_stages=2),
-        "dq_112": Config(64, 32, num_warps=8, num_stages=2),
+        "dq_to_112": Config(64, 32, num_warps=8, num_stages=2),
+        "dq_112_dropout": Config(32, 32, num_warps=8, num_stages=2),
+        "fwd_88_dropout": Config(128, 16, num_warps=8, num_stages=2),
+        "fwd_small_32": Config(64, 32, num_warps=8, num_stages=2),
+        "fwd_small_96": Config(64, 32, num_warps=8, num_stages=2),
     },
     90: _ATTENTION_WGMMA,
     100: _ATTENTION_WGMMA
     | {
-        "fwd_128": Config(128, 64, num_warps=8, num_stages=1),
+        "fwd_to_128": Config(128, 64, num_warps=8, num_stages=1),
         "fwd_resident_88": Config(64, 128, num_warps=4, num_stages=1),
         "fwd_small_72": Config(64, 64, num_warps=4, num_stages=1),
-        "dkv_128_dropout": Config(32, 64, num_warps=8, num_stages=1),
+        "dkv_to_128_dropout": Config(32, 64, num_warps=8, num_stages=1),
         "dkv_96": Config(32, 64, num_warps=8, num_stages=2),
     },
-    120: _ATTENTION_MMA | {"float32": Config(16, 16, num_warps=4, num_stages=1)},
+    120: _ATTENTION_MMA
+    | {
+        "fwd_small_120": Config(64, 32, num_warps=8, num_stages=2),
+        "dq_112": Config(32, 32, num_warps=8, num_stages=2),
+        "dkv_56": Config(32, 64, num_warps=8, num_stages=2),
+        "dkv_56_dropout": Config(32, 64, num_warps=8, num_stages=1),
+        "dkv_80": Config(32, 64, num_warps=8, num_stages=1),
+        "dkv_88": Config(16, 32, num_warps=8, num_stages=2),
+        "dkv_96": Config(16, 32, num_warps=4, num_stages=1),
+        "float32": Config(16, 16, num_warps=4, num_stages=1),
+    },
 }
 
 
@@ -415,7 +439,7 @@ def attention(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool 
     one_launch = any(word in kernel for word in ("resident", "keys", "beside"))
     if dtype == torch.float32 and arch != 0:
         return Config(0, 0) if one_launch else table["float32"]
-    widths = (f"_{D}", *("_112",) * (80 < D <= 112), *("_128",) * (D > 64), "")
+    widths = (f"_{D}", *("_to_112",) * (80 < D <= 112), *("_to_128",) * (D > 64), "")
     kinds = ("_dropout", "") if dropout else ("",)
     names = (kernel + width + kind for width in widths for kind in kinds)
     return next((table[name] for name in names if name in table), Config(0, 0))
