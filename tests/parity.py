@@ -49,11 +49,18 @@ def check_parity(
     truth = results(getattr(reference, op), wide, dout_dtype=eager["out"].dtype)
     if together:
         scales = {name: t.detach().abs().max().item() or 1.0 for name, t in truth.items()}
-        vectors = (
+        got, eager, truth = (
             torch.cat([r[name].detach().double().cpu().flatten() / scales[name] for name in truth])
             for r in (got, eager, truth)
         )
-        check(f"{op} {', '.join(truth)} {dtype_id(dtype)}", *vectors, dtype, elementwise=False)
+        check(
+            f"{op} {', '.join(scales)} {dtype_id(dtype)}",
+            got,
+            eager,
+            truth,
+            dtype,
+            elementwise=False,
+        )
         return
     for name in truth:
         label = f"{op} {name} {dtype_id(dtype)}"
