@@ -62,11 +62,6 @@ def target(arch: int, sms: int) -> Iterator[None]:
         _target = before
 
 
-def is_elsewhere() -> bool:
-    """Whether configurations are chosen for another GPU than the one at hand."""
-    return _target is not None
-
-
 def arch(device_index: int | None) -> int:
     """Compute capability as one integer (90 is Hopper); 0 in the interpreter."""
     return _target[0] if _target else _device(device_index)[0]
