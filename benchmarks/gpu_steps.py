@@ -23,6 +23,7 @@ from benchmarks import (
     bench_layernorm_mlp,
     bench_linear_residual,
     bench_patch_embed,
+    bench_swiglu,
     harness,
     models,
     numerics,
@@ -161,7 +162,7 @@ def _ops(device: torch.device) -> tuple[list[Step], list[Step]]:
     """(the first shape of every op, all other shapes)."""
     first: list[Step] = []
     later: list[Step] = []
-    for module in (*OPS, bench_gemm):
+    for module in (*OPS, bench_gemm, bench_swiglu):
         for i, case in enumerate(module.cases(device)):
             (first if i < 2 else later).append(_op("ops", case))
     return first, later

@@ -185,6 +185,14 @@ def _te_norm_linear() -> Callable[..., Tensor]:
     return call
 
 
+def swiglu(device: torch.device) -> list[Provider]:
+    return [
+        ours(ops.swiglu, device),
+        Provider("eager", reference.swiglu),
+        *(compiled(reference.swiglu, mode, device) for mode in COMPILED),
+    ]
+
+
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     return residual + F.linear(x, weight, bias)
 
