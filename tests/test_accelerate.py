@@ -287,7 +287,7 @@ def test_drop_path_draws_as_the_peer(build):
         partial(timm_vit, proj_drop_rate=0.1),
         partial(hf_vit, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2),
         partial(hf_vit, hidden_dropout_prob=0.1),
-        partial(hf_dinov2, attention_probs_dropout_prob=0.2),
+        partial(hf_dinov2, attention_probs_dropout_prob=1.0),
         partial(torchvision_vit, dropout=0.1, attention_dropout=0.1),
         partial(torchvision_vit, dropout=0.1),
         partial(vit_pytorch_vit, dropout=0.1),
@@ -297,7 +297,7 @@ def test_drop_path_draws_as_the_peer(build):
         "timm-proj",
         "vit",
         "vit-hidden",
-        "dinov2",
+        "dinov2-all",
         "torchvision",
         "tv-mlp",
         "vit_pytorch",
@@ -313,6 +313,83 @@ def test_dropout_in_training_is_the_peers_own(build):
     close(grads(model, x), expected)
     calls = served(model.eval(), x)
     assert calls["layernorm_mlp"] == calls["linear_residual"] == 2
+
+
+def without_fused_attention(model):
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return model
+
+
+def only_attention_dropout(model):
+    """vit-pytorch has one rate for all of a block."""
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Dropout) and not name.endswith("0.dropout"):
+            m.p = 0.0
+    return model
+
+
+ATTENTION_DROPOUT = {
+    "timm": (lambda p: timm_vit(attn_drop_rate=p), OPS | STEM),
+    "timm_math": (lambda p: without_fused_attention(timm_vit(attn_drop_rate=p)), OPS | STEM),
+    "timm_qk_norm": (
+        lambda p: timm_vit(attn_drop_rate=p, qk_norm=True),
+        {"attention": 2, "layernorm_mlp": 2} | STEM,
+    ),
+    "hf_vit": (lambda p: hf_vit(attention_probs_dropout_prob=p), OPS | STEM),
+    "hf_vit_eager": (
+        lambda p: hf_vit(attention_probs_dropout_prob=p, attn_implementation="eager"),
+        OPS | STEM,
+    ),
+    "hf_dinov2": (lambda p: hf_dinov2(attention_probs_dropout_prob=p), OPS | STEM),
+    "torchvision": (lambda p: torchvision_vit(attention_dropout=p), OPS | STEM),
+    "vit_pytorch": (
+        lambda p: only_attention_dropout(vit_pytorch_vit(dropout=p)),
+        OPS | {"layernorm_linear": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION_DROPOUT)
+def test_attention_dropout_runs_in_the_op(name):
+    """The reference draws as the peers do, so that one seed shows rate, place and scale."""
+    build, ops = ATTENTION_DROPOUT[name]
+    model, x = make(build(0.3), train=True), images()
+    torch.manual_seed(1)
+    expected = grads(model, x)
+    expected_eval = tensors(model.eval(), x)
+    model.train()
+    report = fastvit.accelerate(model)
+    assert not any("dropout" in row.reason for row in report.rows)
+    assert served(model, x) == ops
+    torch.manual_seed(1)
+    close(grads(model, x), expected)
+    torch.manual_seed(2)
+    other = grads(model, x)
+    assert any(not torch.allclose(other[n], expected[n], atol=1e-3) for n in other)
+    close(tensors(model.eval(), x), expected_eval)
+
+
+def test_attention_dropout_of_the_kernel_has_the_peers_mean_and_variance(device):
+    """Over many draws a v, and p / (1 - p) a^2 v^2 summed over the keys."""
+    rate, draws = 0.25, 64
+    model = make(timm_vit(depth=1, attn_drop_rate=rate), train=True).to(device)
+    attention = model.blocks[0].attn
+    with torch.no_grad():
+        attention.proj.weight.copy_(torch.eye(64))
+        attention.proj.bias.zero_()
+    x = torch.randn(1, 17, 64, device=device)
+    qkv = attention.qkv(x).detach().double().view(17, 3, 2, 32)
+    q, k, v = qkv.permute(1, 2, 0, 3)
+    a = (q @ k.mT * attention.scale).softmax(-1)
+    mean, variance = a @ v, rate / (1 - rate) * a**2 @ v**2
+    fastvit.accelerate(model)
+    with fastvit.use_backend("triton"), torch.no_grad():
+        o = attention(x.expand(draws, -1, -1))
+    o = o.double().view(draws, 17, 2, 32).transpose(1, 2)
+    z = (o.mean(0) - mean) / (variance / draws).sqrt()
+    assert 0.8 < z.square().mean() < 1.25
+    assert 0.95 < o.var(0).sum() / variance.sum() < 1.05
 
 
 def test_projection_dropout_keeps_attention_itself():

@@ -76,10 +76,11 @@ def accelerate(model: nn.Module) -> Report:
     `ViT`, or any module that holds one. It is changed in place; parameters, state dict, optimizer,
     hooks on the model, its blocks, stem, norm and head stay as they were. Returns a `Report`.
 
-    What an op cannot do stays the peer's own: other norms and activations, dropout in training,
-    attention masks, `output_attentions`. It is decided again at every call, half a block at a time,
-    so that a hook, a mask or a LoRA layer that comes later is honoured: the half it touches then
-    runs the peer's own modules. Raises TypeError where there is nothing to take.
+    What an op cannot do stays the peer's own: other norms and activations, dropout in training but
+    of attention's probabilities (at the peer's rate; the kernel draws on a GPU), attention masks,
+    `output_attentions`. It is decided again at every call, half a block at a time, so that a hook,
+    a mask or a LoRA layer that comes later is honoured: the half it touches then runs the peer's
+    own modules. Raises TypeError where there is nothing to take.
 
     Call it before FSDP2's `fully_shard`, and before or after DDP and `torch.compile`.
     """

@@ -75,8 +75,9 @@ class AttentionHalf(NamedTuple):
     """x + path * layer_scale * dropout(proj(attention(qkv(norm(x))))).
 
     qkv: one packed Linear, three Linears, or an nn.MultiheadAttention, whose in_proj is packed;
-    core: the module whose `training` turns attention_dropout on; skipped: every further module that
-    the fused op would not call, each with the kinds it may be; odd: the peer's own reason.
+    core: the module whose `training` turns attention_dropout, of the probabilities, on; skipped:
+    every further module that the fused op would not call, each with the kinds it may be; odd: the
+    peer's own reason.
     """
 
     norm: Peer
@@ -97,8 +98,8 @@ class AttentionHalf(NamedTuple):
         reason = self.odd or _why_not_half(self, (*self.qkv, self.proj), training)
         if reason:
             return reason
-        if self.attention_dropout and is_on(self.core, training):
-            return f"attention dropout {self.attention_dropout} in training"
+        if reason := why_not_rate(self.attention_dropout, self.core, training):
+            return reason
         if len(self.qkv) > 1 and len({m.bias is None for m in self.qkv}) > 1:
             return "only some of q, k and v have a bias"
         weight, _ = self._in_projection(pack=False)
@@ -114,7 +115,8 @@ class AttentionHalf(NamedTuple):
         weight, bias = self._in_projection()
         proj = self.proj
         qkv, x = _norm_linear(x, self.norm, weight, bias)
-        o = ops.attention_qkv(qkv.unflatten(-1, (3, self.heads, -1)), self.scale)
+        rate = rate_now(self.attention_dropout, self.core)
+        o = ops.attention_qkv(qkv.unflatten(-1, (3, self.heads, -1)), self.scale, rate)
         gamma, path = _gamma(self.layer_scale), path_scale(self.drop_path, x)
         return ops.linear_residual(o.flatten(2), proj.weight, proj.bias, x, gamma, path)
 
@@ -265,6 +267,17 @@ def why_not_skip() -> str | None:
 def is_on(dropout: nn.Module, training: bool | None) -> bool:
     """Its own flag decides unless one is supposed: Monte Carlo dropout runs in an eval model."""
     return dropout.training if training is None else training
+
+
+def why_not_rate(rate: float, core: nn.Module, training: bool | None) -> str | None:
+    """Why attention cannot drop probabilities at `rate`, where it is on, or None."""
+    if 0.0 <= rate < 1.0 or not is_on(core, training):
+        return None
+    return f"attention dropout {rate} in training"
+
+
+def rate_now(rate: float, core: nn.Module) -> float:
+    return rate if core.training else 0.0
 
 
 def why_not_module(name: str, module: Any, *kinds: str) -> str | None:

@@ -20,10 +20,11 @@ from fastvit.halves import (
     GatedHalf,
     MlpHalf,
     is_kind,
-    is_on,
+    rate_now,
     wants_attentions,
     why_not_kind,
     why_not_module,
+    why_not_rate,
     why_not_skip,
 )
 
@@ -76,13 +77,32 @@ def _timm_attention_half(b: Any) -> AttentionHalf:
         ("q_norm", a.q_norm, "identity"),
         ("k_norm", a.k_norm, "identity"),
         ("attn.norm", getattr(a, "norm", None), "identity"),
-        ("attn_drop", a.attn_drop, "dropout"),
         ("proj_drop", a.proj_drop, "dropout"),
     )
     odd = None if getattr(a, "gate", None) is None else "attention is gated"
     return AttentionHalf(
-        b.norm1, (a.qkv,), a.proj, a.num_heads, a.scale, a, 0.0, b.ls1, b.drop_path1, skipped, odd
+        b.norm1,
+        (a.qkv,),
+        a.proj,
+        a.num_heads,
+        a.scale,
+        _timm_dropout_switch(a),
+        _rate(a.attn_drop),
+        b.ls1,
+        b.drop_path1,
+        skipped,
+        odd or why_not_module("attn_drop", a.attn_drop, "dropout"),
     )
+
+
+def _rate(dropout: Any) -> float:
+    """Of a Dropout; a module in its place is another's business to refuse."""
+    return getattr(dropout, "p", 0.0)
+
+
+def _timm_dropout_switch(a: Any) -> Any:
+    """The module whose `training` turns attention dropout on: SDPA asks the attention's own."""
+    return a if a.fused_attn else a.attn_drop
 
 
 def _timm_mlp_half(b: Any) -> MlpHalf | GatedHalf:
@@ -117,11 +137,10 @@ def _timm_block(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _timm_attention_reason(a: Any, training: bool | None = None) -> str | None:
     if getattr(a, "gate", None) is not None:
         return "attention is gated"
-    if a.attn_drop.p and is_on(a.attn_drop, training):
-        return f"attention dropout {a.attn_drop.p} in training"
     norms = ("identity", "layernorm", "rmsnorm")
     return (
         why_not_module("attn_drop", a.attn_drop, "dropout")
+        or why_not_rate(a.attn_drop.p, _timm_dropout_switch(a), training)
         or why_not_module("q_norm", a.q_norm, *norms)
         or why_not_module("k_norm", a.k_norm, *norms)
         or limits.attention(a.head_dim)
@@ -132,7 +151,8 @@ def _timm_attention(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if _given((*args, *kwargs.values())) or x.ndim != 3 or _timm_attention_reason(self):
         return self._fastvit_peer.forward(self, x, *args, **kwargs)
     q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-    o = ops.attention(self.q_norm(q), self.k_norm(k), v, self.scale).flatten(2)
+    rate = rate_now(self.attn_drop.p, _timm_dropout_switch(self))
+    o = ops.attention(self.q_norm(q), self.k_norm(k), v, self.scale, rate).flatten(2)
     return self.proj_drop(self.proj(self.norm(o) if hasattr(self, "norm") else o))
 
 
@@ -227,11 +247,12 @@ def _hf_branch(b: Any, branch: Tensor, i: int) -> Tensor:
 
 
 def _hf_attention_reason(a: Any, training: bool | None = None) -> str | None:
-    rate = _hf_rate(a)
-    if rate and is_on(a, training):
-        return f"attention dropout {rate} in training"
     head_dim = a.head_dim if hasattr(a, "head_dim") else a.attention_head_size
-    return _hf_implementation(a) or limits.attention(head_dim)
+    return (
+        why_not_rate(_hf_rate(a), a, training)
+        or _hf_implementation(a)
+        or limits.attention(head_dim)
+    )
 
 
 def _hf_attention_parts(a: Any) -> Parts:
@@ -249,7 +270,7 @@ def _hf_attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     names = ("q_proj", "k_proj", "v_proj") if new else ("query", "key", "value")
     heads = self.num_attention_heads
     q, k, v = (getattr(self, n)(hidden_states).unflatten(-1, (heads, -1)) for n in names)
-    o = ops.attention(q, k, v, self.scaling).flatten(2)
+    o = ops.attention(q, k, v, self.scaling, rate_now(_hf_rate(self), self)).flatten(2)
     return (self.o_proj(o) if new else o), None
 
 
@@ -303,11 +324,22 @@ def _vp_attention_half(a: Any) -> AttentionHalf:
     skipped = (
         ("attention", a, "attention"),
         ("attend", a.attend, "softmax"),
-        ("dropout", a.dropout, "dropout"),
         ("to_out", out, "sequential"),
         ("to_out.1", out[1], "dropout"),
     )
-    return AttentionHalf(a.norm, (a.to_qkv,), out[0], a.heads, a.scale, a, 0.0, None, None, skipped)
+    return AttentionHalf(
+        a.norm,
+        (a.to_qkv,),
+        out[0],
+        a.heads,
+        a.scale,
+        a.dropout,
+        _rate(a.dropout),
+        None,
+        None,
+        skipped,
+        why_not_module("dropout", a.dropout, "dropout"),
+    )
 
 
 def _vp_mlp_half(m: Any) -> MlpHalf:
@@ -341,12 +373,11 @@ def _vp_transformer_parts(transformer: Any) -> Parts:
 
 
 def _vp_attention_reason(a: Any, training: bool | None = None) -> str | None:
-    if a.dropout.p and is_on(a.dropout, training):
-        return f"attention dropout {a.dropout.p} in training"
     return (
         why_not_skip()
         or why_not_module("attend", a.attend, "softmax")
         or why_not_module("dropout", a.dropout, "dropout")
+        or why_not_rate(a.dropout.p, a.dropout, training)
         or limits.attention(round(a.scale**-2))  # to_qkv may be another's module
     )
 
@@ -355,7 +386,8 @@ def _vp_attention(self: Any, x: Tensor) -> Tensor:
     if x.ndim != 3 or _vp_attention_reason(self):
         return self._fastvit_peer.forward(self, x)
     qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
-    return self.to_out(ops.attention_qkv(qkv, self.scale).flatten(2))
+    rate = rate_now(self.dropout.p, self.dropout)
+    return self.to_out(ops.attention_qkv(qkv, self.scale, rate).flatten(2))
 
 
 # --- patch embedding: the one convolution, so that the owner's hooks, pads and norms stay
