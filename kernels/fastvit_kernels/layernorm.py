@@ -4,9 +4,10 @@ forward   mean, rstd = 1 / sqrt(var + eps) and, where the product that follows d
           load, y = xhat w + b
 backward  dx = rstd * (dy w - mean(dy w) - xhat mean(dy w xhat)) + dresidual, and y once more, for
           the dW of that product; sums of dy xhat (for w) and of dy (for b) over runs of rows, which
-          `gemm_dw.reduce_slabs` adds in order
+          `gemm_dw.reduce_slabs` adds in order; a float32 dx in the compute dtype too, for the
+          backward that comes next (`gradient_copy`)
 RMSNorm is the same with mean = 0 and var = mean(x^2), and without mean(dy w) in dx.
-Bytes: x read, y written; then dy, x, dresidual read, dx and y written, once each.
+Bytes: x read, y written; then dy, x, dresidual read, dx, its copy and y written, once each.
 """
 
 import torch
@@ -82,6 +83,7 @@ def _layernorm_bwd_kernel(
     norm_weight_ptr,
     norm_bias_ptr,
     dx_ptr,
+    copy_ptr,
     y_ptr,
     norm_rows_ptr,
     M,
@@ -126,6 +128,8 @@ def _layernorm_bwd_kernel(
         if residual_ptr is not None:
             dx += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if copy_ptr is not None:
+            tl.store(copy_ptr + offs, dx.to(copy_ptr.dtype.element_ty), mask=mask)
     if norm_rows_ptr is not None:
         tl.store(norm_rows_ptr + pid * 2 * C + offs_c, dw, mask=mask_c)
         tl.store(norm_rows_ptr + (pid * 2 + 1) * C + offs_c, db, mask=mask_c)
@@ -180,15 +184,18 @@ def layernorm_bwd(
     rms: bool,
     residual: Tensor | None = None,
     y_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx (+ residual, the gradient that bypasses the norm), y in y_dtype (None: not written), and
-    the rows (R, 2, C) that add up to dnorm_weight and dnorm_bias (None without either).
+    copy_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dx (+ residual, the gradient that bypasses the norm), its copy in copy_dtype, y in y_dtype
+    (None: not written), and the rows (R, 2, C) that add up to dnorm_weight and dnorm_bias (None
+    without either).
 
     dy: (M, C) contiguous; x: (M, C) rows; residual: (M, C) contiguous. dx has x's dtype.
     """
     M, C = x.shape
     dx = torch.empty((M, C), dtype=x.dtype, device=x.device)
     y = None if y_dtype is None else torch.empty((M, C), dtype=y_dtype, device=x.device)
+    copy = None if copy_dtype is None else torch.empty_like(dx, dtype=copy_dtype)
     config, programs = tuned.layernorm_bwd(M, C, x.device.index)
     rows_per_program = cdiv(cdiv(M, programs), config.BLOCK_M) * config.BLOCK_M
     programs = cdiv(M, rows_per_program)
@@ -205,6 +212,7 @@ def layernorm_bwd(
         norm_weight,
         norm_bias,
         dx,
+        copy,
         y,
         norm_rows,
         M,
@@ -216,4 +224,4 @@ def layernorm_bwd(
         BLOCK_C=config.BLOCK_N,
         num_warps=config.num_warps,
     )
-    return dx, y, norm_rows
+    return dx, copy, y, norm_rows

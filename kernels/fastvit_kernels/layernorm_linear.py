@@ -5,7 +5,7 @@ The norm is applied as the product loads its tiles of x where rows are short or 
 cast, else by the row kernel that makes the statistics (`tuned.normalizes_on_load` says why).
 Saved for backward: x, mean and rstd (float32, one pair a row), weight in the compute dtype.
 Launches: 2 forward (norm, product); 4 backward (dh product, norm, dW, the sum of all parts). The
-residual's gradient is added where the norm's backward writes dx.
+residual's gradient is added where the norm's backward writes dx, and dx's copy (`gradient_copy`).
 Bytes: x twice, y once (and the norm once, written and read for x); backward dy twice, x once, dh
 twice, dx once, the norm twice, and the dW slabs.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, gemm_dw, layernorm, library, tuned
+from fastvit_kernels import gemm, gemm_dw, gradient_copy, layernorm, library, tuned
 
 
 def _fwd(
@@ -72,20 +72,27 @@ def _bwd(
     bias: Tensor | None,
     rms: bool,
     needs_params: bool,
+    copies: bool,
 ) -> list[Tensor]:
-    """dx, then the gradients of norm_weight, norm_bias, weight and bias, if they are needed."""
+    """dx, its copy in the compute dtype if it is wanted, then the gradients of norm_weight,
+    norm_bias, weight and bias, if they are needed.
+    """
     params = (norm_weight, norm_bias, param, bias)
     if len(x) == 0:
-        return library.zeros(x, params if needs_params else ())
+        return library.zeros(x, params if needs_params else (), weight.dtype if copies else None)
     dh = gemm.gemm(dy, weight, weight.new_empty(x.shape))
     norm = (mean, rstd, norm_weight, norm_bias)
     y_dtype = weight.dtype if needs_params else None
-    dx, y, norm_rows = layernorm.layernorm_bwd(dh, x, *norm, rms, dx_residual, y_dtype)
+    copy_dtype = weight.dtype if copies else None
+    dx, copy, y, norm_rows = layernorm.layernorm_bwd(
+        dh, x, *norm, rms, dx_residual, y_dtype, copy_dtype
+    )
+    dxs = [dx] if copy is None else [dx, copy]
     if y is None:
-        return [dx]
+        return dxs
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
     dw, db, _, *dnorm = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(dy, y), param, bias, norm=sums)
-    return [dx, *(g for g in (*dnorm, dw, db) if g is not None)]
+    return [*dxs, *(g for g in (*dnorm, dw, db) if g is not None)]
 
 
 def _bwd_fake(
@@ -101,9 +108,11 @@ def _bwd_fake(
     bias,
     rms,
     needs_params,
+    copies,
 ):
     params = (norm_weight, norm_bias, param, bias) if needs_params else ()
-    return [x.new_empty(x.shape), *(p.new_empty(p.shape) for p in params if p is not None)]
+    dxs = [x.new_empty(x.shape), *([weight.new_empty(x.shape)] if copies else [])]
+    return [*dxs, *(p.new_empty(p.shape) for p in params if p is not None)]
 
 
 layernorm_linear_fwd = library.register("layernorm_linear_fwd", _fwd_fake)(_fwd)
@@ -126,7 +135,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
         x2, w = gemm.rows(x), weight.to(dtype)
         out, mean, rstd = layernorm_linear_fwd(x2, norm_weight, norm_bias, w, bias, eps, rms)
         ctx.save_for_backward(x2, mean, rstd, norm_weight, norm_bias, w, weight, bias)
-        ctx.rms = rms
+        ctx.rms, ctx.copies = rms, gradient_copy.is_wanted(x, dtype)
         ctx.set_materialize_grads(False)
         return out.view(*x.shape[:-1], len(weight)), x
 
@@ -140,8 +149,12 @@ class LayerNormLinearFunction(torch.autograd.Function):
         params = (norm_weight, norm_bias, weight, bias)
         needed = any(ctx.needs_input_grad[1:5])
         residual = None if dx is None else gemm.rows(dx).contiguous()
-        dx2, *grads = layernorm_linear_bwd(gemm.rows(dy), residual, *saved, ctx.rms, needed)
+        dx2, *grads = layernorm_linear_bwd(
+            gemm.rows(dy), residual, *saved, ctx.rms, needed, ctx.copies
+        )
         dx2 = dx2.view(*dy.shape[:-1], x2.shape[1])
+        if ctx.copies:
+            gradient_copy.carry(dx2, grads.pop(0))
         return dx2, *library.spread(grads, params, needed), None, None, None
 
 

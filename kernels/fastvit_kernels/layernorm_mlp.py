@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, gemm_dw, layernorm, library
+from fastvit_kernels import gemm, gemm_dw, gradient_copy, layernorm, library
 from fastvit_kernels.layernorm_linear import norm_gemm
 from fastvit_kernels.linear_residual import branch_dtype, branch_gradient
 
@@ -93,6 +93,7 @@ def _fwd_fake(
 
 def _bwd(
     dout: Tensor,
+    dout_copy: Tensor | None,
     x: Tensor,
     u: Tensor,
     mean: Tensor,
@@ -112,19 +113,24 @@ def _bwd(
     rms: bool,
     activation: str,
     needs_params: bool,
+    copies: bool,
 ) -> list[Tensor]:
-    """dx, then the gradients of the parameters there are, in the order of the arguments."""
+    """dx, its copy in the compute dtype if it is wanted, then the gradients of the parameters there
+    are, in the order of the arguments. dout_copy: dout in the compute dtype, if there is one.
+    """
     params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
+    w_dtype = fc1_weight.dtype
     if len(x) == 0:
-        return library.zeros(x, params if needs_params else ())
+        return library.zeros(x, params if needs_params else (), w_dtype if copies else None)
     branch = {"path_scale": path_scale, "layer_scale": layer_scale, "tokens": tokens}
-    g, unwritten = branch_gradient(dout, fc2_weight.dtype, path_scale, needs_params)
+    dbranch = dout if dout_copy is None else dout_copy
+    g, unwritten = branch_gradient(dbranch, w_dtype, path_scale, needs_params)
     if u.numel() == 0:
         u = fc1_weight.new_empty((len(x), len(fc1_weight)))
         norm_gemm(x, norm_weight, norm_bias, fc1_weight, u, eps, rms, bias=fc1_bias)
     du, h = torch.empty_like(u), torch.empty_like(u) if needs_params else None
     gemm.gemm(
-        dout,
+        dbranch,
         fc2_weight,
         du,
         prologue="branch",
@@ -136,22 +142,24 @@ def _bwd(
         **branch,
     )
     parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
-    del h, g, unwritten
+    del h, g, unwritten, dbranch, dout_copy
     dh = gemm.gemm(du, fc1_weight, fc1_weight.new_empty(x.shape))
     norm = (mean, rstd, norm_weight, norm_bias)
-    y_dtype = fc1_weight.dtype if needs_params else None
-    dx, y, norm_rows = layernorm.layernorm_bwd(dh, x, *norm, rms, dout, y_dtype)
+    y_dtype, copy_dtype = (w_dtype if wanted else None for wanted in (needs_params, copies))
+    dx, copy, y, norm_rows = layernorm.layernorm_bwd(dh, x, *norm, rms, dout, y_dtype, copy_dtype)
+    dxs = [dx] if copy is None else [dx, copy]
     if y is None or parts2 is None:
-        return [dx]
+        return dxs
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
     first = (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)
     dfc2_dls = gemm_dw.reduce_slabs(parts2, fc2_param, fc2_bias, layer_scale, first, sums)
     dfc2, (dw1, db1, *dnorm) = dfc2_dls[:3], dfc2_dls[3:]
-    return [dx, *(grad for grad in (*dnorm, dw1, db1, *dfc2) if grad is not None)]
+    return [*dxs, *(grad for grad in (*dnorm, dw1, db1, *dfc2) if grad is not None)]
 
 
 def _bwd_fake(
     dout,
+    dout_copy,
     x,
     u,
     mean,
@@ -171,10 +179,12 @@ def _bwd_fake(
     rms,
     activation,
     needs_params,
+    copies,
 ):
     params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
     params = params if needs_params else ()
-    return [x.new_empty(x.shape), *(p.new_empty(p.shape) for p in params if p is not None)]
+    dxs = [x.new_empty(x.shape), *([fc1_weight.new_empty(x.shape)] if copies else [])]
+    return [*dxs, *(p.new_empty(p.shape) for p in params if p is not None)]
 
 
 layernorm_mlp_fwd = library.register("layernorm_mlp_fwd", _fwd_fake)(_fwd)
@@ -210,7 +220,8 @@ class LayerNormMlpFunction(torch.autograd.Function):
         )
         fc1, fc2 = (w1, fc1_weight, fc1_bias), (w2, fc2_weight, fc2_bias)
         ctx.save_for_backward(x2, u, mean, rstd, *norm, *fc1, *fc2, *branch)
-        ctx.options = options
+        ctx.options, ctx.copies = options, gradient_copy.is_wanted(x, dtype)
+        ctx.reads_copy_in = dtype if layer_scale is None else None
         return out.view(x.shape)
 
     @staticmethod
@@ -219,10 +230,14 @@ class LayerNormMlpFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         needed = any(ctx.needs_input_grad[1:8])
         dout2 = gemm.rows(dout).contiguous()
-        dx, *grads = layernorm_mlp_bwd(dout2, *saved, *ctx.options, needed)
+        copy = gradient_copy.carried(dout, ctx.reads_copy_in)
+        copy = None if copy is None else gemm.rows(copy)
+        dx, *grads = layernorm_mlp_bwd(dout2, copy, *saved, *ctx.options, needed, ctx.copies)
+        dx = dx.view(dout.shape)
+        if ctx.copies:
+            gradient_copy.carry(dx, grads.pop(0))
         params = [*saved[4:6], *saved[7:9], *saved[10:13]]
-        dparams = library.spread(grads, params, needed)
-        return dx.view(dout.shape), *dparams, *(None,) * 6
+        return dx, *library.spread(grads, params, needed), *(None,) * 6
 
 
 def layernorm_mlp(

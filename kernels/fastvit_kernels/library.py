@@ -97,9 +97,14 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def zeros(x: torch.Tensor, params: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """Gradients of an empty batch: of x, then of each parameter there is."""
-    return [torch.zeros_like(t) for t in (x, *params) if t is not None]
+def zeros(
+    x: torch.Tensor,
+    params: Sequence[torch.Tensor | None],
+    copy_dtype: torch.dtype | None = None,
+) -> list[torch.Tensor]:
+    """Gradients of an empty batch: of x, in copy_dtype too if given, then of the parameters."""
+    copies = [] if copy_dtype is None else [torch.zeros_like(x, dtype=copy_dtype)]
+    return [torch.zeros_like(x), *copies, *(torch.zeros_like(p) for p in params if p is not None)]
 
 
 def spread(

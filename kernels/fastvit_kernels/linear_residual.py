@@ -5,8 +5,8 @@ Saved for backward: x and weight in the compute dtype. LayerScale's gradient nee
 with G = (path_scale * dout)^T x, which dW needs anyway, it is
 <W[c], G[c]> + b[c] sum(path_scale * dout[:, c]).
 Launches: 1 forward; 3 backward (dX product, dW, its slab sum). The residual's gradient is dout.
-Under autocast, or with path_scale, the dX product writes path_scale * dout in the compute dtype on
-the way, for dW to read.
+A float32 dout mostly comes with a copy in the compute dtype (`gradient_copy`). Without one, or with
+path_scale, the dX product writes path_scale * dout in the compute dtype on the way, for dW to read.
 Bytes: x, residual and out once; backward dout twice, x and dx once, and the dW slabs.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, gemm_dw, library
+from fastvit_kernels import gemm, gemm_dw, gradient_copy, library
 
 
 def _fwd(
@@ -119,16 +119,18 @@ class LinearResidualFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(x2, w, weight, bias, layer_scale, path_scale)
         ctx.tokens, ctx.x_dtype, ctx.residual_dtype = tokens, x.dtype, residual.dtype
+        ctx.reads_copy_in = dtype if layer_scale is None else None
         return out.view(residual.shape)
 
     @staticmethod
     @library.first_order
     def backward(ctx: Any, dout: Tensor) -> Any:
-        _, _, weight, bias, layer_scale, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # checkpointing allows one look
         needed = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
-        dx, *grads = linear_residual_bwd(gemm.rows(dout), *ctx.saved_tensors, ctx.tokens, needed)
-        params = (weight, bias, layer_scale)
-        dweight, dbias, dscale = library.spread(grads, params, needed)
+        copy = gradient_copy.carried(dout, ctx.reads_copy_in)
+        dbranch = gemm.rows(dout if copy is None else copy)
+        dx, *grads = linear_residual_bwd(dbranch, *saved, ctx.tokens, needed)
+        dweight, dbias, dscale = library.spread(grads, saved[2:5], needed)
         dx = dx.view(*dout.shape[:-1], dx.shape[1]).to(ctx.x_dtype)
         return dx, dweight, dbias, dout.to(ctx.residual_dtype), dscale, None, None
 

@@ -102,7 +102,10 @@ def run(w: Workload) -> None:
     norm = (rows, rows, vector, vector)
     layernorm_linear._fwd(x, vector, vector, qkv_w, qkv_b, 1e-6, False)
     qkv = (qkv_w, qkv_w.to(master), qkv_b)
-    layernorm_linear._bwd(new(M, 3 * w.dim), x, x, *norm, *qkv, False, True)
+    # A float32 gradient comes and goes with a copy, except at the ends of a model.
+    copies = (False, True) if w.dtype != master == torch.float32 else (False,)
+    for copy in copies:
+        layernorm_linear._bwd(new(M, 3 * w.dim), x, x, *norm, *qkv, False, True, copy)
 
     q, k, v = new(w.batch, N, 3, w.heads, D).unbind(2)
     o, lse = attention._fwd(q, k, v, 0.125)
@@ -113,7 +116,9 @@ def run(w: Workload) -> None:
     branch = (layer_scale, path_scale, N)
     proj, out = new(w.dim, w.dim), new(M, w.dim)
     linear_residual._fwd(out, proj, vector, x, *branch, master)
-    linear_residual._bwd(x, out, proj, proj.to(master), vector, *branch, True)
+    for copy in copies:
+        dout = x.to(w.dtype) if copy and not w.branch else x
+        linear_residual._bwd(dout, out, proj, proj.to(master), vector, *branch, True)
 
     fc1, fc1_b, fc2 = new(w.mlp_dim, w.dim), new(w.mlp_dim, dtype=master), new(w.dim, w.mlp_dim)
     for act in ("gelu", "gelu_tanh", "quick_gelu"):
@@ -121,7 +126,9 @@ def run(w: Workload) -> None:
         layernorm_mlp._fwd(x, vector, vector, *fc, *branch, 1e-6, False, act, True, master)
         fc1_saved, fc2_saved = (fc1, fc1.to(master), fc1_b), (fc2, fc2.to(master), vector)
         saved = (x, new(M, w.mlp_dim), *norm, *fc1_saved, *fc2_saved)
-        layernorm_mlp._bwd(x, *saved, *branch, 1e-6, False, act, True)
+        for copy in copies:
+            dout_copy = x.to(w.dtype) if copy and not w.branch else None
+            layernorm_mlp._bwd(x, dout_copy, *saved, *branch, 1e-6, False, act, True, copy)
 
 
 def run_swiglu(F: int = 4096) -> None:
@@ -223,7 +230,7 @@ _WORDS = {
     "RMS": "rms",
 }
 # Pointers whose absence compiles to less.
-_OPTIONAL = {"y", "h", "g", "residual", "layer_scale", "slabs2", "norm_rows"}
+_OPTIONAL = {"copy", "y", "h", "g", "residual", "layer_scale", "slabs2", "norm_rows"}
 _ALWAYS_FLOAT32 = {"mean", "rstd", "lse", "delta", "path_scale", "slabs", "db_slabs"}
 _ALWAYS_FLOAT32 |= {"cos", "sin", "dparams", "maps"}
 _INTEGERS = {"cu_seqlens", "lengths", "rows", "seed"}

@@ -129,7 +129,7 @@ WRITES = {
         *("dw", "db", "dlayer_scale", "dw2", "db2"),
         *("dnorm_weight", "dnorm_bias"),
     ),
-    "layernorm_bwd": ("dx", "y", "norm_rows"),
+    "layernorm_bwd": ("dx", "copy", "y", "norm_rows"),
     "attention_fwd": ("o", "lse"),
     "attention_fwd_resident": ("o", "lse"),
     "attention_bwd_resident": ("dq", "dk", "dv"),
@@ -256,29 +256,60 @@ def _op_cost(
 def count(
     function: Callable[..., Tensor], shapes: dict[str, tuple[int, ...]], s: Sizes, arch: int = 90
 ) -> Step:
-    """The step of function(s, **tensors of `shapes`); every tensor has a gradient but images."""
-    tensors = {
-        name: torch.empty(shape, dtype=s.residual_dtype, device="meta")
-        for name, shape in shapes.items()
-    }
-    wanted = [t.requires_grad_() for name, t in tensors.items() if name != "images"]
+    """The step of function(s, **tensors of `shapes`); every tensor has a gradient but images.
+
+    With an "x" among them, it is the second of three such in a row: what neighbours hand each other
+    counts, what the ends of a model do otherwise does not.
+    """
+
+    def new_tensors() -> dict[str, Tensor]:
+        tensors = {
+            name: torch.empty(shape, dtype=s.residual_dtype, device="meta")
+            for name, shape in shapes.items()
+        }
+        wanted.extend(
+            t.requires_grad_() for name, t in tensors.items() if name not in ("images", "x")
+        )
+        return tensors
+
+    wanted: list[Tensor] = []
     kept: dict[int, int] = {}
-    parameters = {t.untyped_storage()._cdata for name, t in tensors.items() if name != "x"}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage.nbytes()
-        return t
-
     counter = Counter()
-    with aot.intercept(arch, counter.on_launch), counter:
+    ends: list[int] = []
+
+    def run(tensors: dict[str, Tensor]) -> Tensor:
+        parameters = {t.untyped_storage()._cdata for name, t in tensors.items() if name != "x"}
+        kept.clear()
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage._cdata not in parameters:
+                kept[storage._cdata] = storage.nbytes()
+            return t
+
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = function(s, **tensors)
-        forward, counter.passes = counter.passes, []
-        dout = torch.empty_like(out)
-        torch.autograd.grad(out, wanted, dout)
-    return Step(forward, counter.passes, sum(kept.values()))
+        ends.append(len(counter.passes))
+        return out
+
+    def mark(_: Tensor) -> None:
+        ends.append(len(counter.passes))
+
+    with aot.intercept(arch, counter.on_launch), counter:
+        if "x" not in shapes:
+            out = run(new_tensors())
+            forward, saved = counter.passes[:], sum(kept.values())
+            torch.autograd.grad(out, wanted, torch.empty_like(out))
+            return Step(forward, counter.passes[len(forward) :], saved)
+        first = run(new_tensors())
+        second = run(new_tensors() | {"x": first})
+        saved = sum(kept.values())
+        third = run(new_tensors() | {"x": second})
+        for t in (first, second):
+            t.register_hook(mark)
+        torch.autograd.grad(third, wanted, torch.empty_like(third))
+    after_first, after_second, _, begin, end = ends
+    return Step(counter.passes[after_first:after_second], counter.passes[begin:end], saved)
 
 
 def block_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:

@@ -53,6 +53,11 @@ def use_backend(name: str) -> Iterator[None]:
         _backend = before
 
 
+def recomputing() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """The context of a checkpointed forward, and of its recomputation: on the same backend."""
+    return contextlib.nullcontext(), use_backend(_backend)
+
+
 def choose_triton(op: str, x: Tensor, dtype: torch.dtype, unsupported: str | None) -> bool:
     """True where the Triton kernel of `op` serves; the one decision, from static facts alone.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvit import ops
+from fastvit import backend, ops
 from fastvit.layers import (
     MLPS,
     NORMS,
@@ -352,7 +352,11 @@ class ViT(VitPytorchNames, nn.Module):
     ) -> Tensor:
         args = (x, rope) if rows is None else (x, rope, rows)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            # Dynamo traces both on one backend, and takes no contexts of this kind.
+            contexts: Any = (
+                {} if torch.compiler.is_compiling() else {"context_fn": backend.recomputing}
+            )
+            return checkpoint(block, *args, use_reentrant=False, **contexts)
         return block(*args)
 
     def forward_intermediates(

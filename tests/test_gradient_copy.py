@@ -1,0 +1,150 @@
+"""Under autocast a float32 gradient carries its 16-bit copy between ops: used, and never stale."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from checks import check
+from fastvit_kernels import gradient_copy
+from torch import Tensor, nn
+
+import fastvit
+
+Edit = Callable[[fastvit.ViT], None]
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of each backward that asked for a copy, whether it got one."""
+    found: list[bool] = []
+    carried = gradient_copy.carried
+
+    def watch(grad: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+        copy = carried(grad, dtype)
+        if dtype is not None:
+            found.append(copy is not None)
+        return copy
+
+    monkeypatch.setattr(gradient_copy, "carried", watch)
+    yield found
+
+
+def model(depth: int = 3, **options) -> fastvit.ViT:
+    torch.manual_seed(1)
+    sizes = {
+        "image_size": 16,
+        "patch_size": 4,
+        "dim": 32,
+        "depth": depth,
+        "heads": 2,
+        "mlp_dim": 64,
+    }
+    return fastvit.ViT(**sizes, num_classes=5, **options)
+
+
+def gradients(
+    vit: fastvit.ViT, device: torch.device, backend: str, dtype: torch.dtype, autocast: bool
+) -> dict[str, Tensor]:
+    vit = vit.to(device=device, dtype=dtype)
+    torch.manual_seed(2)
+    images = torch.randn(2, 3, 16, 16).to(device, dtype)
+    with fastvit.use_backend(backend), torch.autocast(device.type, torch.bfloat16, autocast):
+        # Every token, so that the last block's gradient is whole.
+        features = vit.forward_features(images)
+    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
+    (features * weights.to(features)).sum().backward()
+    return {name: p.grad for name, p in vit.named_parameters() if p.grad is not None}
+
+
+def check_model(build: Callable[[], fastvit.ViT], device: torch.device) -> None:
+    got = gradients(build(), device, "triton", torch.float32, True)
+    eager = gradients(build(), device, "reference", torch.float32, True)
+    truth = gradients(build(), device, "reference", torch.float64, False)
+    assert got.keys() == truth.keys()
+    for name, grad in got.items():
+        check(name, grad, eager[name], truth[name], torch.bfloat16)
+
+
+def test_every_op_of_the_body_takes_one(taken: list[bool], device: torch.device) -> None:
+    check_model(model, device)
+    # Two a block; the last block's MLP gets its gradient from the final norm.
+    assert taken == [False, *[True] * 5]
+
+
+def test_drop_path_takes_one_and_layer_scale_none(taken: list[bool], device: torch.device) -> None:
+    gradients(model(drop_path=0.5).train(), device, "triton", torch.float32, True)
+    assert taken == [False, *[True] * 5]
+    taken.clear()
+    check_model(lambda: model(layer_scale=0.5), device)
+    assert taken == []
+
+
+def test_none_in_one_dtype(taken: list[bool], device: torch.device) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        gradients(model(), device, "triton", dtype, False)
+    assert not any(taken)
+
+
+def edit_output(edit: Callable[[Tensor], Tensor | None]) -> Callable[[], fastvit.ViT]:
+    """A model whose first block's output has `edit` as the hook of its gradient."""
+
+    def build() -> fastvit.ViT:
+        vit = model()
+
+        def watch(block: nn.Module, args: tuple, x: Tensor) -> None:
+            x.register_hook(edit)
+
+        vit.blocks[0].register_forward_hook(watch)
+        return vit
+
+    return build
+
+
+def test_a_hook_that_gives_another_gradient(taken: list[bool], device: torch.device) -> None:
+    check_model(edit_output(lambda grad: grad * 3), device)
+    assert False in taken[1:]
+
+
+def test_a_hook_that_changes_the_gradient_in_place(taken: list[bool], device: torch.device) -> None:
+    def triple(grad: Tensor) -> None:
+        grad.mul_(3)
+
+    check_model(edit_output(triple), device)
+    assert False in taken[1:]
+
+
+def test_two_uses_add_up(device: torch.device) -> None:
+    def build() -> fastvit.ViT:
+        vit = model()
+        kept: list[Tensor] = []
+
+        def keep(block: nn.Module, args: tuple, x: Tensor) -> None:
+            kept.append(x)
+
+        def add(block: nn.Module, args: tuple, x: Tensor) -> Tensor:
+            return x + 2 * kept.pop()
+
+        vit.blocks[0].register_forward_hook(keep)
+        vit.blocks[2].register_forward_hook(add)
+        return vit
+
+    check_model(build, device)
+
+
+def test_checkpointed_blocks(device: torch.device) -> None:
+    def build() -> fastvit.ViT:
+        vit = model()
+        vit.set_grad_checkpointing(True)
+        return vit.train()
+
+    check_model(build, device)
+
+
+def test_frozen_blocks(device: torch.device) -> None:
+    def build() -> fastvit.ViT:
+        vit = model()
+        vit.blocks[1].requires_grad_(False)
+        vit.blocks[2].requires_grad_(False)
+        return vit
+
+    check_model(build, device)
