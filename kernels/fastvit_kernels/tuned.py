@@ -154,7 +154,7 @@ PATCH_EMBED: dict[int, dict[str, Config]] = {
         "float32": Config(64, 32, 32, num_warps=4, num_stages=3),
     },
 }
-PATCH_GATHER_DW = Config(32, 64, 64, num_warps=8, num_stages=3)
+PATCH_GATHER_DW = Config(32, 64, 64, num_warps=4, num_stages=3)
 
 # dW: BLOCK_M is the step along the reduction, BLOCK_N x BLOCK_K the tile of dW.
 GEMM_DW: dict[int, dict[str, Config]] = {
