@@ -170,7 +170,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+    "ignore:.*torch.jit", "ignore::torch.jit.TracerWarning"
 )
 def test_jit_trace_takes_the_reference(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
