@@ -169,9 +169,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "choose_triton", choose)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit", "ignore::torch.jit.TracerWarning"
-)
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 def test_jit_trace_takes_the_reference(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
