@@ -7,7 +7,8 @@ Prologues act on the A tile between its load and the product:
     "layernorm"  (a - mean) * rstd * norm_weight + norm_bias, statistics read, not recomputed
     "branch"     a * layer_scale[k] * path_scale[sample]: the gradient that enters a residual branch
 Epilogues act on the float32 accumulator:
-    "none"       acc + bias
+    "none"       acc + bias; with `fold`, as those below, rstd * (acc - mean * s) + bias instead, what
+                 `layernorm_fold` leaves of a LayerNorm
     "gelu"       GELU(u), u = acc + bias, which is stored beside it for a backward
     "dgelu"      acc * GELU'(u), and GELU(u) beside it for the product that needs it next
     "residual"   residual + path_scale[sample] * layer_scale * (acc + bias)
@@ -39,17 +40,21 @@ def _epilogue(
     out,
     offs_m,
     offs_n,
-    path_scale,
+    row_values,
     M,
     N,
     EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    c_ptr, u_ptr, h_ptr, residual_ptr, bias_ptr, layer_scale_ptr, path_scale_ptr = out
+    c_ptr, u_ptr, h_ptr, residual_ptr, bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr = out
+    path_scale, mean, rstd = row_values
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    if sums_ptr is not None:
+        sums = tl.load(sums_ptr + offs_n, mask=mask_n, other=0.0)
+        acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == "gelu":
@@ -77,7 +82,7 @@ def _finish(
     out,
     offs_m,
     first_n,
-    path_scale,
+    row_values,
     M,
     N,
     EPILOGUE: tl.constexpr,
@@ -90,7 +95,7 @@ def _finish(
     """The epilogue of SUBTILES parts of the tile in turn: each needs its own share of registers."""
     if SUBTILES == 1:
         offs_n = first_n + tl.arange(0, BLOCK_N)
-        _epilogue(acc, out, offs_m, offs_n, path_scale, M, N, EPILOGUE, ACTIVATION, EXACT)
+        _epilogue(acc, out, offs_m, offs_n, row_values, M, N, EPILOGUE, ACTIVATION, EXACT)
     else:
         HALF: tl.constexpr = BLOCK_N // 2
         halves = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, HALF]), [0, 2, 1]))
@@ -100,7 +105,7 @@ def _finish(
                 out,
                 offs_m,
                 first_n + i * HALF,
-                path_scale,
+                row_values,
                 M,
                 N,
                 EPILOGUE,
@@ -126,6 +131,7 @@ def _gemm_kernel(
     norm_bias_ptr,
     mean_ptr,
     rstd_ptr,
+    sums_ptr,
     layer_scale_ptr,
     path_scale_ptr,
     M,
@@ -162,7 +168,7 @@ def _gemm_kernel(
     mean = tl.zeros([BLOCK_M], tl.float32)
     rstd = mean
     path_scale = mean
-    if PROLOGUE == "layernorm":
+    if mean_ptr is not None:
         mean = tl.load(mean_ptr + rows)
         rstd = tl.load(rstd_ptr + rows)
     if path_scale_ptr is not None:
@@ -200,13 +206,13 @@ def _gemm_kernel(
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * stride_bk
 
-    out = (c_ptr, u_ptr, h_ptr, residual_ptr, bias_ptr, layer_scale_ptr, path_scale_ptr)
+    out = (c_ptr, u_ptr, h_ptr, residual_ptr, bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr)
     _finish(
         acc,
         out,
         offs_m,
         pid_n * BLOCK_N,
-        path_scale,
+        (path_scale, mean, rstd),
         M,
         N,
         EPILOGUE,
@@ -227,6 +233,9 @@ def _gemm_tma_kernel(
     h_ptr,
     residual_ptr,
     bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    sums_ptr,
     layer_scale_ptr,
     path_scale_ptr,
     M,
@@ -246,7 +255,7 @@ def _gemm_tma_kernel(
     the edges.
     """
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    out = (c_ptr, u_ptr, h_ptr, residual_ptr, bias_ptr, layer_scale_ptr, path_scale_ptr)
+    out = (c_ptr, u_ptr, h_ptr, residual_ptr, bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -259,15 +268,20 @@ def _gemm_tma_kernel(
             acc = dot(a, b, acc, "ieee")
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         path_scale = tl.zeros([BLOCK_M], tl.float32)
+        mean = path_scale
+        rstd = path_scale
         if path_scale_ptr is not None:
             sample = tl.minimum(offs_m, M - 1) // tokens
             path_scale = tl.load(path_scale_ptr + sample).to(tl.float32)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)
+            rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
         _finish(
             acc,
             out,
             offs_m,
             pid_n * BLOCK_N,
-            path_scale,
+            (path_scale, mean, rstd),
             M,
             N,
             EPILOGUE,
@@ -318,6 +332,7 @@ def gemm(
     epilogue: str = "none",
     bias: Tensor | None = None,
     norm: tuple[Tensor | None, Tensor | None, Tensor, Tensor] | None = None,
+    fold: tuple[Tensor, Tensor, Tensor] | None = None,
     u: Tensor | None = None,
     h: Tensor | None = None,
     g: Tensor | None = None,
@@ -329,7 +344,8 @@ def gemm(
 ) -> Tensor:
     """out = epilogue(prologue(a) b). a: (M, K) rows; b: (K, N) any strides; out: (M, N).
 
-    b's dtype is the compute dtype. norm: (norm_weight, norm_bias, mean, rstd). u: (M, N), read by
+    b's dtype is the compute dtype. norm: (norm_weight, norm_bias, mean, rstd); fold: (mean, rstd,
+    s), float32, of `layernorm_fold`, whose W' is b and whose b' is bias. u: (M, N), read by
     epilogue "dgelu" and written, if given, by "gelu"; h: (M, N), GELU(u), written by "dgelu", if
     given; g: (M, K), written by prologue "branch", if given. tokens: rows per sample, for
     path_scale (B,).
@@ -347,6 +363,9 @@ def gemm(
     tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     outputs = (out, u, h), (residual, bias)
     scales = (layer_scale, path_scale)
+    norm_params, statistics = (None, None), fold or (None, None, None)
+    if norm is not None:
+        norm_params, statistics = norm[:2], (*norm[2:], None)
     blocks: dict[str, Any] = {
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
@@ -365,6 +384,7 @@ def gemm(
             descriptor(b_rows, b_block if b_rows is b else b_block[::-1]),
             *outputs[0],
             *outputs[1],
+            *statistics,
             *scales,
             M,
             N,
@@ -384,7 +404,8 @@ def gemm(
         *outputs[0],
         g,
         *outputs[1],
-        *(norm if norm is not None else (None,) * 4),
+        *norm_params,
+        *statistics,
         *scales,
         M,
         N,

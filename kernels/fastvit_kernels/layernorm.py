@@ -30,6 +30,23 @@ def _affine(xhat, norm_weight_ptr, norm_bias_ptr, offs_c, C):
     return xhat
 
 
+@triton.jit
+def statistics(x, offs_c, C, eps, RMS: tl.constexpr):
+    """mean and rstd of whole rows of float32, zero past column C."""
+    if RMS:
+        mean = tl.sum(x, axis=1) * 0.0
+        var = tl.sum(x * x, axis=1) / C
+    else:
+        mean = tl.sum(x, axis=1) / C
+        # Deviations from the mean, not mean(x^2) - mean^2, and the mean corrected by what they sum
+        # to: rows far from zero keep their digits.
+        deviation = tl.where((offs_c < C)[None, :], x - mean[:, None], 0.0)
+        correction = tl.sum(deviation, axis=1) / C
+        mean += correction
+        var = tl.sum(deviation * deviation, axis=1) / C - correction * correction
+    return mean, 1.0 / tl.sqrt(var + eps)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _layernorm_fwd_kernel(
     x_ptr,
@@ -53,18 +70,7 @@ def _layernorm_fwd_kernel(
     x = tl.load(
         x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_c[None, :], mask=mask, other=0.0
     ).to(tl.float32)
-    if RMS:
-        mean = tl.zeros([BLOCK_M], tl.float32)
-        var = tl.sum(x * x, axis=1) / C
-    else:
-        mean = tl.sum(x, axis=1) / C
-        # Deviations from the mean, not mean(x^2) - mean^2, and the mean corrected by what they sum
-        # to: rows far from zero keep their digits.
-        deviation = tl.where(mask_c[None, :], x - mean[:, None], 0.0)
-        correction = tl.sum(deviation, axis=1) / C
-        mean += correction
-        var = tl.sum(deviation * deviation, axis=1) / C - correction * correction
-    rstd = 1.0 / tl.sqrt(var + eps)
+    mean, rstd = statistics(x, offs_c, C, eps, RMS)
     tl.store(mean_ptr + offs_m, mean, mask=mask_m)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
     if y_ptr is not None:

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, gemm_dw, gradient_copy, layernorm, library, tuned
+from fastvit_kernels import (
+    gemm,
+    gemm_dw,
+    gradient_copy,
+    layernorm,
+    layernorm_fold,
+    library,
+    tuned,
+)
 
 
 def _fwd(
@@ -43,8 +51,15 @@ def norm_gemm(
     **epilogue: Any,
 ) -> tuple[Tensor, Tensor]:
     """out = epilogue(norm(x) weight^T); returns mean and rstd."""
-    on_load = tuned.normalizes_on_load(x.shape[1], x.dtype, weight.dtype)
-    y_dtype = None if on_load else weight.dtype
+    way = tuned.norm_way(x.dtype, weight.dtype)
+    if way == "fold" and len(x):
+        bias = epilogue.pop("bias", None)
+        folded, sums, bias, mean, rstd = layernorm_fold.layernorm_fold(
+            x, norm_weight, norm_bias, weight, bias, eps, rms
+        )
+        gemm.gemm(x, folded.t(), out, fold=(mean, rstd, sums), bias=bias, **epilogue)
+        return mean, rstd
+    y_dtype = None if way == "load" else weight.dtype
     y, mean, rstd = layernorm.layernorm_fwd(x, norm_weight, norm_bias, eps, rms, y_dtype)
     if y is None:
         norm = (norm_weight, norm_bias, mean, rstd)

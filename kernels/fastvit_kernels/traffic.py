@@ -121,6 +121,7 @@ def sizes(name: str, batch: int, autocast: bool = False) -> Sizes:
 # What each kernel writes; it reads its other tensors.
 WRITES = {
     "layernorm_fwd": ("y", "mean", "rstd"),
+    "layernorm_fold": ("mean", "rstd", "folded", "sums", "folded_bias"),
     "gemm": ("c", "h", "g"),
     "gemm_tma": ("c", "h"),
     "gemm_dw": ("slabs", "db_slabs"),

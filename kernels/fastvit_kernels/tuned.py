@@ -191,15 +191,20 @@ SWIGLU = Config(BLOCK_M=4, BLOCK_N=512, num_warps=4)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 
-def normalizes_on_load(C: int, x: torch.dtype, compute: torch.dtype) -> bool:
-    """Whether LayerNorm is applied by the product that follows, as it loads its tiles of x.
+def norm_way(x: torch.dtype, compute: torch.dtype) -> str:
+    """How LayerNorm enters the product that follows it.
 
-    It costs that product about 5 instructions an element for each column of tiles, and wgmma's left
-    operand comes from registers: 16-bit products of long rows, which arithmetic bounds, get the
-    norm ready-made. Rows up to 384 are bound by memory, where one write and one read less win. A
-    float32 x under autocast moves as many bytes either way.
+    "fold"  by the product's epilogue (`layernorm_fold`): x read for its statistics, 2 instructions
+            an element of the output. x must have the 16 bits that are multiplied.
+    "row"   by the row kernel, which writes the norm for the product to read: three times the bytes,
+            but a float32 x is rounded after its mean is taken off.
+    "load"  by the product, as it loads its tiles of x: about 5 instructions an element for each
+            column of tiles, and operands that come from registers. Exact: for float32 products,
+            where both are small beside the arithmetic.
     """
-    return compute == torch.float32 or (x == compute and C <= 384)
+    if compute == torch.float32:
+        return "load"
+    return "fold" if x == compute else "row"
 
 
 def gemm(M: int, N: int, dtype: torch.dtype, device_index: int | None, tma: bool = False) -> Config:
