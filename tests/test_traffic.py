@@ -92,7 +92,8 @@ found = [[[p.name, p.bytes, p.flops] for p in passes if "layernorm_mlp" in p.op]
 import torch
 from fastvit_kernels import aot, layernorm_mlp
 passes = []
-keep = lambda kernel, values, *_: passes.append(traffic.launch_cost(aot.kernel_name(kernel), values))
+def keep(kernel, values, *_):
+    passes.append(traffic.launch_cost(aot.kernel_name(kernel), values))
 with aot.intercept(90, keep), torch.no_grad():
     tensors = {k: torch.empty(n, dtype=s.dtype, device="meta")
                for k, n in traffic.block_shapes(s).items()}

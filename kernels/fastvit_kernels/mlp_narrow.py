@@ -14,11 +14,11 @@ C = 192, batch 256 (50,432 rows, 394 programs of 128 rows: 2.98 waves; 30 GFLOP)
              26 us, beside the products of the other warpgroup. As three launches: 233 MB, 70 us
   training   117 MB, 35 us, against 310 MB, 93 us
   backward   312 MB, 93 us, against 439 MB, 133 us (dU, dh, LayerNorm's backward)
-C = 192, batch 1: 2 programs, through each of whose SMs both weights pass, 0.6 MB: 5 us at 64 bytes a
-  clock, and 12 chunks in a row. Three launches spread the same over up to 48 SMs: those
-C = 384, batch 256: 119 GFLOP, 120 us, and 52 us of GELU. As three launches 132 us in inference, 176
-  us in training; but the sum of 128 rows takes 192 of 255 registers, and with 64 rows the weights
-  pass from L2 1.9 GB strong, more than the products themselves: those
+C = 192, batch 1: 2 programs, through each of whose SMs both weights pass, 0.6 MB: 5 us at 64 bytes
+  a clock, and 12 chunks in a row. Three launches spread the same over up to 48 SMs: those
+C = 384, batch 256: 119 GFLOP, 120 us, and 52 us of GELU. As three launches 141 us in inference,
+  186 us in training; but the sum of 128 rows takes 192 of 255 registers, and programs of 64 rows
+  fetch 1.9 GB of weights from L2: those
 A100, B200 and RTX: FLOPs or GELU take what memory leaves (A100, C = 192: 95 us of FLOPs against 115
   of three launches' bytes in inference): no clear gain, three launches.
 """
@@ -226,7 +226,7 @@ def _mlp_narrow_fwd_kernel(
         mask_f = offs_f < F
         u = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
         for i in tl.static_range(num_pieces(C, BLOCK_C)):
-            u = dot(y[i], tl.trans(_load_w1(w1, f, i, F, C, BLOCK_C, BLOCK_F, TMA)), u)
+            u = dot(y[i], tl.trans(_load_w1(w1, f, i, F, C, BLOCK_C, BLOCK_F, TMA)), u, "ieee")
         if fc1_bias_ptr is not None:
             b1 = tl.load(fc1_bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)
             u += b1[None, :]
@@ -239,7 +239,7 @@ def _mlp_narrow_fwd_kernel(
             total = ()
             for i in tl.static_range(num_pieces(C, BLOCK_C)):
                 w = tl.trans(_load_w2(w2, f, i, F, C, BLOCK_C, BLOCK_F, TMA))
-                total = total + (dot(h, w, acc[i]),)
+                total = total + (dot(h, w, acc[i], "ieee"),)
             acc = total
 
     if out_ptr is None:
@@ -322,7 +322,7 @@ def _mlp_narrow_bwd_kernel(
         u = tl.load(u_ptr + first * F + offs, mask=mask, other=0.0).to(tl.float32)
         du = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
         for i in tl.static_range(num_pieces(C, BLOCK_C)):
-            du = dot(a[i], _load_w2(w2, f, i, F, C, BLOCK_C, BLOCK_F, TMA), du)
+            du = dot(a[i], _load_w2(w2, f, i, F, C, BLOCK_C, BLOCK_F, TMA), du, "ieee")
         if h_ptr is not None:
             tl.store(h_ptr + first * F + offs, gelu(u, ACTIVATION, False).to(COMPUTE), mask=mask)
         du = (du * dgelu(u, ACTIVATION, False)).to(COMPUTE)
@@ -331,7 +331,7 @@ def _mlp_narrow_bwd_kernel(
         total = ()
         for i in tl.static_range(num_pieces(C, BLOCK_C)):
             w = _load_w1(w1, f, i, F, C, BLOCK_C, BLOCK_F, TMA)
-            total = total + (dot(du, w, dy[i]),)
+            total = total + (dot(du, w, dy[i], "ieee"),)
         dy = total
 
     # x is read again for each of two passes: all of xhat beside all of dy is too much to hold.
