@@ -33,7 +33,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, tma: bool) -> list[str]:
     rows = 128 if tma else 64
     lines = {
         "fwd": tuned.Config(rows, 64, 64, num_warps=8, num_stages=2, tma=tma),
-        "bwd": tuned.Config(rows, 32, 32, num_warps=8, num_stages=2, tma=tma),
+        "bwd": tuned.Config(rows, 32, 64, num_warps=8, num_stages=2, SUBTILES=2, tma=tma),
     }
 
     def choose(kernel, M, C, dtype, device_index):

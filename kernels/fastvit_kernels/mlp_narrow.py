@@ -5,7 +5,8 @@ forward   a program keeps BLOCK_M rows of LayerNorm(x) in shared memory and of f
           never leaves the SM; u is written where a backward is to read it
 backward  du = (g W2) GELU'(u) by chunks, du and GELU(u) written for dW1 and dW2; du W1 is summed in
           registers, and LayerNorm's backward and the residual's gradient follow there
-Rows are cut into pieces of BLOCK_C columns: C = 192 is three of 64, with nothing padded.
+Rows are cut into pieces, of BLOCK_K columns to multiply and of BLOCK_C to sum: C = 192 is three of
+64, with nothing padded.
 u made again (save="recompute") is forward without fc2, so that gradients agree bit for bit.
 
 What decides where it runs (`tuned.mlp_narrow`), for H100 (989 TFLOP/s, 3.35 TB/s, 132 SMs), bf16:
@@ -46,11 +47,11 @@ def num_pieces(C, BLOCK_C):
 def _load_piece(
     ptr, first, rows, mask_m, i, C: tl.constexpr, BLOCK_C: tl.constexpr, KEEP: tl.constexpr
 ):
-    """Piece i of rows of a contiguous (M, C) matrix in float32; zero past row and column."""
+    """Piece i of rows of a contiguous (M, C) matrix; zero past row and column."""
     offs_c = i * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = mask_m[:, None] & (offs_c < C)[None, :]
     ptrs = ptr + first * C + (rows[:, None] * C + offs_c[None, :])
-    return tl.load(ptrs, mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
+    return tl.load(ptrs, mask=mask, other=0.0, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def _columns(ptr, i, C: tl.constexpr, BLOCK_C: tl.constexpr):
 def _scaled(block, vector_ptr, i, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Piece i times a vector (C,), if there is one."""
     if vector_ptr is not None:
-        block = block * _columns(vector_ptr, i, C, BLOCK_C)
+        block = block.to(tl.float32) * _columns(vector_ptr, i, C, BLOCK_C)
     return block
 
 
@@ -87,7 +88,7 @@ def _affine(xhat, norm_weight_ptr, norm_bias_ptr, i, C: tl.constexpr, BLOCK_C: t
 @triton.jit
 def _deviation(block, mean, i, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Piece i less the rows' means; zero in padded columns."""
-    block = block - mean[:, None]
+    block = block.to(tl.float32) - mean[:, None]
     if (i + 1) * BLOCK_C > C:
         offs_c = i * BLOCK_C + tl.arange(0, BLOCK_C)
         block = tl.where((offs_c < C)[None, :], block, 0.0)
@@ -112,17 +113,17 @@ def _xhat(
 
 
 @triton.jit
-def _statistics(x, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr):
+def _statistics(tile, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr):
     """mean and rstd as layernorm.py has them: by deviations, the mean corrected by their sum."""
-    mean = tl.zeros([x[0].shape[0]], tl.float32)
-    correction = tl.zeros([x[0].shape[0]], tl.float32)
-    var = tl.zeros([x[0].shape[0]], tl.float32)
+    mean = tl.zeros([tile[0].shape[0]], tl.float32)
+    correction = tl.zeros([tile[0].shape[0]], tl.float32)
+    var = tl.zeros([tile[0].shape[0]], tl.float32)
     if not RMS:
         for i in tl.static_range(num_pieces(C, BLOCK_C)):
-            mean += tl.sum(x[i], axis=1)
+            mean += tl.sum(tile[i].to(tl.float32), axis=1)
         mean = mean / C
     for i in tl.static_range(num_pieces(C, BLOCK_C)):
-        deviation = _deviation(x[i], mean, i, C, BLOCK_C)
+        deviation = _deviation(tile[i], mean, i, C, BLOCK_C)
         correction += tl.sum(deviation, axis=1)
         var += tl.sum(deviation * deviation, axis=1)
     var = var / C
@@ -202,6 +203,7 @@ def _mlp_narrow_fwd_kernel(
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """w1, w2: TMA descriptors or pointers. u and out: each written if given."""
@@ -209,24 +211,24 @@ def _mlp_narrow_fwd_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     mask_m = rows < M - first
-    x = ()
-    for i in tl.static_range(num_pieces(C, BLOCK_C)):
-        x = x + (_load_piece(x_ptr, first, rows, mask_m, i, C, BLOCK_C, "evict_last"),)
-    mean, rstd = _statistics(x, eps, C, BLOCK_C, RMS)
+    tile = ()
+    for i in tl.static_range(num_pieces(C, BLOCK_K)):
+        tile = tile + (_load_piece(x_ptr, first, rows, mask_m, i, C, BLOCK_K, "evict_last"),)
+    mean, rstd = _statistics(tile, eps, C, BLOCK_K, RMS)
     tl.store(mean_ptr + first + rows, mean, mask=mask_m)
     tl.store(rstd_ptr + first + rows, rstd, mask=mask_m)
     y = ()
-    for i in tl.static_range(num_pieces(C, BLOCK_C)):
-        xhat = _deviation(x[i], mean, i, C, BLOCK_C) * rstd[:, None]
-        y = y + (_affine(xhat, norm_weight_ptr, norm_bias_ptr, i, C, BLOCK_C).to(COMPUTE),)
+    for i in tl.static_range(num_pieces(C, BLOCK_K)):
+        xhat = _deviation(tile[i], mean, i, C, BLOCK_K) * rstd[:, None]
+        y = y + (_affine(xhat, norm_weight_ptr, norm_bias_ptr, i, C, BLOCK_K).to(COMPUTE),)
 
     acc = _zeros(C, BLOCK_C, BLOCK_M)
     for f in range(0, F, BLOCK_F):
         offs_f = f + tl.arange(0, BLOCK_F)
         mask_f = offs_f < F
         u = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-        for i in tl.static_range(num_pieces(C, BLOCK_C)):
-            u = dot(y[i], tl.trans(_load_w1(w1, f, i, F, C, BLOCK_C, BLOCK_F, TMA)), u, "ieee")
+        for i in tl.static_range(num_pieces(C, BLOCK_K)):
+            u = dot(y[i], tl.trans(_load_w1(w1, f, i, F, C, BLOCK_K, BLOCK_F, TMA)), u, "ieee")
         if fc1_bias_ptr is not None:
             b1 = tl.load(fc1_bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)
             u += b1[None, :]
@@ -254,7 +256,8 @@ def _mlp_narrow_fwd_kernel(
         block = _scaled(block, layer_scale_ptr, i, C, BLOCK_C)
         if path_scale_ptr is not None:
             block *= path_scale[:, None]
-        block += _load_piece(x_ptr, first, rows, mask_m, i, C, BLOCK_C, "evict_first")
+        x = _load_piece(x_ptr, first, rows, mask_m, i, C, BLOCK_C, "evict_first")
+        block += x.to(tl.float32)
         _store_piece(out_ptr, block, first, rows, mask_m, i, C, BLOCK_C)
 
 
@@ -289,6 +292,7 @@ def _mlp_narrow_bwd_kernel(
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dbranch: dout, or its copy in the compute dtype. y, du, h, g = path_scale * dbranch and
@@ -303,13 +307,13 @@ def _mlp_narrow_bwd_kernel(
     if path_scale_ptr is not None:
         path_scale = _path_scale(path_scale_ptr, first + rows, M, tokens)
     a = ()
-    for i in tl.static_range(num_pieces(C, BLOCK_C)):
-        g = _load_piece(dbranch_ptr, first, rows, mask_m, i, C, BLOCK_C, "")
+    for i in tl.static_range(num_pieces(C, BLOCK_K)):
+        g = _load_piece(dbranch_ptr, first, rows, mask_m, i, C, BLOCK_K, "")
         if path_scale_ptr is not None:
-            g *= path_scale[:, None]
+            g = g.to(tl.float32) * path_scale[:, None]
         if g_ptr is not None:
-            _store_piece(g_ptr, g, first, rows, mask_m, i, C, BLOCK_C)
-        a = a + (_scaled(g, layer_scale_ptr, i, C, BLOCK_C).to(COMPUTE),)
+            _store_piece(g_ptr, g, first, rows, mask_m, i, C, BLOCK_K)
+        a = a + (_scaled(g, layer_scale_ptr, i, C, BLOCK_K).to(COMPUTE),)
     mean = tl.load(mean_ptr + first + rows, mask=mask_m, other=0.0)
     rstd = tl.load(rstd_ptr + first + rows, mask=mask_m, other=0.0)
 
@@ -321,8 +325,8 @@ def _mlp_narrow_bwd_kernel(
         offs = rows[:, None] * F + offs_f[None, :]
         u = tl.load(u_ptr + first * F + offs, mask=mask, other=0.0).to(tl.float32)
         du = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-        for i in tl.static_range(num_pieces(C, BLOCK_C)):
-            du = dot(a[i], _load_w2(w2, f, i, F, C, BLOCK_C, BLOCK_F, TMA), du, "ieee")
+        for i in tl.static_range(num_pieces(C, BLOCK_K)):
+            du = dot(a[i], _load_w2(w2, f, i, F, C, BLOCK_K, BLOCK_F, TMA), du, "ieee")
         if h_ptr is not None:
             tl.store(h_ptr + first * F + offs, gelu(u, ACTIVATION, False).to(COMPUTE), mask=mask)
         du = (du * dgelu(u, ACTIVATION, False)).to(COMPUTE)
@@ -355,7 +359,8 @@ def _mlp_narrow_bwd_kernel(
         xhat = _xhat(x_ptr, first, rows, mask_m, mean, rstd, i, C, BLOCK_C, "evict_first")
         dxhat = _scaled(dy[i], norm_weight_ptr, i, C, BLOCK_C)
         dx = (dxhat - xhat * slope[:, None] - shift[:, None]) * rstd[:, None]
-        dx += _load_piece(dout_ptr, first, rows, mask_m, i, C, BLOCK_C, "")
+        dout = _load_piece(dout_ptr, first, rows, mask_m, i, C, BLOCK_C, "")
+        dx += dout.to(tl.float32)
         _store_piece(dx_ptr, dx, first, rows, mask_m, i, C, BLOCK_C)
         if copy_ptr is not None:
             _store_piece(copy_ptr, dx, first, rows, mask_m, i, C, BLOCK_C)
@@ -370,11 +375,19 @@ def config(kernel: str, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> tu
     return None if found.tma and not gemm.tma_takes(*weights) else found
 
 
-def _weights(config: tuned.Config, fc1_weight: Tensor, fc2_weight: Tensor) -> tuple:
+def _weights(
+    config: tuned.Config, fc1_weight: Tensor, fc2_weight: Tensor, block1: int, block2: int
+) -> tuple:
+    """Both as the kernels take them; block1, block2: columns of a row that a tile of each spans."""
     if not config.tma:
         return fc1_weight, fc2_weight
-    w1 = gemm.descriptor(fc1_weight, [config.BLOCK_N, config.BLOCK_K])
-    return w1, gemm.descriptor(fc2_weight, [config.BLOCK_K, config.BLOCK_N])
+    w1 = gemm.descriptor(fc1_weight, [config.BLOCK_N, block1])
+    return w1, gemm.descriptor(fc2_weight, [block2, config.BLOCK_N])
+
+
+def _sum_block(config: tuned.Config) -> int:
+    """Columns of a piece of the sum, which must leave room for its epilogue."""
+    return config.BLOCK_K // config.SUBTILES
 
 
 def _constants(
@@ -388,7 +401,8 @@ def _constants(
         "TMA": config.tma,
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_F": config.BLOCK_N,
-        "BLOCK_C": config.BLOCK_K,
+        "BLOCK_K": config.BLOCK_K,
+        "BLOCK_C": _sum_block(config),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -416,7 +430,8 @@ def mlp_fwd(
     M, C = x.shape
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    w1, w2 = _weights(config, fc1_weight, fc2_weight)
+    blocks = config.BLOCK_K, _sum_block(config)
+    w1, w2 = _weights(config, fc1_weight, fc2_weight, *blocks)
     launch(
         _mlp_narrow_fwd_kernel,
         (cdiv(M, config.BLOCK_M),),
@@ -487,7 +502,7 @@ def mlp_bwd(
         rstd,
         norm_weight,
         norm_bias,
-        *_weights(config, fc1_weight, fc2_weight),
+        *_weights(config, fc1_weight, fc2_weight, _sum_block(config), config.BLOCK_K),
         layer_scale,
         path_scale,
         dx,

@@ -183,11 +183,11 @@ GEMM_DW: dict[int, dict[str, Config]] = {
 }
 
 # The MLP of short rows in one kernel: BLOCK_N hidden columns at a time, rows cut into pieces of
-# BLOCK_K columns; by the longest row of a line.
+# BLOCK_K columns, their sums into SUBTILES of those; by the longest row of a line.
 MLP_NARROW: dict[int, dict[str, dict[int, Config]]] = {
     90: {
         "fwd": {192: Config(128, 64, 64, num_warps=8, num_stages=3, tma=True)},
-        "bwd": {192: Config(128, 32, 32, num_warps=8, num_stages=4, tma=True)},
+        "bwd": {192: Config(128, 32, 64, num_warps=8, num_stages=4, SUBTILES=2, tma=True)},
     },
 }
 
