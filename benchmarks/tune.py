@@ -54,7 +54,7 @@ from benchmarks.harness import Case, Provider
 GAIN = 0.99  # of the time: what a change must beat to be more than noise
 TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 FIELDS = {  # of the tables whose kernels do not use all of them
-    "GEMM_DW": TILES,
+    "GEMM_DW": (*TILES, "CTAS"),
     "ATTENTION": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
 }
 BOUNDS = {
@@ -62,7 +62,7 @@ BOUNDS = {
     "num_stages": (1, 6),
     "GROUP_M": (1, 32),
     "SUBTILES": (1, 8),
-    "CTAS": (1, 2),  # of a persistent kernel
+    "CTAS": (1, 4),  # of a persistent kernel
 }
 TILE = 128 * 256  # accumulators that fit the registers of one program
 

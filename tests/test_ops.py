@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,3 +147,55 @@ def test_mixed_dtypes_are_refused_by_name() -> None:
         ops.layernorm_linear(X, N32, N32, W.bfloat16())
     with pytest.raises(TypeError, match=r"q is torch.float32 but v is torch.float16"):
         ops.attention(X[None], X[None], X[None].half())
+
+
+def _model_and_images(device: torch.device) -> tuple[fastvit.ViT, torch.Tensor]:
+    model = fastvit.ViT(
+        image_size=8, patch_size=4, dim=16, depth=2, heads=2, mlp_dim=32, num_classes=3
+    )
+    return model.to(device).eval(), torch.randn(2, 3, 8, 8, device=device)
+
+
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """'auto' takes the kernels wherever they can run, the interpreter included."""
+    decide = ops.choose_triton
+
+    def choose(op: str, x: torch.Tensor, dtype: torch.dtype, unsupported: str | None) -> bool:
+        if backend._why_not_triton(x, dtype) or unsupported:
+            return decide(op, x, dtype, unsupported)
+        with fastvit.use_backend("triton"):
+            return decide(op, x, dtype, unsupported)
+
+    monkeypatch.setattr(ops, "choose_triton", choose)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_takes_the_reference(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _as_on_a_gpu(monkeypatch)
+    model, images = _model_and_images(device)
+    expected = model(images)
+    traced: Any = torch.jit.trace(model, torch.randn_like(images), check_trace=False)
+    torch.testing.assert_close(traced(images), expected)
+    with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(model, images, check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_torch_func_takes_the_reference(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _as_on_a_gpu(monkeypatch)
+    model, images = _model_and_images(device)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, images)
+    model(images).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), p.grad, rtol=1e-3, atol=1e-4)
+    with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(loss)(parameters, images[0])

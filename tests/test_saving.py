@@ -127,5 +127,6 @@ def test_shared_parameters(tmp_path):
 def test_arguments_that_json_has_no_word_for(tmp_path, options):
     model = tiny(**options).eval()
     images = torch.randn(2, *model.default_cfg["input_size"])
+    assert type(model.norm.eps) is float
     loaded, _ = load_checkpoint(save_checkpoint(tmp_path / "m.safetensors", model))
     assert torch.equal(loaded(images), model(images))

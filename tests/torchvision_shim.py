@@ -20,9 +20,16 @@ def install() -> None:
     spec = find_spec("torchvision")
     if _library is not None or spec is None or spec.origin is None:
         return
-    try:
-        torch.ops.load_library(Path(spec.origin).parent / "_C.so")
-    except OSError:
+    # _C.so, from torchvision 0.29 on _C_stable.so.
+    if not any(_loads(library) for library in Path(spec.origin).parent.glob("_C*.so")):
         _library = torch.library.Library("torchvision", "DEF")
         for schema in _SCHEMAS:
             _library.define(schema)
+
+
+def _loads(library: Path) -> bool:
+    try:
+        torch.ops.load_library(library)
+    except OSError:
+        return False
+    return True

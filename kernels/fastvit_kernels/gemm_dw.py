@@ -1,11 +1,14 @@
 """Weight gradients: dW[N, K] = G[M, N]^T X[M, K] and db[N], the column sums of G.
 
-M, the tokens, is long and dW small: M is cut into slabs, each summed by programs of its own into
-float32, and `reduce_slabs` adds the slabs in order: no atomics, bitwise repeatable. db comes from
-the tiles of G that one column of programs has loaded anyway. How many slabs is `tuned.gemm_dw`'s.
+M, the tokens, is long and dW small: `dw_plan` cuts the tiles of dW along M so that all programs
+have as many rows. A program leaves the float32 sum of its stretch of a tile as a slab, and
+`reduce_slabs` adds the slabs of each tile in order: no atomics, bitwise repeatable. db comes from
+the tiles of G that one column of tiles has loaded anyway.
 Bytes: G once per column of tiles and X once per row of them (from L2 but for the first), and two
-times 4 S N K for S slabs.
+times 4 BLOCK_N BLOCK_K for each slab.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,28 +17,39 @@ from torch import Tensor
 
 from fastvit_kernels import gemm, tuned
 from fastvit_kernels.common import dot
+from fastvit_kernels.dw_plan import Plan, first_part, num_segments, segment
 from fastvit_kernels.launch import cdiv, launch
+
+_PLAN = ("tiles", "steps", "programs", "chunks", "share", "chunks2")
 
 
 @triton.jit
-def _store_slab(dw_ptr, db_ptr, acc, db, pid_k, pid_s, offs_n, offs_k, N, K):
-    mask_n = offs_n < N
-    offs = (pid_s * N + offs_n).to(tl.int64)[:, None] * K + offs_k[None, :]
-    tl.store(dw_ptr + offs, acc, mask=mask_n[:, None] & (offs_k < K)[None, :])
+def store_slab(
+    slabs_ptr, db_slabs_ptr, acc, db, slab, pid_k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Whole tiles, columns past dW's edges too: nobody reads those."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs = offs_n[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(slabs_ptr + slab.to(tl.int64) * (BLOCK_N * BLOCK_K) + offs, acc)
     if pid_k == 0:
-        tl.store(db_ptr + pid_s * N + offs_n, db, mask=mask_n)
+        tl.store(db_slabs_ptr + slab * BLOCK_N + offs_n, db)
 
 
-@triton.jit(do_not_specialize=["M", "slab"])
+@triton.jit(do_not_specialize=["M", *_PLAN])
 def _gemm_dw_kernel(
     g_ptr,
     x_ptr,
-    dw_ptr,
-    db_ptr,
+    slabs_ptr,
+    db_slabs_ptr,
     M,
     N,
     K,
-    slab,
+    tiles,
+    steps,
+    programs,
+    chunks,
+    share,
+    chunks2,
     stride_gm,
     stride_xm,
     PRECISION: tl.constexpr,
@@ -43,58 +57,65 @@ def _gemm_dw_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    pid_n, pid_k, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    cols_n = tl.max_contiguous(tl.multiple_of(offs_n % N, 8), 8)
-    cols_k = tl.max_contiguous(tl.multiple_of(offs_k % K, 8), 8)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    db = tl.zeros([BLOCK_N], tl.float32)
-    first = pid_s * slab
-    for m in range(first, tl.minimum(first + slab, M), BLOCK_M):
-        offs_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask = (offs_m < M)[:, None]
-        g = tl.load(g_ptr + offs_m[:, None] * stride_gm + cols_n[None, :], mask=mask, other=0.0)
-        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + cols_k[None, :], mask=mask, other=0.0)
-        if pid_k == 0:
-            db += tl.sum(g.to(tl.float32), axis=0)
-        acc = dot(tl.trans(g), x, acc, PRECISION)
-    _store_slab(dw_ptr, db_ptr, acc, db, pid_k, pid_s, offs_n, offs_k, N, K)
+    pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    for i in range(num_segments(pid, tiles, steps, programs, chunks, share, chunks2)):
+        tile, first, end, slab = segment(pid, i, tiles, steps, programs, chunks, share, chunks2)
+        pid_n, pid_k = tile % num_n, tile // num_n
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        cols_n = tl.max_contiguous(tl.multiple_of(offs_n % N, 8), 8)
+        cols_k = tl.max_contiguous(tl.multiple_of(offs_k % K, 8), 8)
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        db = tl.zeros([BLOCK_N], tl.float32)
+        for m in range(first * BLOCK_M, end * BLOCK_M, BLOCK_M):
+            offs_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+            mask = (offs_m < M)[:, None]
+            g = tl.load(g_ptr + offs_m[:, None] * stride_gm + cols_n[None, :], mask=mask, other=0.0)
+            x = tl.load(x_ptr + offs_m[:, None] * stride_xm + cols_k[None, :], mask=mask, other=0.0)
+            if pid_k == 0:
+                db += tl.sum(g.to(tl.float32), axis=0)
+            acc = dot(tl.trans(g), x, acc, PRECISION)
+        store_slab(slabs_ptr, db_slabs_ptr, acc, db, slab, pid_k, BLOCK_N, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=["M", "slab"])
+@triton.jit(do_not_specialize=["M", *_PLAN])
 def _gemm_dw_tma_kernel(
     g_desc,
     x_desc,
-    dw_ptr,
-    db_ptr,
+    slabs_ptr,
+    db_slabs_ptr,
     M,
     N,
     K,
-    slab,
+    tiles,
+    steps,
+    programs,
+    chunks,
+    share,
+    chunks2,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Slabs are whole blocks of rows, so the zeros that TMA gives past row M are all it takes."""
-    pid_n, pid_k, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    db = tl.zeros([BLOCK_N], tl.float32)
-    first = pid_s * slab
-    for m in range(first, tl.minimum(first + slab, M), BLOCK_M):
-        g = g_desc.load([m, pid_n * BLOCK_N])
-        x = x_desc.load([m, pid_k * BLOCK_K])
-        if pid_k == 0:
-            db += tl.sum(g.to(tl.float32), axis=0)
-        acc = dot(tl.trans(g), x, acc, "ieee")
-    _store_slab(dw_ptr, db_ptr, acc, db, pid_k, pid_s, offs_n, offs_k, N, K)
+    """Stretches are whole blocks of rows: the zeros that TMA gives past row M are all it takes."""
+    pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    for i in range(num_segments(pid, tiles, steps, programs, chunks, share, chunks2)):
+        tile, first, end, slab = segment(pid, i, tiles, steps, programs, chunks, share, chunks2)
+        pid_n, pid_k = tile % num_n, tile // num_n
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        db = tl.zeros([BLOCK_N], tl.float32)
+        for m in range(first * BLOCK_M, end * BLOCK_M, BLOCK_M):
+            g = g_desc.load([m, pid_n * BLOCK_N])
+            x = x_desc.load([m, pid_k * BLOCK_K])
+            if pid_k == 0:
+                db += tl.sum(g.to(tl.float32), axis=0)
+            acc = dot(tl.trans(g), x, acc, "ieee")
+        store_slab(slabs_ptr, db_slabs_ptr, acc, db, slab, pid_k, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
 def _reduce_weight(
-    tile,
+    rows,
     slabs_ptr,
     db_slabs_ptr,
     weight_ptr,
@@ -105,15 +126,21 @@ def _reduce_weight(
     dlayer_scale_ptr,
     N,
     K,
-    S,
+    plan,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    """BLOCK_N rows of dW, which lie in one row of tiles of TILE_N x TILE_K."""
+    offs_n = rows * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
+    pid_n, num_n = rows * BLOCK_N // TILE_N, tl.cdiv(N, TILE_N)
+    tile_n = offs_n % TILE_N
     db = tl.zeros([BLOCK_N], tl.float32)
-    for s in range(S):
-        db += tl.load(db_slabs_ptr + s * N + offs_n, mask=mask_n, other=0.0)
+    first = first_part(pid_n, *plan)
+    for i in range(first_part(pid_n + 1, *plan) - first):
+        db += tl.load(db_slabs_ptr + (first + i) * TILE_N + tile_n)
     layer_scale = tl.zeros([BLOCK_N], tl.float32)
     dlayer_scale = tl.zeros([BLOCK_N], tl.float32)
     if layer_scale_ptr is not None:
@@ -122,11 +149,14 @@ def _reduce_weight(
         offs_k = k + tl.arange(0, BLOCK_K)
         mask = mask_n[:, None] & (offs_k < K)[None, :]
         offs = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+        tile = k // TILE_K * num_n + pid_n
         dw = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        slab_ptrs = slabs_ptr + offs
-        for _ in range(S):
+        first = first_part(tile, *plan)
+        slab_ptrs = slabs_ptr + first.to(tl.int64) * (TILE_N * TILE_K)
+        slab_ptrs += tile_n[:, None] * TILE_K + (offs_k % TILE_K)[None, :]
+        for _ in range(first_part(tile + 1, *plan) - first):
             dw += tl.load(slab_ptrs, mask=mask, other=0.0)
-            slab_ptrs += N * K
+            slab_ptrs += TILE_N * TILE_K
         if layer_scale_ptr is not None:
             weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             dlayer_scale += tl.sum(dw * weight, axis=1)
@@ -170,7 +200,10 @@ def _reduce_norm(
         tl.store(dnorm_bias_ptr + offs, db.to(dnorm_bias_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["S", "S2", "R"])
+_PLAN2 = tuple(name + "_2" for name in _PLAN)
+
+
+@triton.jit(do_not_specialize=[*_PLAN, *_PLAN2, "R"])
 def _reduce_slabs_kernel(
     slabs_ptr,
     db_slabs_ptr,
@@ -182,19 +215,33 @@ def _reduce_slabs_kernel(
     dlayer_scale_ptr,
     N,
     K,
-    S,
+    tiles,
+    steps,
+    programs,
+    chunks,
+    share,
+    chunks2,
     slabs2_ptr,
     db_slabs2_ptr,
     dw2_ptr,
     db2_ptr,
     N2,
     K2,
-    S2,
+    tiles_2,
+    steps_2,
+    programs_2,
+    chunks_2,
+    share_2,
+    chunks2_2,
     norm_rows_ptr,
     dnorm_weight_ptr,
     dnorm_bias_ptr,
     C,
     R,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    TILE_N2: tl.constexpr,
+    TILE_K2: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -206,10 +253,10 @@ def _reduce_slabs_kernel(
     dlayer_scale = <W, G> + b sum(g).
     """
     pid = tl.program_id(0)
-    tiles, tiles2 = tl.cdiv(N, BLOCK_N), 0
+    blocks, blocks2 = tl.cdiv(N, BLOCK_N), 0
     if slabs2_ptr is not None:
-        tiles2 = tl.cdiv(N2, BLOCK_N)
-    if pid < tiles:
+        blocks2 = tl.cdiv(N2, BLOCK_N)
+    if pid < blocks:
         _reduce_weight(
             pid,
             slabs_ptr,
@@ -222,14 +269,16 @@ def _reduce_slabs_kernel(
             dlayer_scale_ptr,
             N,
             K,
-            S,
+            (tiles, steps, programs, chunks, share, chunks2),
+            TILE_N,
+            TILE_K,
             BLOCK_N,
             BLOCK_K,
         )
-    elif pid < tiles + tiles2:
+    elif pid < blocks + blocks2:
         if slabs2_ptr is not None:
             _reduce_weight(
-                pid - tiles,
+                pid - blocks,
                 slabs2_ptr,
                 db_slabs2_ptr,
                 None,
@@ -240,28 +289,34 @@ def _reduce_slabs_kernel(
                 None,
                 N2,
                 K2,
-                S2,
+                (tiles_2, steps_2, programs_2, chunks_2, share_2, chunks2_2),
+                TILE_N2,
+                TILE_K2,
                 BLOCK_N,
                 BLOCK_K,
             )
     elif norm_rows_ptr is not None:
-        tile = pid - tiles - tiles2
+        tile = pid - blocks - blocks2
         _reduce_norm(tile, norm_rows_ptr, dnorm_weight_ptr, dnorm_bias_ptr, C, R, BLOCK_R, BLOCK_C)
 
 
-Slabs = tuple[Tensor, Tensor]
+@dataclass(frozen=True)
+class Slabs:
+    """Parts of dW (N, K), float32: of tiles (S, BLOCK_N, BLOCK_K), and of db (S, BLOCK_N)."""
+
+    dw: Tensor
+    db: Tensor
+    N: int
+    K: int
+    plan: Plan
 
 
 def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
-    """The parts of g^T x, (S, N, K), and of g's column sums, (S, N), float32. g: (M, N); x: (M, K),
-    rows of one dtype.
-    """
+    """The parts of g^T x and of g's column sums. g: (M, N); x: (M, K), rows of one dtype."""
     (M, N), K = g.shape, x.shape[1]
     tma = gemm.tma_takes(g, x)
-    config, splits = tuned.gemm_dw(M, N, K, x.dtype, g.device.index, tma)
-    slab = cdiv(cdiv(M, splits), config.BLOCK_M) * config.BLOCK_M
-    slabs, db_slabs = new_slabs(cdiv(M, slab), N, K, g.device)
-    grid = (cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K), len(slabs))
+    config, plan = tuned.gemm_dw(M, N, K, x.dtype, g.device.index, tma)
+    slabs = new_slabs(config, plan, N, K, g.device)
     blocks = {
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
@@ -272,45 +327,45 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
     if config.tma:
         launch(
             _gemm_dw_tma_kernel,
-            grid,
+            (plan.programs,),
             gemm.descriptor(g, [config.BLOCK_M, config.BLOCK_N]),
             gemm.descriptor(x, [config.BLOCK_M, config.BLOCK_K]),
-            slabs,
-            db_slabs,
+            slabs.dw,
+            slabs.db,
             M,
             N,
             K,
-            slab,
+            *plan.arguments,
             **blocks,
         )
-        return slabs, db_slabs
+        return slabs
     launch(
         _gemm_dw_kernel,
-        grid,
+        (plan.programs,),
         g,
         x,
-        slabs,
-        db_slabs,
+        slabs.dw,
+        slabs.db,
         M,
         N,
         K,
-        slab,
+        *plan.arguments,
         g.stride(0),
         x.stride(0),
         PRECISION=gemm.precision(x.dtype),
         **blocks,
     )
-    return slabs, db_slabs
+    return slabs
 
 
-def new_slabs(splits: int, N: int, K: int, device: torch.device) -> Slabs:
-    """Float32 room for the parts of dW and db: (S, N, K), (S, N)."""
-    slabs = torch.empty((splits, N, K), dtype=torch.float32, device=device)
-    return slabs, torch.empty((splits, N), dtype=torch.float32, device=device)
+def new_slabs(config: tuned.Config, plan: Plan, N: int, K: int, device: torch.device) -> Slabs:
+    shape = (plan.parts, config.BLOCK_N, config.BLOCK_K)
+    dw = torch.empty(shape, dtype=torch.float32, device=device)
+    return Slabs(dw, torch.empty(shape[:2], dtype=torch.float32, device=device), N, K, plan)
 
 
 def reduce_slabs(
-    parts: Slabs,
+    slabs: Slabs,
     weight: Tensor,
     bias: Tensor | None,
     layer_scale: Tensor | None = None,
@@ -318,41 +373,45 @@ def reduce_slabs(
     norm: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> list[Tensor | None]:
     """Gradients in their parameters' dtypes: weight, bias, layer_scale; then weight and bias of
-    `second`, (its parts, weight, bias); then those of `norm`, (rows (R, 2, C), weight, bias).
+    `second`, (its slabs, weight, bias); then those of `norm`, (rows (R, 2, C), weight, bias).
     """
-    slabs, db_slabs = parts
-    S, N, K = slabs.shape
     grads = [_like(p) for p in (weight, bias, layer_scale)]
-    config, norm_config = tuned.REDUCE_SLABS, tuned.REDUCE_NORM
-    programs = cdiv(N, config.BLOCK_N)
-    args2: tuple = (None,) * 4 + (1, 1, 1)
+    tiles = slabs2_tiles = slabs.dw.shape[1:]
+    args2: tuple = (None,) * 4 + (1,) * 8
     if second is not None:
-        (slabs2, db_slabs2), weight2, bias2 = second
-        grads += [_like(weight2), _like(bias2)]
-        S2, N2, K2 = slabs2.shape
-        args2 = (slabs2, db_slabs2, *grads[3:], N2, K2, S2)
-        programs += cdiv(N2, config.BLOCK_N)
+        slabs2, *params2 = second
+        grads += [_like(p) for p in params2]
+        slabs2_tiles = slabs2.dw.shape[1:]
+        args2 = (slabs2.dw, slabs2.db, *grads[3:], slabs2.N, slabs2.K, *slabs2.plan.arguments)
     args3: tuple = (None, None, None, 1, 1)
+    norm_config = tuned.REDUCE_NORM
     if norm is not None:
         norm_rows, *params = norm
         grads += [_like(p) for p in params]
         R, _, C = norm_rows.shape
         args3 = (norm_rows, *grads[-2:], C, R)
-        programs += cdiv(C, norm_config.BLOCK_N)
+    config = tuned.reduce_slabs(tiles[1], slabs2_tiles[1])
+    widths = (slabs.N, 0 if second is None else second[0].N)
+    programs = sum(cdiv(n, config.BLOCK_N) for n in widths)
+    programs += 0 if norm is None else cdiv(args3[3], norm_config.BLOCK_N)
     launch(
         _reduce_slabs_kernel,
         (programs,),
-        slabs,
-        db_slabs,
+        slabs.dw,
+        slabs.db,
         None if layer_scale is None else weight.contiguous(),
         None if layer_scale is None else bias,
         layer_scale,
         *grads[:3],
-        N,
-        K,
-        S,
+        slabs.N,
+        slabs.K,
+        *slabs.plan.arguments,
         *args2,
         *args3,
+        TILE_N=tiles[0],
+        TILE_K=tiles[1],
+        TILE_N2=slabs2_tiles[0],
+        TILE_K2=slabs2_tiles[1],
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=norm_config.BLOCK_M,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastvit_kernels import gemm, gemm_dw, library, tuned
 from fastvit_kernels.common import dot, tile_order
+from fastvit_kernels.gemm_dw import store_slab
 from fastvit_kernels.launch import cdiv, launch
 
 
@@ -138,19 +139,19 @@ def _patch_embed_fwd_kernel(
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["B", "m", "P", "grid_w", "slab"])
+@triton.jit(do_not_specialize=["B", "m", "P", "grid_w", "rows_per_slab"])
 def _patch_embed_dw_kernel(
     dout_ptr,
     images_ptr,
-    dw_ptr,
-    db_ptr,
+    slabs_ptr,
+    db_slabs_ptr,
     B,
     m,
     P,
     N,
     K,
     grid_w,
-    slab,
+    rows_per_slab,
     stride_b,
     stride_c,
     stride_h,
@@ -167,13 +168,13 @@ def _patch_embed_dw_kernel(
     pid_n, pid_k, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_n, mask_k = offs_n < N, offs_k < K
+    mask_k = offs_k < K
     cols = tl.max_contiguous(tl.multiple_of(offs_n % N, 8), 8)
     pixels = _pixel_offsets(offs_k, stride_c, stride_h, stride_w, P_H, P_W, VEC)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     db = tl.zeros([BLOCK_N], tl.float32)
-    first, M = pid_s * slab, B * m
-    for start in range(first, tl.minimum(first + slab, M), BLOCK_M):
+    first, M = pid_s * rows_per_slab, B * m
+    for start in range(first, tl.minimum(first + rows_per_slab, M), BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         rows = _patch_offsets(offs_m, m, grid_w, stride_b, stride_h, stride_w, P_H, P_W, VEC)
@@ -189,10 +190,8 @@ def _patch_embed_dw_kernel(
         if pid_k == 0:
             db += tl.sum(g.to(tl.float32), axis=0)
         acc = dot(tl.trans(g.to(COMPUTE)), _cast(x, COMPUTE), acc, PRECISION)
-    offs = (pid_s * N + offs_n).to(tl.int64)[:, None] * K + offs_k[None, :]
-    tl.store(dw_ptr + offs, acc, mask=mask_n[:, None] & mask_k[None, :])
-    if pid_k == 0:
-        tl.store(db_ptr + pid_s * N + offs_n, db, mask=mask_n)
+    slab = (pid_k * tl.num_programs(0) + pid_n) * tl.num_programs(2) + pid_s
+    store_slab(slabs_ptr, db_slabs_ptr, acc, db, slab, pid_k, BLOCK_N, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["B", "m", "P"])
@@ -390,24 +389,23 @@ def _bwd(
     if needs_weight or needs_bias:
         geometry = _geometry(images, weight)
         gather = _access(images, geometry) == "gather"
-        config, splits = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather)
-        slab = cdiv(cdiv(B * m, splits), config.BLOCK_M) * config.BLOCK_M
-        slabs, db_slabs = gemm_dw.new_slabs(cdiv(B * m, slab), N, K, dout.device)
-        grid = (cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K), len(slabs))
+        config, plan = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather)
+        slabs = gemm_dw.new_slabs(config, plan, N, K, dout.device)
+        tiles = cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K)
         launch(
             _patch_embed_dw_kernel,
-            grid,
+            (*tiles, max(1, plan.chunks)),
             dout,
             images,
-            slabs,
-            db_slabs,
+            slabs.dw,
+            slabs.db,
             B,
             m,
             P,
             N,
             K,
             grid_w,
-            slab,
+            plan.share * config.BLOCK_M,
             *images.stride(),
             **geometry,
             COMPUTE=gemm.TL_DTYPE[dtype],
@@ -418,7 +416,7 @@ def _bwd(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        dw, db, _ = gemm_dw.reduce_slabs((slabs, db_slabs), param.flatten(1), bias)
+        dw, db, _ = gemm_dw.reduce_slabs(slabs, param.flatten(1), bias)
         dw = dw.view(param.shape)
     if dpos is not None or dprefix is not None:
         config = tuned.SUM_BATCH

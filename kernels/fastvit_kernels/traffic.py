@@ -123,8 +123,8 @@ WRITES = {
     "layernorm_fwd": ("y", "mean", "rstd"),
     "gemm": ("c", "h", "g"),
     "gemm_tma": ("c", "h"),
-    "gemm_dw": ("dw", "db"),
-    "gemm_dw_tma": ("dw", "db"),
+    "gemm_dw": ("slabs", "db_slabs"),
+    "gemm_dw_tma": ("slabs", "db_slabs"),
     "reduce_slabs": (
         *("dw", "db", "dlayer_scale", "dw2", "db2"),
         *("dnorm_weight", "dnorm_bias"),
@@ -139,7 +139,7 @@ WRITES = {
     "swiglu_fwd": ("y",),
     "swiglu_bwd": ("dx",),
     "patch_embed_fwd": ("out",),
-    "patch_embed_dw": ("dw", "db"),
+    "patch_embed_dw": ("slabs", "db_slabs"),
     "patch_embed_dtokens": ("dpos", "dprefix"),
     "patch_embed_dimages": ("dimages",),
 }

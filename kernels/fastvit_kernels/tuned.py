@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastvit_kernels import dw_plan
+from fastvit_kernels.dw_plan import Plan
+
 
 @dataclass(frozen=True)
 class Config:
@@ -151,7 +154,7 @@ PATCH_EMBED: dict[int, dict[str, Config]] = {
         "float32": Config(64, 32, 32, num_warps=4, num_stages=3),
     },
 }
-PATCH_GATHER_DW = Config(32, 64, 64, num_warps=8, num_stages=3)
+PATCH_GATHER_DW = Config(32, 64, 64, num_warps=4, num_stages=3)
 
 # dW: BLOCK_M is the step along the reduction, BLOCK_N x BLOCK_K the tile of dW.
 GEMM_DW: dict[int, dict[str, Config]] = {
@@ -164,21 +167,22 @@ GEMM_DW: dict[int, dict[str, Config]] = {
         "16-bit": Config(32, 128, 128, num_warps=8, num_stages=4),
         # float32 pixels and gradients under autocast: sm_86 and sm_89 have 99 KiB for a block.
         "patch_embed": Config(32, 128, 128, num_warps=8, num_stages=3),
-        "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
+        "float32": Config(32, 64, 32, num_warps=4, num_stages=3, CTAS=4),
     },
     90: {
         "tma": Config(64, 128, 256, num_warps=8, num_stages=3, tma=True),
+        "tma_square": Config(64, 128, 128, num_warps=8, num_stages=4, tma=True),
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
-        "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
+        "float32": Config(32, 64, 32, num_warps=4, num_stages=3, CTAS=4),
     },
     100: {
         "tma": Config(64, 128, 128, num_warps=8, num_stages=3, tma=True),
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
-        "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
+        "float32": Config(32, 64, 32, num_warps=8, num_stages=3, CTAS=2),
     },
     120: {
         "16-bit": Config(32, 128, 128, num_warps=8, num_stages=3),
-        "float32": Config(32, 64, 32, num_warps=4, num_stages=3),
+        "float32": Config(32, 64, 32, num_warps=4, num_stages=3, CTAS=4),
     },
 }
 
@@ -191,7 +195,6 @@ MLP_NARROW: dict[int, dict[str, dict[int, Config]]] = {
     },
 }
 
-REDUCE_SLABS = Config(BLOCK_M=0, BLOCK_N=4, BLOCK_K=256, num_warps=8)
 REDUCE_NORM = Config(BLOCK_M=64, BLOCK_N=32)
 SWIGLU = Config(BLOCK_M=4, BLOCK_N=512, num_warps=4)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
@@ -267,30 +270,63 @@ def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int, table: dict[str, Co
 
 def gemm_dw(
     M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, tma: bool = False
-) -> tuple[Config, int]:
-    """The configuration of dW and the number of its slabs."""
+) -> tuple[Config, Plan]:
+    """The configuration of dW, and who sums what of it."""
     return _gemm_dw(M, N, K, dtype, tma, arch(device_index), num_sms(device_index))
 
 
 @choice
 def _gemm_dw(
     M: int, N: int, K: int, dtype: torch.dtype, tma: bool, arch: int, sms: int
-) -> tuple[Config, int]:
+) -> tuple[Config, Plan]:
     table = look_up(GEMM_DW, arch)
-    name = "float32" if dtype == torch.float32 else "tma" if tma and "tma" in table else "16-bit"
-    return table[name], slabs(M, N, K, table[name], arch, sms)
+    names = ("float32",) if dtype == torch.float32 else ("16-bit",)
+    if tma and "tma" in table:
+        names = tuple(name for name in table if name.startswith("tma"))
+    part_steps = _part_steps(dtype)
+
+    def planned(config: Config) -> tuple[float, Plan]:
+        tiles, steps = _dw_tiles(M, N, K, config)
+        programs = sms * config.CTAS if arch else max(2, 2 * tiles - 1)
+        found = dw_plan.plan(tiles, steps, programs, part_steps / config.BLOCK_M if arch else 0)
+        area = config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
+        seconds = dw_plan.time(found, part_steps / config.BLOCK_M) * area
+        return seconds / _RATES["wide" if config.BLOCK_K == 256 else "square"], found
+
+    config = min((table[name] for name in names), key=lambda config: planned(config)[0])
+    return config, planned(config)[1]
+
+
+def _dw_tiles(M: int, N: int, K: int, config: Config) -> tuple[int, int]:
+    """Tiles of dW, and steps along M."""
+    tiles = -(-N // config.BLOCK_N) * -(-K // config.BLOCK_K)
+    return tiles, -(-M // config.BLOCK_M)
+
+
+def _part_steps(dtype: torch.dtype) -> int:
+    """Rows whose product takes as long as a slab's write and read do: 8 bytes an element at 25 GB/s
+    for each SM of an H100, against 2 FLOPs a row at 6 TFLOP/s, an eighth of that in float32.
+    """
+    return 120 if dtype == torch.float32 else 960
 
 
 def patch_embed_dw(
     M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, gather: bool
-) -> tuple[Config, int]:
+) -> tuple[Config, Plan]:
     """The same of the patch embedding's dW, whose one operand are pixels."""
     config, _ = gemm_dw(M, N, K, dtype, device_index)
     if dtype != torch.float32:
         config = look_up(GEMM_DW, arch(device_index)).get("patch_embed", config)
     if gather and arch(device_index):
         config = PATCH_GATHER_DW
-    return config, slabs(M, N, K, config, arch(device_index), num_sms(device_index))
+    parts = slabs(M, N, K, config, arch(device_index), num_sms(device_index))
+    return config, dw_plan.even(*_dw_tiles(M, N, K, config), parts)
+
+
+def reduce_slabs(*tile_widths: int) -> Config:
+    """Rows and columns of the tiles that are added at a time: columns divide both tiles' widths."""
+    width = min(256, *tile_widths)
+    return Config(0, BLOCK_N=1024 // width, BLOCK_K=width, num_warps=8)
 
 
 @choice

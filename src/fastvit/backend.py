@@ -90,7 +90,18 @@ def _why_not_triton(x: Tensor, dtype: torch.dtype) -> str | None:
             return "the GPU has compute capability {}.{}, under 8.0".format(*capability)
     elif x.device.type != "cpu" or not INTERPRET:
         return f"the input is on {x.device.type}, not on an NVIDIA GPU"
-    return limits.dtype(dtype)
+    return _why_untraceable() or limits.dtype(dtype)
+
+
+def _why_untraceable() -> str | None:
+    """torch.compile and torch.export see the kernels as ops; these two see through to nothing."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records PyTorch's own ops alone"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active, and the kernels have no rules for those"
+    return None
 
 
 def _capability(index: int) -> tuple[int, int]:

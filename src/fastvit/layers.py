@@ -78,7 +78,8 @@ _KINDS = (LayerNorm, RMSNorm, nn.Linear)
 
 
 def make_norm(kind: str, dim: int, eps: float) -> Norm:
-    return LayerNorm(dim, eps) if kind == "layernorm" else RMSNorm(dim, eps)
+    make = LayerNorm if kind == "layernorm" else RMSNorm
+    return make(dim, float(eps))  # Triton takes no numpy scalars
 
 
 class PatchEmbed(nn.Module):

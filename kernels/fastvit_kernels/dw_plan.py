@@ -1,0 +1,141 @@
+"""Who sums which rows of a weight gradient, so that every program has equally many.
+
+dW is `tiles` of float32, each the sum of `steps` blocks of rows; `programs` persistent programs
+share them. Whole tiles go round first. The tiles left, fewer than the programs, are cut into
+`chunks` parts of `share` steps; what then remains of each goes to the programs left, whole tiles
+first, the last ones in `chunks2` parts. Programs that run at the same time so walk over the same
+rows, which they share in L2 (an even split of all steps in a row would have each elsewhere).
+Parts of one tile lie side by side and are added in order: bitwise repeatable, no atomics.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Plan:
+    tiles: int
+    steps: int
+    programs: int
+    chunks: int
+    share: int
+    chunks2: int
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int, int, int]:
+        """As the kernels take them."""
+        return self.tiles, self.steps, self.programs, self.chunks, self.share, self.chunks2
+
+    @property
+    def parts(self) -> int:
+        """Tiles of float32 that are written, and read once more to be added."""
+        left = self.tiles % self.programs
+        _, rounds, idle, last = self._again()
+        return self.tiles - left + left * self.chunks + rounds * idle + last * self.chunks2
+
+    @property
+    def longest(self) -> int:
+        """Steps of the program that has most."""
+        rest, rounds, _, last = self._again()
+        again = rounds * rest + (-(-rest // self.chunks2) if last else 0)
+        cut = max(min(self.share, self.steps), again) if self.tiles % self.programs else 0
+        return self.tiles // self.programs * self.steps + cut
+
+    def _again(self) -> tuple[int, int, int, int]:
+        """Steps that the chunks leave of each tile, whole rounds over those, programs of a round,
+        tiles in the last, unfinished round.
+        """
+        left = self.tiles % self.programs
+        rest, idle = self.steps - self.chunks * self.share, self.programs - left * self.chunks
+        if left == 0 or rest <= 0:
+            return 0, 0, 0, 0
+        return rest, left // idle, idle, left % idle
+
+
+def even(tiles: int, steps: int, parts: int) -> Plan:
+    """Every tile in so many parts, at most, each of a program of its own."""
+    share = -(-steps // parts)
+    parts = -(-steps // share)
+    return Plan(tiles, steps, tiles * parts, parts if parts > 1 else 0, share, 0)
+
+
+def plan(tiles: int, steps: int, programs: int, part_steps: float) -> Plan:
+    """The plan of least `time` for so many programs."""
+    left = tiles % programs
+    if left == 0:
+        return Plan(tiles, steps, programs, 0, steps, 0)
+    # Evenly, in as many parts as there are programs for or in fewer.
+    most = programs // left
+    shares = sorted({-(-steps // chunks) for chunks in range(1, most + 1)})
+    plans = [Plan(tiles, steps, programs, -(-steps // share), share, 0) for share in shares]
+    # Or once more what is left where programs are.
+    idle, share = programs - left * most, -(-left * steps // programs)
+    rest = steps - most * share
+    if idle and rest > 0:
+        last = left % idle
+        chunks2 = -(-rest // -(-rest // (idle // last))) if last else 0
+        plans.append(Plan(tiles, steps, programs, most, share, chunks2))
+    return min(plans, key=lambda p: time(p, part_steps))
+
+
+def time(plan: Plan, part_steps: float) -> float:
+    """In steps of one program; writing a part and reading it again costs `part_steps` of them."""
+    return plan.longest + part_steps * plan.parts / plan.programs
+
+
+@triton.jit
+def _rounds(tiles, steps, programs, chunks, share):
+    """whole, left, idle, rounds, last: rounds of whole tiles, tiles left, programs for what their
+    chunks leave, rounds of that and tiles in its last, unfinished round (none where they leave
+    nothing).
+    """
+    whole = tiles // programs
+    left = tiles - whole * programs
+    idle = tl.maximum(programs - left * chunks, 1)
+    remains = tl.where(chunks * share < steps, left, 0)
+    rounds = remains // idle
+    return whole, left, idle, rounds, remains - rounds * idle
+
+
+@triton.jit
+def first_part(tile, tiles, steps, programs, chunks, share, chunks2):
+    """Index of a tile's first part; that of the next tile ends them."""
+    whole, _, idle, rounds, last = _rounds(tiles, steps, programs, chunks, share)
+    t = tl.maximum(tile - whole * programs, 0)
+    again = tl.minimum(t, rounds * idle) + tl.maximum(t - rounds * idle, 0) * chunks2
+    return tile - t + t * chunks + tl.where(rounds + last > 0, again, 0)
+
+
+@triton.jit
+def num_segments(pid, tiles, steps, programs, chunks, share, chunks2):
+    """How many stretches of rows a program sums."""
+    whole, left, _, rounds, last = _rounds(tiles, steps, programs, chunks, share)
+    q = pid - left * chunks
+    return whole + tl.where(q < 0, 1, rounds + tl.where(q < last * chunks2, 1, 0))
+
+
+@triton.jit
+def segment(pid, i, tiles, steps, programs, chunks, share, chunks2):
+    """tile, first and last step (excluded) and part of a program's i-th stretch."""
+    whole, left, idle, rounds, last = _rounds(tiles, steps, programs, chunks, share)
+    q, j = pid - left * chunks, i - whole
+    tile, first, end, nth = pid + i * programs, 0, steps, 0
+    if j >= 0:
+        if q < 0:
+            tile, nth = pid % left, pid // left
+            first = nth * share
+            end = tl.minimum(first + share, steps)
+        else:
+            first = chunks * share
+            tile, nth = q + j * idle, chunks
+            if j == rounds:
+                share2 = tl.cdiv(steps - first, tl.maximum(chunks2, 1))
+                tile, nth = rounds * idle + q % last, q // last
+                first += nth * share2
+                nth += chunks
+                end = tl.minimum(first + share2, steps)
+        tile += whole * programs
+    part = first_part(tile, tiles, steps, programs, chunks, share, chunks2) + nth
+    return tile, first, end, part
