@@ -81,6 +81,40 @@ print(json.dumps(found))"""
         assert ours[1] - 2 * gemms in (5 * scores // 2, 7 * scores // 2)
 
 
+def test_narrow_mlp_moves_its_ends_and_what_backward_reads() -> None:
+    """One launch each way: x, out and u; then dout, u, x, dx, y, du and h."""
+    forward, backward, inference = run(
+        """
+s = traffic.sizes("vit_tiny_patch16_224", 256)
+ours = traffic.steps(s)["block"][0]
+found = [[[p.name, p.bytes, p.flops] for p in passes if "layernorm_mlp" in p.op]
+         for passes in (ours.forward, ours.backward)]
+import torch
+from fastvit_kernels import aot, layernorm_mlp
+passes = []
+def keep(kernel, values, *_):
+    passes.append(traffic.launch_cost(aot.kernel_name(kernel), values))
+with aot.intercept(90, keep), torch.no_grad():
+    tensors = {k: torch.empty(n, dtype=s.dtype, device="meta")
+               for k, n in traffic.block_shapes(s).items()}
+    names = "norm2_weight norm2_bias fc1_weight fc1_bias fc2_weight fc2_bias".split()
+    layernorm_mlp.layernorm_mlp(tensors["x"], *(tensors[k] for k in names), None, None, 1e-6,
+                                False, "gelu", False, s.dtype)
+found.append([[p.name, p.bytes, p.flops] for p in passes])
+print(json.dumps(found))"""
+    )
+    M, C, F = 256 * 197, 192, 768
+    weights, vectors, stats = 2 * 2 * C * F, 2 * (F + 3 * C), 8 * M
+    products = 4 * M * C * F
+    first = 2 * M * 2 * C + weights + vectors + stats
+    assert forward == [["mlp_narrow_fwd", first + 2 * M * F, products]]
+    assert inference == [["mlp_narrow_fwd", first, products]]
+    norm_rows = 2 * 4 * C * -(-M // 128)
+    moved = 2 * M * (4 * C + 3 * F) + weights + 2 * 2 * C + stats + norm_rows
+    assert backward[0] == ["mlp_narrow_bwd", moved, products]
+    assert [name for name, *_ in backward[1:]] == ["gemm_dw_tma", "gemm_dw_tma", "reduce_slabs"]
+
+
 def test_eager_is_timms_block() -> None:
     pytest.importorskip("timm")
     ours, timms = run(
@@ -109,7 +143,7 @@ print(json.dumps([[[[p.name, p.bytes] for p in step.forward],
 def test_kernels_write_what_the_count_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the launchers in the interpreter and see which arguments change."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    from fastvit_kernels import attention, swiglu
+    from fastvit_kernels import attention, swiglu, tuned
 
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
@@ -141,12 +175,17 @@ def test_kernels_write_what_the_count_says(monkeypatch: pytest.MonkeyPatch) -> N
         out = function(s, **tensors)
         out.backward(torch.randn_like(out))
 
+    def narrow(kernel: str, M: int, C: int, dtype: torch.dtype, device_index: int | None) -> Any:
+        return tuned.Config(64, 64, 64) if dtype != torch.float32 else None
+
     float32 = (torch.float32, torch.float32)
     small = traffic.Sizes(2, 16, 4, 32, 2, 64, *float32)
     autocast = traffic.Sizes(2, 36, 4, 32, 2, 64, torch.bfloat16, torch.float32)
     for s in (small, autocast):
         step(traffic.block, s, traffic.block_shapes(s))
     step(traffic.stem, small, traffic.stem_shapes(small))
+    monkeypatch.setattr(tuned, "mlp_narrow", narrow)
+    step(traffic.block, autocast, traffic.block_shapes(autocast))
     for N in (130, 260):
         qkv = torch.randn(2, N, 3, 2, 16, requires_grad=True)
         attention.attention_qkv(qkv).square().sum().backward()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, gemm_dw, gradient_copy, layernorm, library
+from fastvit_kernels import gemm, gemm_dw, gradient_copy, layernorm, library, mlp_narrow
 from fastvit_kernels.layernorm_linear import norm_gemm
 from fastvit_kernels.linear_residual import branch_dtype, branch_gradient
 
@@ -39,8 +39,15 @@ def _fwd(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, u (empty unless save_u), mean, rstd."""
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    u = fc1_weight.new_empty((len(x), len(fc1_weight)) if save_u else (0, 0))
+    config = mlp_narrow.config("fwd", x, fc1_weight, fc2_weight)
+    if config is not None:
+        norm, fc = (norm_weight, norm_bias), (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        options = (layer_scale, path_scale, tokens, eps, rms, activation)
+        stats = mlp_narrow.mlp_fwd(config, x, *norm, *fc, *options, out, u if save_u else None)
+        return out, u, *stats
     hidden = fc1_weight.new_empty((len(x), len(fc1_weight)))
-    u = torch.empty_like(hidden) if save_u else hidden.new_empty((0, 0))
     mean, rstd = norm_gemm(
         x,
         norm_weight,
@@ -54,7 +61,6 @@ def _fwd(
         u=u if save_u else None,
         activation=activation,
     )
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     gemm.gemm(
         hidden,
         fc2_weight.t(),
@@ -122,33 +128,47 @@ def _bwd(
     w_dtype = fc1_weight.dtype
     if len(x) == 0:
         return library.zeros(x, params if needs_params else (), w_dtype if copies else None)
-    branch = {"path_scale": path_scale, "layer_scale": layer_scale, "tokens": tokens}
+    branch = {"layer_scale": layer_scale, "path_scale": path_scale, "tokens": tokens}
     dbranch = dout if dout_copy is None else dout_copy
     g, unwritten = branch_gradient(dbranch, w_dtype, path_scale, needs_params)
     if u.numel() == 0:
         u = fc1_weight.new_empty((len(x), len(fc1_weight)))
-        norm_gemm(x, norm_weight, norm_bias, fc1_weight, u, eps, rms, bias=fc1_bias)
-    du, h = torch.empty_like(u), torch.empty_like(u) if needs_params else None
-    gemm.gemm(
-        dbranch,
-        fc2_weight,
-        du,
-        prologue="branch",
-        epilogue="dgelu",
-        g=unwritten,
-        u=u,
-        h=h,
-        activation=activation,
-        **branch,
-    )
-    parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
-    del h, g, unwritten, dbranch, dout_copy
-    dh = gemm.gemm(du, fc1_weight, fc1_weight.new_empty(x.shape))
+        fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        config = mlp_narrow.config("fwd", x, fc1_weight, fc2_weight)
+        if config is not None:
+            options = (None, None, tokens, eps, rms, activation, None, u)
+            mlp_narrow.mlp_fwd(config, x, norm_weight, norm_bias, *fc, *options)
+        else:
+            norm_gemm(x, norm_weight, norm_bias, fc1_weight, u, eps, rms, bias=fc1_bias)
     norm = (mean, rstd, norm_weight, norm_bias)
-    y_dtype, copy_dtype = (w_dtype if wanted else None for wanted in (needs_params, copies))
-    dx, copy, y, norm_rows = layernorm.layernorm_bwd(dh, x, *norm, rms, dout, y_dtype, copy_dtype)
+    config = mlp_narrow.config("bwd", x, fc1_weight, fc2_weight)
+    if config is not None:
+        fc, options = (fc1_weight, fc2_weight), (rms, activation, unwritten, needs_params, copies)
+        dx, copy, y, norm_rows, du, h = mlp_narrow.mlp_bwd(
+            config, dout, dbranch, x, u, *norm, *fc, *branch.values(), *options
+        )
+        parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
+    else:
+        du, h = torch.empty_like(u), torch.empty_like(u) if needs_params else None
+        gemm.gemm(
+            dbranch,
+            fc2_weight,
+            du,
+            prologue="branch",
+            epilogue="dgelu",
+            g=unwritten,
+            u=u,
+            h=h,
+            activation=activation,
+            **branch,
+        )
+        parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
+        del h, g, unwritten, dbranch, dout_copy
+        dh = gemm.gemm(du, fc1_weight, fc1_weight.new_empty(x.shape))
+        dtypes = (w_dtype if wanted else None for wanted in (needs_params, copies))
+        dx, copy, y, norm_rows = layernorm.layernorm_bwd(dh, x, *norm, rms, dout, *dtypes)
     dxs = [dx] if copy is None else [dx, copy]
-    if y is None or parts2 is None:
+    if y is None or du is None or parts2 is None:
         return dxs
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
     first = (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)

@@ -59,6 +59,8 @@ MODELS = (
     Workload("B/16 batch 48 autocast", 768, 12, 3072, batch=48, residual_dtype=torch.float32),
     Workload("Ti/16 batch 1", 192, 3, 768, batch=1),
     Workload("Ti/16 batch 1 autocast", 192, 3, 768, batch=1, residual_dtype=torch.float32),
+    Workload("Ti/16", 192, 3, 768),
+    Workload("Ti/16 autocast", 192, 3, 768, residual_dtype=torch.float32, branch=True),
     Workload("so400m/14", 1152, 16, 4304, patch=14),
     Workload("H/14 autocast", 1280, 16, 5120, patch=14, residual_dtype=torch.float32),
     Workload("g/14", 1408, 16, 6144, patch=14),
@@ -213,6 +215,7 @@ _WORDS = {
     "B_TRANSPOSED": "b^T",
     "stride_bk": "b^T",  # a constant where it is 1
     "D": "D{}",
+    "C": "C{}",
     "KEYS": "keys {}",
     "TAIL_M": "tail_m {}",
     "TAIL_N": "tail_n {}",
@@ -243,14 +246,14 @@ _INTEGERS = {"cu_seqlens", "lengths", "rows", "seed"}
 def describe(case: aot.Case) -> str:
     """What tells one case of a kernel from another, on one line."""
     constants = dict(case.constants)
-    if constants.get("EPILOGUE") not in ("gelu", "dgelu"):
+    if "EPILOGUE" in constants and constants["EPILOGUE"] not in ("gelu", "dgelu"):
         constants.pop("ACTIVATION", None)
     words = [word.format(constants[k]) for k, word in _WORDS.items() if constants.get(k)]
     specialized = {p.name for p in case.kernel.params if not p.do_not_specialize}
     ragged = {name for name, kind in case.types if kind == "i32"} & specialized & {"N", "K", "C"}
     ragged |= {"K"} if constants.get("EVEN_K") is False else set()
     words += [f"ragged {name}" for name in sorted(ragged)]
-    blocks = [constants.get(f"BLOCK_{x}") for x in ("B", "M", "N", "K", "C", "T")]
+    blocks = [constants.get(f"BLOCK_{x}") for x in ("B", "M", "N", "F", "K", "C", "T")]
     words.append("x".join(str(b) for b in blocks if b))
     pointers: dict[str, list[str]] = {}
     for name, kind in case.types:

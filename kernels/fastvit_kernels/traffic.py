@@ -131,6 +131,8 @@ WRITES = {
         *("dnorm_weight", "dnorm_bias"),
     ),
     "layernorm_bwd": ("dx", "copy", "y", "norm_rows"),
+    "mlp_narrow_fwd": ("out", "u", "mean", "rstd"),
+    "mlp_narrow_bwd": ("dx", "copy", "y", "du", "h", "g", "norm_rows"),
     "attention_fwd": ("o", "lse"),
     "attention_fwd_resident": ("o", "lse"),
     "attention_bwd_resident": ("dq", "dk", "dv"),
@@ -159,10 +161,14 @@ def launch_cost(name: str, values: dict[str, Any]) -> Pass:
     tensors = {k.removesuffix("_ptr"): v for k, v in given.items() if isinstance(v, Tensor)}
     writes = written_by(name, values)
     written = sum(_bytes(t) for k, t in tensors.items() if k in writes)
-    read = sum(_bytes(t) for k, t in tensors.items() if k not in writes)
+    inputs = {id(t): t for k, t in tensors.items() if k not in writes}  # one may come twice
+    read = sum(map(_bytes, inputs.values()))
     flops = 0
     if name.startswith("gemm"):
         flops = 2 * values["M"] * values["N"] * values["K"]
+    elif name.startswith("mlp_narrow"):
+        alone = name == "mlp_narrow_fwd" and "out" not in tensors  # fc1 made again
+        flops = (2 if alone else 4) * values["M"] * values["F"] * values["C"]
     elif name.startswith("attention"):
         B, N, H, D = tensors["q"].shape
         products = _ATTENTION_PRODUCTS.get(name) or _ATTENTION_BWD_PRODUCTS[values["PART"]]

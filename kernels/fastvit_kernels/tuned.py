@@ -186,6 +186,15 @@ GEMM_DW: dict[int, dict[str, Config]] = {
     },
 }
 
+# The MLP of short rows in one kernel: BLOCK_N hidden columns at a time, rows cut into pieces of
+# BLOCK_K columns, their sums into SUBTILES of those; by the longest row of a line.
+MLP_NARROW: dict[int, dict[str, dict[int, Config]]] = {
+    90: {
+        "fwd": {192: Config(128, 64, 64, num_warps=8, num_stages=3, tma=True)},
+        "bwd": {192: Config(128, 32, 64, num_warps=8, num_stages=4, SUBTILES=2, tma=True)},
+    },
+}
+
 REDUCE_NORM = Config(BLOCK_M=64, BLOCK_N=32)
 SWIGLU = Config(BLOCK_M=4, BLOCK_N=512, num_warps=4)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
@@ -205,6 +214,22 @@ def norm_way(x: torch.dtype, compute: torch.dtype) -> str:
     if compute == torch.float32:
         return "load"
     return "fold" if x == compute else "row"
+
+
+def mlp_narrow(
+    kernel: str, M: int, C: int, dtype: torch.dtype, device_index: int | None
+) -> Config | None:
+    """The configuration of the one-kernel MLP, "fwd" or "bwd"; None where its products run alone.
+
+    A program takes all of both weights through its SM, whatever its rows: with programs for fewer
+    than half of the SMs that takes longer than three launches do (mlp_narrow.py has the figures).
+    """
+    lines = MLP_NARROW.get(arch(device_index), {}).get(kernel, {})
+    width = min((width for width in lines if C <= width), default=0)
+    if dtype == torch.float32 or not width:
+        return None
+    config = lines[width]
+    return config if 2 * -(-M // config.BLOCK_M) >= num_sms(device_index) else None
 
 
 def gemm(M: int, N: int, dtype: torch.dtype, device_index: int | None, tma: bool = False) -> Config:

@@ -1,0 +1,237 @@
+"""The MLP of short rows in one kernel each way, against float64; and where tuned.py chooses it."""
+
+import pytest
+import torch
+from fastvit_kernels import mlp_narrow, tuned
+from parity import (
+    check_compiles,
+    check_no_double_backward,
+    check_parity,
+    check_repeatable,
+    dtype_id,
+    leaf,
+    results,
+)
+
+import fastvit
+from fastvit import ops
+
+HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+BOTH = ["_mlp_narrow_fwd_kernel", "_mlp_narrow_bwd_kernel"]
+
+
+@pytest.fixture
+def tma(device: torch.device) -> bool:
+    """Whether weights come by TMA descriptors; else by pointers."""
+    return device.type == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, tma: bool) -> list[str]:
+    """Takes the one kernel for any number of rows; the names of its launches."""
+    made: list[str] = []
+    rows = 128 if tma else 64
+    lines = {
+        "fwd": tuned.Config(rows, 64, 64, num_warps=8, num_stages=2, tma=tma),
+        "bwd": tuned.Config(rows, 32, 64, num_warps=8, num_stages=2, SUBTILES=2, tma=tma),
+    }
+
+    def choose(kernel, M, C, dtype, device_index):
+        return lines[kernel] if M and dtype != torch.float32 else None
+
+    def launch(kernel, *args, **constants):
+        made.append(kernel.__name__)
+        return launch_it(kernel, *args, **constants)
+
+    launch_it = mlp_narrow.launch
+    monkeypatch.setattr(tuned, "mlp_narrow", choose)
+    monkeypatch.setattr(mlp_narrow, "launch", launch)
+    return made
+
+
+def mlp(B: int, N: int, C: int, F: int) -> dict:
+    norm = {"x": leaf(B, N, C), "norm_weight": leaf(C), "norm_bias": leaf(C)}
+    branch = {"layer_scale": leaf(C), "path_scale": torch.tensor([1.25, 0.0, 1.25])[:B]}
+    fc1 = {"fc1_weight": leaf(F, C, scale=C**-0.5), "fc1_bias": leaf(F)}
+    fc2 = {"fc2_weight": leaf(C, F, scale=F**-0.5), "fc2_bias": leaf(C)}
+    return {**norm, **fc1, **fc2, **branch}
+
+
+@HALF
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1, 8, 16), (3, 50, 8, 24), (2, 97, 64, 264), (2, 77, 192, 776), (1, 33, 200, 72)],
+    ids=str,
+)
+def test_parity(
+    size: tuple[int, ...], dtype: torch.dtype, device: torch.device, launches: list[str]
+) -> None:
+    check_parity("layernorm_mlp", mlp(*size), dtype, device)
+    assert launches == BOTH
+
+
+@HALF
+@pytest.mark.parametrize("size", [(3, 43, 72, 136), (1, 33, 384, 200)], ids=str)
+@pytest.mark.parametrize("tma", [False])
+def test_parity_through_pointers(
+    size: tuple[int, ...], dtype: torch.dtype, device: torch.device, launches: list[str]
+) -> None:
+    check_parity("layernorm_mlp", mlp(*size), dtype, device)
+    assert launches == BOTH
+
+
+def test_longest_rows(device: torch.device, launches: list[str]) -> None:
+    if device.type == "cuda":
+        pytest.skip("at this tile rows of 384 exceed the shared memory: no line takes them")
+    check_parity("layernorm_mlp", mlp(1, 131, 384, 152), torch.bfloat16, device)
+    assert launches == BOTH
+
+
+@pytest.mark.parametrize(
+    "absent",
+    ["norm_weight", "norm_bias", "fc1_bias", "fc2_bias", "layer_scale", "path_scale", "all"],
+)
+def test_without(absent: str, device: torch.device, launches: list[str]) -> None:
+    args = mlp(2, 9, 72, 40)
+    optional = ("norm_weight", "norm_bias", "fc1_bias", "fc2_bias", "layer_scale", "path_scale")
+    dropped = {k: None for k in optional if absent in (k, "all")}
+    check_parity("layernorm_mlp", {**args, **dropped}, torch.bfloat16, device)
+    assert launches == BOTH
+
+
+@HALF
+@pytest.mark.parametrize("whole", [False, True])
+def test_autocast(
+    dtype: torch.dtype, whole: bool, device: torch.device, launches: list[str]
+) -> None:
+    """A float32 x; with drop path and LayerScale and without."""
+    args = mlp(2, 33, 72, 136)
+    if not whole:
+        args |= {"layer_scale": None, "path_scale": None}
+    check_parity("layernorm_mlp", args, dtype, device, autocast=True)
+    assert launches == BOTH
+
+
+@HALF
+@pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
+def test_activations(
+    activation: str, dtype: torch.dtype, device: torch.device, launches: list[str]
+) -> None:
+    args = {**mlp(2, 17, 32, 64), "activation": activation}
+    check_parity("layernorm_mlp", args, dtype, device)
+    assert launches == BOTH
+
+
+@HALF
+def test_rmsnorm(dtype: torch.dtype, device: torch.device, launches: list[str]) -> None:
+    args = {**mlp(2, 17, 72, 24), "norm_bias": None, "norm_kind": "rmsnorm"}
+    check_parity("layernorm_mlp", args, dtype, device)
+    check_parity("layernorm_mlp", args, dtype, device, autocast=True)
+    assert launches == BOTH * 2
+
+
+@HALF
+def test_mean_a_hundred_deviations_away(
+    dtype: torch.dtype, device: torch.device, launches: list[str]
+) -> None:
+    args = mlp(2, 17, 72, 48)
+    args["x"] = (args["x"].detach() + 100).requires_grad_()
+    check_parity("layernorm_mlp", args, dtype, device)
+    assert launches == BOTH
+
+
+def test_nan_stays_in_its_row(device: torch.device, launches: list[str]) -> None:
+    args = {k: v.detach().to(device, torch.bfloat16) for k, v in mlp(2, 9, 72, 40).items()}
+    args["x"][1, 4, 3] = float("nan")
+    args["x"].requires_grad_()
+    args["path_scale"] = torch.ones(2, device=device)
+    with fastvit.use_backend("triton"):
+        out = ops.layernorm_mlp(**args)
+        (dx,) = torch.autograd.grad(out.nan_to_num().sum(), args["x"])
+    for got in (out, dx):
+        assert got[1, 4].isnan().all() and int(got.isnan().sum()) == 72
+    assert launches == BOTH
+
+
+def test_repeatable_compiled_and_first_order(device: torch.device, launches: list[str]) -> None:
+    args = {
+        k: v.detach().bfloat16().requires_grad_(v.requires_grad)
+        for k, v in mlp(3, 50, 72, 136).items()
+    }
+    check_repeatable("layernorm_mlp", args, torch.bfloat16, device)
+    check_compiles("layernorm_mlp", args, device)
+    check_no_double_backward("layernorm_mlp", args, device)
+    assert set(launches) == set(BOTH)
+
+
+def test_empty(device: torch.device, launches: list[str]) -> None:
+    args = {k: v.detach().to(device, torch.bfloat16) for k, v in mlp(1, 9, 72, 40).items()}
+    args |= {"x": args["x"][:0].requires_grad_(), "path_scale": args["path_scale"][:0]}
+    with fastvit.use_backend("triton"):
+        out = ops.layernorm_mlp(**args)
+        (dx,) = torch.autograd.grad(out.sum(), args["x"])
+    assert out.shape == dx.shape == (0, 9, 72) and not launches
+
+
+def test_saves_what_the_products_save(
+    device: torch.device, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x, mean, rstd, u and the parameters; save="recompute" changes no bit of any gradient."""
+    args = {
+        k: v.detach().bfloat16().requires_grad_(v.requires_grad)
+        for k, v in mlp(2, 33, 72, 136).items()
+    }
+    runs, saved = [], []
+
+    def run(save: str) -> None:
+        kept: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with fastvit.use_backend("triton"), hooks:
+            runs.append(results(ops.layernorm_mlp, {**args, "save": save}, device))
+        saved.append(sum(kept.values()))
+
+    run("all")
+    run("recompute")
+    assert launches == [*BOTH, BOTH[0], *BOTH]
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name]), name
+    assert saved[0] - saved[1] == 2 * 33 * 136 * 2
+    monkeypatch.setattr(tuned, "mlp_narrow", lambda *_: None)
+    run("all")
+    assert saved[2] == saved[0]
+
+
+def test_frozen_parameters(device: torch.device, launches: list[str]) -> None:
+    """dx is the same where no parameter wants a gradient."""
+    grads = []
+    for frozen in (False, True):
+        torch.manual_seed(0)
+        args = {k: v.detach().to(device, torch.bfloat16) for k, v in mlp(2, 17, 40, 24).items()}
+        for name, value in args.items():
+            value.requires_grad_(name == "x" or not (frozen or name == "path_scale"))
+        with fastvit.use_backend("triton"):
+            ops.layernorm_mlp(**args).square().sum().backward()
+        assert frozen == (args["fc1_weight"].grad is None)
+        grads.append(args["x"].grad)
+    assert torch.equal(*grads) and launches == BOTH * 2
+
+
+@pytest.mark.parametrize("kernel", ["fwd", "bwd"])
+def test_where_it_is_chosen(kernel: str) -> None:
+    """On sm_90 in 16 bits, rows up to 192, programs for half of the SMs."""
+
+    def chosen(M: int, C: int, dtype: torch.dtype, arch: int = 90, sms: int = 132) -> bool:
+        with tuned.target(arch, sms):
+            return tuned.mlp_narrow(kernel, M, C, dtype, None) is not None
+
+    for dtype in (torch.bfloat16, torch.float16):
+        assert chosen(256 * 197, 192, dtype) and chosen(66 * 128, 64, dtype)
+        assert not chosen(65 * 128, 192, dtype) and not chosen(197, 192, dtype)
+        assert not chosen(256 * 197, 200, dtype) and not chosen(256 * 197, 384, dtype)
+        assert not any(chosen(256 * 197, 192, dtype, arch) for arch in (0, 80, 86, 89, 100, 120))
+    assert not chosen(256 * 197, 192, torch.float32)
