@@ -56,6 +56,7 @@ TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 FIELDS = {  # of the tables whose kernels do not use all of them
     "GEMM_DW": (*TILES, "CTAS"),
     "ATTENTION": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
+    "MLP_NARROW": (*TILES, "SUBTILES"),
 }
 BOUNDS = {
     "num_warps": (1, 16),
@@ -114,8 +115,10 @@ def lines(arch: int) -> list[Line]:
 
 
 def neighbours(line: Line, config: Config) -> list[Config]:
-    """One field halved or doubled; stages one more or less."""
-    found = []
+    """One field halved or doubled; stages one more or less; the one-kernel MLP not at all."""
+    if not config.BLOCK_M:
+        return []
+    found = [Config(0, 0)] if line.table == "MLP_NARROW" else []
     extra = ("GROUP_M", "SUBTILES", *(("CTAS",) if getattr(config, "tma", False) else ()))
     for field in FIELDS.get(line.table, TILES + extra):
         value = getattr(config, field)
@@ -262,6 +265,7 @@ def workloads(device: torch.device) -> list[Case]:
         ]
     bf16, f32 = torch.bfloat16, torch.float32
     sizes = (("B", 256, 768), ("L", 128, 1024), ("S", 256, 384), ("B", 8, 768), ("B", 1, 768))
+    sizes += (("Ti", 256, 192),)
     shapes = [*((*size, bf16) for size in sizes), ("S", 8, 384, bf16), ("B", 8, 768, f32)]
     tokens = [(256, 197, 12, 64), (512, 50, 12, 64), (256, 128, 12, 64), (1, 197, 12, 64)]
     tokens += [(64, 577, 16, 64), (1, 577, 12, 64), (64, 257, 16, 80), (512, 50, 12, 80)]

@@ -15,6 +15,7 @@ from fastvit_kernels import (
     layernorm_linear,
     layernorm_mlp,
     linear_residual,
+    mlp_narrow,
     patch_embed,
     swiglu,
     tuned,
@@ -107,6 +108,7 @@ def everything() -> None:
             (3, 400, 48, 1),
             (3, 400, 48, 0),
             (1, 17, 128, 0),
+            (43, 197, 64, 0),
         ):
             for x_dtype in {dtype, torch.float32}:
                 x = torch.zeros(B, N, C, dtype=x_dtype, requires_grad=True)
@@ -137,7 +139,7 @@ if __name__ == "__main__":
     everything()
     JITFunction.run = run
     assert (len(seen), len(launch._compiled), made) == (len(first), kept, [])
-    for module in (attention, gemm, gemm_dw, layernorm, patch_embed, swiglu):
+    for module in (attention, gemm, gemm_dw, layernorm, mlp_narrow, patch_embed, swiglu):
         setattr(module, "launch", tritons)  # noqa: B010
     everything()
     assert first == made and again == made, next(

@@ -187,11 +187,12 @@ GEMM_DW: dict[int, dict[str, Config]] = {
 }
 
 # The MLP of short rows in one kernel: BLOCK_N hidden columns at a time, rows cut into pieces of
-# BLOCK_K columns, their sums into SUBTILES of those; by the longest row of a line.
-MLP_NARROW: dict[int, dict[str, dict[int, Config]]] = {
+# BLOCK_K columns, their sums into SUBTILES of those; named by the longest row.
+MLP_NARROW: dict[int, dict[str, Config]] = {
+    DEFAULT: {},
     90: {
-        "fwd": {192: Config(128, 64, 64, num_warps=8, num_stages=3, tma=True)},
-        "bwd": {192: Config(128, 32, 64, num_warps=8, num_stages=4, SUBTILES=2, tma=True)},
+        "fwd_192": Config(128, 64, 64, num_warps=8, num_stages=3, tma=True),
+        "bwd_192": Config(128, 32, 64, num_warps=8, num_stages=4, SUBTILES=2, tma=True),
     },
 }
 
@@ -224,11 +225,9 @@ def mlp_narrow(
     A program takes all of both weights through its SM, whatever its rows: with programs for fewer
     than half of the SMs that takes longer than three launches do (mlp_narrow.py has the figures).
     """
-    lines = MLP_NARROW.get(arch(device_index), {}).get(kernel, {})
-    width = min((width for width in lines if C <= width), default=0)
-    if dtype == torch.float32 or not width:
+    config = look_up(MLP_NARROW, arch(device_index)).get(f"{kernel}_192", Config(0, 0))
+    if dtype == torch.float32 or C > 192 or not config.BLOCK_M:
         return None
-    config = lines[width]
     return config if 2 * -(-M // config.BLOCK_M) >= num_sms(device_index) else None
 
 
