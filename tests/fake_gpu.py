@@ -12,6 +12,7 @@ from fastvit_kernels import (
     gemm_dw,
     launch,
     layernorm,
+    layernorm_fold,
     layernorm_linear,
     layernorm_mlp,
     linear_residual,
@@ -139,7 +140,8 @@ if __name__ == "__main__":
     everything()
     JITFunction.run = run
     assert (len(seen), len(launch._compiled), made) == (len(first), kept, [])
-    for module in (attention, gemm, gemm_dw, layernorm, mlp_narrow, patch_embed, swiglu):
+    rows = (layernorm, layernorm_fold, mlp_narrow, patch_embed, swiglu)
+    for module in (attention, gemm, gemm_dw, *rows):
         setattr(module, "launch", tritons)  # noqa: B010
     everything()
     assert first == made and again == made, next(

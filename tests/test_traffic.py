@@ -181,7 +181,8 @@ def test_kernels_write_what_the_count_says(monkeypatch: pytest.MonkeyPatch) -> N
     float32 = (torch.float32, torch.float32)
     small = traffic.Sizes(2, 16, 4, 32, 2, 64, *float32)
     autocast = traffic.Sizes(2, 36, 4, 32, 2, 64, torch.bfloat16, torch.float32)
-    for s in (small, autocast):
+    many = traffic.Sizes(25, 16, 4, 32, 2, 64, torch.bfloat16, torch.bfloat16)  # rows: folded norms
+    for s in (small, autocast, many):
         step(traffic.block, s, traffic.block_shapes(s))
     step(traffic.stem, small, traffic.stem_shapes(small))
     monkeypatch.setattr(tuned, "mlp_narrow", narrow)

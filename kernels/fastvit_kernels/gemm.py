@@ -7,8 +7,8 @@ Prologues act on the A tile between its load and the product:
     "layernorm"  (a - mean) * rstd * norm_weight + norm_bias, statistics read, not recomputed
     "branch"     a * layer_scale[k] * path_scale[sample]: the gradient that enters a residual branch
 Epilogues act on the float32 accumulator:
-    "none"       acc + bias; with `fold`, as those below, rstd * (acc - mean * s) + bias instead, what
-                 `layernorm_fold` leaves of a LayerNorm
+    "none"       acc + bias; with `fold`, here and below, rstd * (acc - mean * s) + bias: what
+                 `layernorm_fold` leaves of a LayerNorm to do
     "gelu"       GELU(u), u = acc + bias, which is stored beside it for a backward
     "dgelu"      acc * GELU'(u), and GELU(u) beside it for the product that needs it next
     "residual"   residual + path_scale[sample] * layer_scale * (acc + bias)

@@ -1,7 +1,7 @@
 """LayerNorm's two row kernels: forward, and the whole of its backward.
 
-forward   mean, rstd = 1 / sqrt(var + eps) and, where the product that follows does not normalise on
-          load, y = xhat w + b
+forward   mean, rstd = 1 / sqrt(var + eps) and, where the product that follows does not apply the
+          norm itself, y = xhat w + b
 backward  dx = rstd * (dy w - mean(dy w) - xhat mean(dy w xhat)) + dresidual, and y once more, for
           the dW of that product; sums of dy xhat (for w) and of dy (for b) over runs of rows, which
           `gemm_dw.reduce_slabs` adds in order; a float32 dx in the compute dtype too, for the

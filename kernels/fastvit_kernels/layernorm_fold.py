@@ -1,13 +1,14 @@
 """LayerNorm folded into the product that follows it, for x in the product's own 16 bits.
 
-norm(x) W^T + b = rstd (x W'^T - mean s) + b',   W' = norm_weight W,  s = W' 1,  b' = b + W norm_bias
+norm(x) W^T + b = rstd (x W'^T - mean s) + b'
+W' = norm_weight W,  s = W' 1,  b' = b + W norm_bias
 
 The product takes x itself through TMA and its epilogue the rest, two instructions an element of its
 output: no normed copy of x is written and read (2 C of 16 bits a token, two thirds of what the row
 kernel moves), and no tile of x passes through registers on its way to the tensor cores. s is summed
 from W' as rounded, so a row's mean cancels but for float32 accumulation, however far it lies from
 zero; rounding W' instead of the normed x is an error of the same size. One launch makes W', s and
-b' (2 O C of 16 bits, 7 MB for qkv of ViT-B) and the rows' statistics (x read once).
+b' (2 N C of 16 bits, 7 MB for qkv of ViT-B) and the rows' statistics (x read once).
 RMSNorm has mean = 0. A float32 x, as under autocast, would be rounded before its mean is taken off.
 """
 
@@ -35,9 +36,9 @@ def _layernorm_fold_kernel(
     folded_bias_ptr,
     M,
     C,
-    O,
+    N,
     stride_xm,
-    stride_wo,
+    stride_wn,
     eps,
     RMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -46,17 +47,17 @@ def _layernorm_fold_kernel(
     """The first programs take rows of the weight, the others rows of x."""
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    pid, num_o = tl.program_id(0), tl.cdiv(O, BLOCK_M)
-    if pid < num_o:
-        offs_o = pid * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_o = offs_o < O
-        mask = mask_o[:, None] & mask_c[None, :]
-        rows = offs_o.to(tl.int64)[:, None]
-        w = tl.load(weight_ptr + rows * stride_wo + offs_c[None, :], mask=mask, other=0.0)
+    pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_M)
+    if pid < num_n:
+        offs_n = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_n = offs_n < N
+        mask = mask_n[:, None] & mask_c[None, :]
+        rows = offs_n.to(tl.int64)[:, None]
+        w = tl.load(weight_ptr + rows * stride_wn + offs_c[None, :], mask=mask, other=0.0)
         w = w.to(tl.float32)
         bias = tl.zeros([BLOCK_M], tl.float32)
         if bias_ptr is not None:
-            bias += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)
+            bias += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if norm_bias_ptr is not None:
             norm_bias = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
             bias += tl.sum(w * norm_bias[None, :], axis=1)
@@ -65,10 +66,10 @@ def _layernorm_fold_kernel(
             w *= norm_weight.to(tl.float32)[None, :]
         folded = w.to(folded_ptr.dtype.element_ty)
         tl.store(folded_ptr + rows * C + offs_c[None, :], folded, mask=mask)
-        tl.store(sums_ptr + offs_o, tl.sum(folded.to(tl.float32), axis=1), mask=mask_o)
-        tl.store(folded_bias_ptr + offs_o, bias, mask=mask_o)
+        tl.store(sums_ptr + offs_n, tl.sum(folded.to(tl.float32), axis=1), mask=mask_n)
+        tl.store(folded_bias_ptr + offs_n, bias, mask=mask_n)
     else:
-        offs_m = (pid - num_o) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_m = (pid - num_n) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_c[None, :]
         x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_c[None, :]
@@ -87,21 +88,21 @@ def layernorm_fold(
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """W' (O, C) in the weight's dtype; s, b' (O,), mean and rstd (M,), float32.
+    """W' (N, C) in the weight's dtype; s, b' (N,), mean and rstd (M,), float32.
 
-    x: (M, C) rows; weight: (O, C).
+    x: (M, C) rows; weight: (N, C).
     """
-    (M, C), O = x.shape, len(weight)
+    (M, C), N = x.shape, len(weight)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    folded = torch.empty((O, C), dtype=weight.dtype, device=x.device)
-    sums = torch.empty(O, dtype=torch.float32, device=x.device)
+    folded = torch.empty((N, C), dtype=weight.dtype, device=x.device)
+    sums = torch.empty(N, dtype=torch.float32, device=x.device)
     folded_bias = torch.empty_like(sums)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     config = tuned.layernorm_fwd(C)
     launch(
         _layernorm_fold_kernel,
-        (cdiv(O, config.BLOCK_M) + cdiv(M, config.BLOCK_M),),
+        (cdiv(N, config.BLOCK_M) + cdiv(M, config.BLOCK_M),),
         x,
         mean,
         rstd,
@@ -114,7 +115,7 @@ def layernorm_fold(
         folded_bias,
         M,
         C,
-        O,
+        N,
         x.stride(0),
         weight.stride(0),
         eps,

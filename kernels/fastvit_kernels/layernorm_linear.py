@@ -1,12 +1,13 @@
 """LayerNorm(x) W^T + b, and x itself for the residual that leaves from the same place.
 
 x: (..., C); weight: (O, C) -> (..., O) in the compute dtype. RMSNorm likewise.
-The norm is applied as the product loads its tiles of x where rows are short or nothing is to be
-cast, else by the row kernel that makes the statistics (`tuned.normalizes_on_load` says why).
+The norm is folded into the product's weight and epilogue where x has the product's 16 bits and rows
+are many, applied as tiles of x are loaded in float32, else by the row kernel that makes the
+statistics (`tuned.norm_way` says why).
 Saved for backward: x, mean and rstd (float32, one pair a row), weight in the compute dtype.
 Launches: 2 forward (norm, product); 4 backward (dh product, norm, dW, the sum of all parts). The
 residual's gradient is added where the norm's backward writes dx, and dx's copy (`gradient_copy`).
-Bytes: x twice, y once (and the norm once, written and read for x); backward dy twice, x once, dh
+Bytes: x twice, y once (by the row kernel the norm once more); backward dy twice, x once, dh
 twice, dx once, the norm twice, and the dW slabs.
 """
 
@@ -51,7 +52,7 @@ def norm_gemm(
     **epilogue: Any,
 ) -> tuple[Tensor, Tensor]:
     """out = epilogue(norm(x) weight^T); returns mean and rstd."""
-    way = tuned.norm_way(x.dtype, weight.dtype)
+    way = tuned.norm_way(len(x), len(weight), x.dtype, weight.dtype)
     if way == "fold" and len(x):
         bias = epilogue.pop("bias", None)
         folded, sums, bias, mean, rstd = layernorm_fold.layernorm_fold(

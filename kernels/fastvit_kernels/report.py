@@ -239,7 +239,7 @@ _WORDS = {
 # Pointers whose absence compiles to less.
 _OPTIONAL = {"copy", "y", "h", "g", "residual", "layer_scale", "slabs2", "norm_rows"}
 _ALWAYS_FLOAT32 = {"mean", "rstd", "lse", "delta", "path_scale", "slabs", "db_slabs"}
-_ALWAYS_FLOAT32 |= {"cos", "sin", "dparams", "maps"}
+_ALWAYS_FLOAT32 |= {"cos", "sin", "dparams", "maps", "sums", "folded_bias"}
 _INTEGERS = {"cu_seqlens", "lengths", "rows", "seed"}
 
 
@@ -269,6 +269,8 @@ def describe(case: aot.Case) -> str:
     given = {"seed_ptr": "dropout", "cos_ptr": "rope"}
     if case.name == "attention_maps":
         given = {"lse_ptr": "lse"}
+    if case.name.startswith("gemm"):
+        given = {"sums_ptr": "folded"}
     types = dict(case.types)
     words += [word for name, word in given.items() if name in types]
     if constants.get("PRECISION") == "tf32":

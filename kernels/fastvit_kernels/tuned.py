@@ -201,20 +201,21 @@ SWIGLU = Config(BLOCK_M=4, BLOCK_N=512, num_warps=4)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 
-def norm_way(x: torch.dtype, compute: torch.dtype) -> str:
-    """How LayerNorm enters the product that follows it.
+def norm_way(M: int, N: int, x: torch.dtype, compute: torch.dtype) -> str:
+    """How LayerNorm of x (M, K) enters the product (M, N) that follows it.
 
-    "fold"  by the product's epilogue (`layernorm_fold`): x read for its statistics, 2 instructions
-            an element of the output. x must have the 16 bits that are multiplied.
-    "row"   by the row kernel, which writes the norm for the product to read: three times the bytes,
-            but a float32 x is rounded after its mean is taken off.
+    "fold"  by the product's epilogue (`layernorm_fold`): x is read for its statistics and the
+            weight written once more, 2 instructions an element of the output. x must have the 16
+            bits that are multiplied.
+    "row"   by the row kernel, which writes the norm for the product to read: M K elements more, and
+            2 N K fewer. A float32 x is rounded after its mean is taken off.
     "load"  by the product, as it loads its tiles of x: about 5 instructions an element for each
-            column of tiles, and operands that come from registers. Exact: for float32 products,
-            where both are small beside the arithmetic.
+            column of tiles, and operands that come from registers. For float32 products, where
+            both are small beside the arithmetic.
     """
     if compute == torch.float32:
         return "load"
-    return "fold" if x == compute else "row"
+    return "fold" if x == compute and M >= 4 * N else "row"
 
 
 def mlp_narrow(

@@ -1,0 +1,146 @@
+"""LayerNorm folded into the product that follows, against float64; and where it is chosen."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from fastvit_kernels import gemm, layernorm_fold, tuned
+from parity import check_compiles, check_parity, check_repeatable, dtype_id
+from test_gemm_ops import OPS
+
+import fastvit
+from fastvit import ops
+
+every_op = pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
+half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+
+
+@pytest.fixture(params=["tma", "pointers"])
+def folds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Folds whatever may be, through TMA descriptors or pointers; the kernels of its products."""
+    made: list[str] = []
+
+    def launch(kernel, *args, **constants):
+        made.append(kernel.__name__)
+        return launch_it(kernel, *args, **constants)
+
+    launch_it = gemm.launch
+    way: Callable = lambda M, N, x, compute: "fold" if x == compute else "row"  # noqa: E731
+    monkeypatch.setattr(tuned, "norm_way", way)
+    monkeypatch.setattr(gemm, "launch", launch)
+    if request.param == "pointers":
+        monkeypatch.setattr(gemm, "tma_takes", lambda *tensors: False)
+    return made
+
+
+@every_op
+@half
+@pytest.mark.parametrize(
+    "size", [(1, 1, 8, 16), (2, 17, 72, 24), (3, 50, 40, 136), (2, 197, 64, 192)], ids=str
+)
+def test_parity(
+    op: str,
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    folds: list[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    check_parity(op, OPS[op](*size), dtype, device)
+    if "tma" in request.node.callspec.id and device.type == "cpu":
+        assert folds[0] == "_gemm_tma_kernel"
+
+
+@every_op
+@half
+@pytest.mark.parametrize("absent", ["norm_weight", "norm_bias", "bias", "fc1_bias", "all"])
+def test_without(
+    op: str, absent: str, dtype: torch.dtype, device: torch.device, folds: list[str]
+) -> None:
+    args = OPS[op](2, 9, 32, 48)
+    args |= {k: None for k in args if absent in (k, "all") and ("bias" in k or "norm" in k)}
+    check_parity(op, args, dtype, device)
+
+
+@every_op
+@half
+def test_rmsnorm(op: str, dtype: torch.dtype, device: torch.device, folds: list[str]) -> None:
+    args = {**OPS[op](2, 17, 72, 24), "norm_bias": None, "norm_kind": "rmsnorm"}
+    check_parity(op, args, dtype, device)
+
+
+@every_op
+@half
+@pytest.mark.parametrize("case", ["mean", "outlier", "spread weights", "small", "large"])
+def test_accuracy_where_folding_might_lose_it(
+    case: str, op: str, dtype: torch.dtype, device: torch.device, folds: list[str]
+) -> None:
+    """Rows whose mean is 100 deviations away; a channel 300 times as large as the others, its norm
+    weight small, as trained models have; norm weights of 0 and 50; rows of 1e-2 and 1e3.
+    """
+    args = OPS[op](2, 33, 96, 64)
+    x, norm_weight = args["x"].detach(), args["norm_weight"].detach()
+    if case == "mean":
+        x += 100
+    elif case == "outlier":
+        x[..., 5] = 300 + x[..., 5]
+        norm_weight[5] = 0.02
+    elif case == "spread weights":
+        norm_weight[::7] = 0
+        norm_weight[3::7] = 50
+    else:
+        x *= {"small": 1e-2, "large": 1e3}[case]
+    check_parity(op, args, dtype, device)
+
+
+@every_op
+def test_nan_stays_in_its_row(op: str, device: torch.device, folds: list[str]) -> None:
+    args = {k: v.detach().to(device, torch.bfloat16) for k, v in OPS[op](2, 9, 32, 48).items()}
+    args["x"][1, 4, 3] = float("nan")
+    with fastvit.use_backend("triton"):
+        out = getattr(ops, op)(**args)
+    assert out[1, 4].isnan().all() and out.isnan().any(-1).sum() == 1
+
+
+@every_op
+def test_repeatable_and_compiled(op: str, device: torch.device, folds: list[str]) -> None:
+    args = OPS[op](2, 33, 48, 64)
+    check_repeatable(op, args, torch.bfloat16, device)
+    args = {k: v.detach().bfloat16().requires_grad_(v.requires_grad) for k, v in args.items()}
+    check_compiles(op, args, device)
+
+
+def test_weight_of_other_strides(device: torch.device, folds: list[str]) -> None:
+    args = OPS["layernorm_linear"](2, 33, 48, 64)
+    args["weight"] = args["weight"].detach().t().contiguous().t().requires_grad_()
+    check_parity("layernorm_linear", args, torch.bfloat16, device)
+
+
+def test_what_is_folded() -> None:
+    """W', s and b' as the formula has them; s is the sum of W' as it was rounded."""
+    if torch.cuda.is_available():
+        pytest.skip("the launcher wants tensors of the GPU")
+    args = {k: v.detach() for k, v in OPS["layernorm_linear"](2, 9, 40, 24).items()}
+    x, weight = args["x"].flatten(0, 1).bfloat16(), args["weight"].bfloat16()
+    norm_weight, norm_bias, bias = args["norm_weight"], args["norm_bias"], args["bias"]
+    folded, sums, folded_bias, mean, rstd = layernorm_fold.layernorm_fold(
+        x, norm_weight, norm_bias, weight, bias, 1e-6, False
+    )
+    wide = weight.double()
+    torch.testing.assert_close(folded.double(), (wide * norm_weight).bfloat16().double())
+    torch.testing.assert_close(sums.double(), folded.double().sum(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        folded_bias.double(), bias + wide @ norm_bias.double(), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(mean.double(), x.double().mean(1), rtol=0, atol=1e-6)
+    rstd64 = (x.double().var(1, unbiased=False) + 1e-6).rsqrt()
+    torch.testing.assert_close(rstd.double(), rstd64, rtol=1e-6, atol=0)
+
+
+def test_where_it_is_chosen() -> None:
+    """Where x has the product's 16 bits and its rows outweigh writing the weight once more."""
+    bf16, f32 = torch.bfloat16, torch.float32
+    assert tuned.norm_way(256 * 197, 3072, bf16, bf16) == "fold"
+    assert tuned.norm_way(197, 3072, bf16, bf16) == "row"
+    assert tuned.norm_way(256 * 197, 3072, f32, bf16) == "row"
+    assert tuned.norm_way(256 * 197, 3072, f32, f32) == "load"
