@@ -14,9 +14,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 # Products on sm_90 that may use HMMA beside HGMMA: a tile of fewer than 64 rows has no wgmma.
 HMMA_ALLOWED = {"attention": "tail tiles of 16 or 32 query rows, and of keys where rows are owned"}
+KERNELS = {"patch", "gemm", "attention", "reduce", "layernorm"}
 
 
-def report(*args: str, path: Path) -> list[dict]:
+def report(*args: str, path: Path, kernels: set[str] = KERNELS) -> list[dict]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fastvit_kernels.report", "--json", str(path), *args]
     env["PYTHONPATH"] = str(ROOT / "kernels")
@@ -24,8 +25,8 @@ def report(*args: str, path: Path) -> list[dict]:
     assert path.exists(), run.stdout[-2000:] + run.stderr[-4000:]
     rows = json.loads(path.read_text())["rows"]
     # A Config whose launcher vanished from the report would pass unseen.
-    kernels = {row["name"].split()[0].split("_")[0] for row in rows}
-    assert kernels - {"swiglu"} == {"patch", "gemm", "attention", "reduce", "layernorm"}
+    found = {row["name"].split()[0].split("_")[0] for row in rows}
+    assert found - {"swiglu"} == kernels
     return rows
 
 
@@ -70,6 +71,17 @@ def test_every_launch(tmp_path: Path) -> None:
     rows = report(path=tmp_path / "report.json")
     check_rows(rows)
     check_not_worse(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("arch", [90])
+def test_attention_at_every_head_dim(arch: int, tmp_path: Path) -> None:
+    dims = [word for D in range(16, 129, 8) for word in ("--head-dim", str(D))]
+    path = tmp_path / "report.json"
+    rows = report("--arch", str(arch), *dims, path=path, kernels={"attention"})
+    assert {f"D{D}" for D in range(16, 129, 8)} <= {w for row in rows for w in row["name"].split()}
+    check_rows(rows)
 
 
 def test_worse_names_what_grew_and_what_is_new() -> None:

@@ -72,9 +72,13 @@ MODELS = (
     Workload("B/16 TF32", 768, 12, 3072, 256, 16, 224, torch.float32, torch.float32, tf32=True),
 )
 # Attention alone, in bfloat16: rows of every regime, and every option on top of them. The table has
-# head dim 64 and, by way of MODELS, those of published models; --head-dim compiles any other.
-ATTENTION = {f"attention D{D}": D for D in range(16, 129, 8)}
-OPTIONS = {f"attention options D{D}": D for D in range(16, 129, 8)}
+# head dim 64 and, by way of MODELS, those of published models. --head-dim compiles any, with more
+# lengths and dropout at each of them; a slow test holds them to no spills.
+HEAD_DIMS = range(16, 129, 8)
+ATTENTION = {f"attention D{D}": D for D in HEAD_DIMS}
+OPTIONS = {f"attention options D{D}": D for D in HEAD_DIMS}
+REGIMES = {f"attention regimes D{D}": D for D in HEAD_DIMS}
+ALONE = (ATTENTION, OPTIONS, REGIMES)
 TABLE = (*(w.name for w in MODELS), "attention D64", "attention options D64", "SwiGLU")
 # What CI compiles at each change; the rest is one command away.
 CI = ("B/16 autocast", "S/16 float32", "attention options D64")
@@ -148,6 +152,26 @@ def run_attention(D: int, H: int = 12) -> None:
         attention._bwd(o, q, k, v, o, lse, 0.125)
 
 
+def run_attention_regimes(D: int, H: int = 12) -> None:
+    """Rows of many heads and of few, dense, padded and packed, without dropout and with it."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    seed = new(1, dtype=torch.int64)
+    for B in (256, 1):
+        lengths, cu_seqlens = new(B, dtype=torch.int32), new(B + 1, dtype=torch.int32)
+        batches = [(new(B, N, 3, H, D), None, None, 0) for N in (50, 100, 197, 257, 577, 1370)]
+        batches.append((new(B, 197, 3, H, D), lengths, None, 0))
+        batches.append((new(1, B * 197, 3, H, D), None, cu_seqlens, 197))
+        for qkv, *sequences in batches:
+            q, k, v = qkv.unbind(2)
+            for dropout in ((0.0, None), (0.1, seed)):
+                options = (*sequences, *dropout)
+                o, lse = attention._fwd(q, k, v, 0.125, *options)
+                attention._bwd(o, q, k, v, o, lse, 0.125, *options)
+
+
 def run_attention_options(D: int, B: int = 256, N: int = 197, H: int = 12) -> None:
     """Padded and packed rows, dropout, QK-norm and RoPE, maps."""
 
@@ -188,6 +212,7 @@ def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
     runs = [(w.name, w.tf32, functools.partial(run, w)) for w in MODELS]
     runs += [(n, False, functools.partial(run_attention, D)) for n, D in ATTENTION.items()]
     runs += [(n, False, functools.partial(run_attention_options, D)) for n, D in OPTIONS.items()]
+    runs += [(n, False, functools.partial(run_attention_regimes, D)) for n, D in REGIMES.items()]
     runs.append(("SwiGLU", False, run_swiglu))
     for name, tf32, launch in runs:
         if name not in (TABLE if names is None else names):
@@ -295,7 +320,7 @@ _by_name: dict[tuple[str, int], aot.Case] = {}
 def _compile_named(key: tuple[str, int]) -> aot.Cost:
     _, arch = key
     if key not in _by_name:
-        every = (*TABLE, *ATTENTION, *OPTIONS)
+        every = (*TABLE, *(name for family in ALONE for name in family))
         _by_name.update({(case.name, arch): case for case in cases(arch, every)})
     return aot.compile_case(_by_name[key], arch)
 
@@ -384,7 +409,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, action="append", choices=aot.ARCHS)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--ci", action="store_true", help=f"only {', '.join(CI)}")
-    parser.add_argument("--head-dim", type=int, metavar="D", help="attention alone, at this one")
+    parser.add_argument(
+        "--head-dim",
+        type=int,
+        action="append",
+        metavar="D",
+        help="attention alone, at this one; may be repeated",
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     parser.add_argument("--update", action="store_true", help="write the committed tables anew")
@@ -403,9 +434,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--update needs a checkout: there is no {RESULTS}")
     names = CI if args.ci else None
     if args.head_dim is not None:
-        names = (f"attention D{args.head_dim}", f"attention options D{args.head_dim}")
-        if names[0] not in ATTENTION:
-            parser.error(f"--head-dim must be a multiple of 8 in 16..128, got {args.head_dim}")
+        for D in args.head_dim:
+            if D not in HEAD_DIMS:
+                parser.error(f"--head-dim must be a multiple of 8 in 16..128, got {D}")
+        names = [n for family in ALONE for n, D in family.items() if D in args.head_dim]
     if args.head_dim is not None and (args.ci or args.update):
         parser.error("--head-dim goes with neither --ci nor --update")
     selected = [

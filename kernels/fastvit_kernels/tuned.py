@@ -398,6 +398,8 @@ _ATTENTION_MMA = {
     "fwd_120_dropout": Config(128, 16, num_warps=8, num_stages=2),
     "dq_104": Config(32, 32, num_warps=8, num_stages=2),
     "dkv_72": Config(32, 32, num_warps=8, num_stages=2),
+    "fwd_small_120": Config(64, 32, num_warps=8, num_stages=2),
+    "dkv_104_dropout": Config(16, 32, num_warps=8, num_stages=2),
     "float32": Config(32, 16, num_warps=4, num_stages=1),
 }
 _ATTENTION_WGMMA = {
@@ -463,9 +465,25 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "dq_112_dropout": Config(32, 32, num_warps=8, num_stages=2),
         "fwd_88_dropout": Config(128, 16, num_warps=8, num_stages=2),
         "fwd_small_32": Config(64, 32, num_warps=8, num_stages=2),
+        "fwd_small_72_dropout": Config(64, 32, num_warps=8, num_stages=2),
+        "fwd_small_104_dropout": Config(32, 32, num_warps=4, num_stages=2),
         "fwd_small_96": Config(64, 32, num_warps=8, num_stages=2),
     },
-    90: _ATTENTION_WGMMA,
+    90: _ATTENTION_WGMMA
+    | {
+        "fwd_small_104_dropout": Config(64, 32, num_warps=8, num_stages=2),
+        "fwd_small_120_dropout": Config(64, 64, num_warps=8, num_stages=2),
+        "dq_120": Config(64, 32, num_warps=8, num_stages=1),
+        "dq_120_dropout": Config(64, 16, num_warps=8, num_stages=1),
+        "dkv_120_dropout": Config(16, 32, num_warps=4, num_stages=1),
+        "dkv_88": Config(16, 64, num_warps=8, num_stages=1),
+        "fwd_small_112_dropout": Config(64, 32, num_warps=4, num_stages=2),
+        "fwd_128_dropout": Config(128, 32, num_warps=8, num_stages=2),
+        "dq_128": Config(64, 32, num_warps=4, num_stages=1),
+        "fwd_56_dropout": Config(128, 32, num_warps=8, num_stages=2),
+        "fwd_resident_40": Config(64, 128, num_warps=4, num_stages=1),
+        "bwd_128_keys_56": Config(32, 128, num_warps=8, num_stages=1),
+    },
     100: _ATTENTION_WGMMA
     | {
         "fwd_to_128": Config(128, 64, num_warps=8, num_stages=1),
@@ -476,7 +494,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
     },
     120: _ATTENTION_MMA
     | {
-        "fwd_small_120": Config(64, 32, num_warps=8, num_stages=2),
+        "fwd_small_104": Config(32, 32, num_warps=4, num_stages=2),
         "dq_112": Config(32, 32, num_warps=8, num_stages=2),
         "dkv_56": Config(32, 64, num_warps=8, num_stages=2),
         "dkv_56_dropout": Config(32, 64, num_warps=8, num_stages=1),
