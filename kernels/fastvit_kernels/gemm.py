@@ -11,7 +11,9 @@ Epilogues act on the float32 accumulator:
                  `layernorm_fold` leaves of a LayerNorm to do
     "gelu"       GELU(u), u = acc + bias, which is stored beside it for a backward
     "dgelu"      acc * GELU'(u), and GELU(u) beside it for the product that needs it next
-    "residual"   residual + path_scale[sample] * layer_scale * (acc + bias)
+    "residual"   residual + path_scale[sample] * layer_scale * (acc + bias); beside it, for the
+                 LayerNorm that reads it next, each row's mean and squared deviations by pieces of
+                 columns, and a 16-bit copy of float32 rows (`row_statistics`)
 
 Two kernels share the epilogues. `_gemm_tma_kernel` takes plain 16-bit operands from TMA
 descriptors and is persistent, so that one tile's epilogue runs beside the next one's loads.
@@ -39,16 +41,20 @@ def _epilogue(
     acc,
     out,
     offs_m,
-    offs_n,
+    first_n,
     row_values,
     M,
     N,
     EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    c_ptr, u_ptr, h_ptr, residual_ptr, bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr = out
+    matrices, vectors = out
+    c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr = matrices
+    bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr = vectors
     path_scale, mean, rstd = row_values
+    offs_n = first_n + tl.arange(0, WIDTH)
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
@@ -73,7 +79,25 @@ def _epilogue(
         if path_scale_ptr is not None:
             acc = acc * path_scale[:, None]
         acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(c_ptr + offs, acc.to(c_ptr.dtype.element_ty), mask=mask)
+    c = acc.to(c_ptr.dtype.element_ty)
+    tl.store(c_ptr + offs, c, mask=mask)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + offs, acc.to(copy_ptr.dtype.element_ty), mask=mask)
+    if parts_ptr is not None:
+        _store_parts(c, parts_ptr, offs_m, first_n, M, N, WIDTH)
+
+
+@triton.jit
+def _store_parts(c, parts_ptr, offs_m, first_n, M, N, WIDTH: tl.constexpr):
+    """Mean and sum of squared deviations of the rows of c, columns first_n .. first_n + WIDTH."""
+    inside = ((first_n + tl.arange(0, WIDTH)) < N)[None, :]
+    c = tl.where(inside, c.to(tl.float32), 0.0)
+    mean = tl.sum(c, axis=1) / tl.minimum(N - first_n, WIDTH)
+    deviation = tl.where(inside, c - mean[:, None], 0.0)
+    parts_ptr += (first_n // WIDTH).to(tl.int64) * 2 * M
+    mask = (offs_m < M) & (first_n < N)
+    tl.store(parts_ptr + offs_m, mean, mask=mask)
+    tl.store(parts_ptr + M + offs_m, tl.sum(deviation * deviation, axis=1), mask=mask)
 
 
 @triton.jit
@@ -94,8 +118,7 @@ def _finish(
 ):
     """The epilogue of SUBTILES parts of the tile in turn: each needs its own share of registers."""
     if SUBTILES == 1:
-        offs_n = first_n + tl.arange(0, BLOCK_N)
-        _epilogue(acc, out, offs_m, offs_n, row_values, M, N, EPILOGUE, ACTIVATION, EXACT)
+        _epilogue(acc, out, offs_m, first_n, row_values, M, N, EPILOGUE, ACTIVATION, EXACT, BLOCK_N)
     else:
         HALF: tl.constexpr = BLOCK_N // 2
         halves = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, HALF]), [0, 2, 1]))
@@ -126,6 +149,8 @@ def _gemm_kernel(
     h_ptr,
     g_ptr,
     residual_ptr,
+    copy_ptr,
+    parts_ptr,
     bias_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
@@ -206,7 +231,8 @@ def _gemm_kernel(
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * stride_bk
 
-    out = (c_ptr, u_ptr, h_ptr, residual_ptr, bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr)
+    matrices = (c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr)
+    out = (matrices, (bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr))
     _finish(
         acc,
         out,
@@ -232,6 +258,8 @@ def _gemm_tma_kernel(
     u_ptr,
     h_ptr,
     residual_ptr,
+    copy_ptr,
+    parts_ptr,
     bias_ptr,
     mean_ptr,
     rstd_ptr,
@@ -255,7 +283,8 @@ def _gemm_tma_kernel(
     the edges.
     """
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    out = (c_ptr, u_ptr, h_ptr, residual_ptr, bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr)
+    matrices = (c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr)
+    out = (matrices, (bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr))
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -323,6 +352,23 @@ def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 
+def _config(a: Tensor, b: Tensor, plain: bool) -> tuple[tuned.Config, Tensor]:
+    """The configuration, and b or its transpose: the one whose columns lie at stride 1."""
+    b_rows = b.t() if b.stride(0) == 1 else b
+    tma = plain and tma_takes(a, b_rows)
+    return tuned.gemm(len(a), b.shape[1], b.dtype, a.device.index, tma), b_rows
+
+
+def parts_of(a: Tensor, b: Tensor) -> Tensor:
+    """Room for what epilogue "residual" of gemm(a, b) tells of each row by pieces of columns: the
+    mean and the sum of squared deviations, (P, 2, M) float32. A piece has the power of two from
+    N / P up.
+    """
+    config, _ = _config(a, b, plain=True)
+    pieces = cdiv(b.shape[1], config.BLOCK_N // config.SUBTILES)
+    return torch.empty((pieces, 2, len(a)), dtype=torch.float32, device=a.device)
+
+
 def gemm(
     a: Tensor,
     b: Tensor,
@@ -337,6 +383,8 @@ def gemm(
     h: Tensor | None = None,
     g: Tensor | None = None,
     residual: Tensor | None = None,
+    copy: Tensor | None = None,
+    parts: Tensor | None = None,
     layer_scale: Tensor | None = None,
     path_scale: Tensor | None = None,
     tokens: int = 1,
@@ -347,8 +395,8 @@ def gemm(
     b's dtype is the compute dtype. norm: (norm_weight, norm_bias, mean, rstd); fold: (mean, rstd,
     s), float32, of `layernorm_fold`, whose W' is b and whose b' is bias. u: (M, N), read by
     epilogue "dgelu" and written, if given, by "gelu"; h: (M, N), GELU(u), written by "dgelu", if
-    given; g: (M, K), written by prologue "branch", if given. tokens: rows per sample, for
-    path_scale (B,).
+    given; g: (M, K), written by prologue "branch", if given; copy: (M, N) and parts of `parts_of`,
+    written by "residual", if given. tokens: rows per sample, for path_scale (B,).
     """
     (M, K), N = a.shape, b.shape[1]
     if M == 0:
@@ -357,11 +405,9 @@ def gemm(
         residual = residual.contiguous()
     plain = prologue == "none" or (prologue == "branch" and a.dtype == b.dtype)
     plain = plain and (prologue == "none" or (layer_scale is None and path_scale is None))
-    b_rows = b.t() if b.stride(0) == 1 else b
-    tma = plain and tma_takes(a, b_rows)
-    config = tuned.gemm(M, N, b.dtype, a.device.index, tma)
+    config, b_rows = _config(a, b, plain)
     tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
-    outputs = (out, u, h), (residual, bias)
+    outputs = (out, u, h), (residual, copy, parts, bias)
     scales = (layer_scale, path_scale)
     norm_params, statistics = (None, None), fold or (None, None, None)
     if norm is not None:

@@ -1,16 +1,20 @@
-"""LayerNorm folded into the product that follows it, for x in the product's own 16 bits.
+"""LayerNorm folded into the product that follows it.
 
-norm(x) W^T + b = rstd (x W'^T - mean s) + b'
-W' = norm_weight W,  s = W' 1,  b' = b + W norm_bias
+norm(x) W^T + b = rstd (z W'^T - shift s) + b'
+W' = norm_weight W,  s = W' 1,  b' = b + W norm_bias;  z = x and shift = mean, or z = x - mean and 0
 
-The product takes x itself through TMA and its epilogue the rest, two instructions an element of its
-output: no normed copy of x is written and read (2 C of 16 bits a token, two thirds of what the row
-kernel moves), and no tile of x passes through registers on its way to the tensor cores. s is summed
-from W' as rounded, so a row's mean cancels but for float32 accumulation, however far it lies from
-zero; rounding W' instead of the normed x is an error of the same size. One launch makes W', s and
-b' (2 N C of 16 bits, 7 MB for qkv of ViT-B) and the rows' statistics (x read once).
-RMSNorm has mean = 0. A float32 x, as under autocast, would be rounded before its mean is taken off.
+The product takes z itself through TMA and its epilogue the rest, two instructions an element of its
+output: no tile passes through registers on its way to the tensor cores, and a 16-bit x is z, so
+that no normed copy of it is written and read. s is summed from W' as rounded, so a row's mean
+cancels but for float32 accumulation, however far it lies from zero; rounding W' instead of the
+normed x is an error of the same size. RMSNorm has mean = 0.
+A float32 x, as under autocast, is rounded to z in 16 bits. Rounded with its mean it would lose what
+the mean outweighs: rows whose mean is over half a deviation from zero are rounded without it.
+The op that made x mostly knows its rows already (`row_statistics`): then x itself is read only for
+rows to be rounded again. One launch does it all, and W', s and b'.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,10 +25,167 @@ from fastvit_kernels import tuned
 from fastvit_kernels.launch import cdiv, launch
 from fastvit_kernels.layernorm import statistics
 
+ROWS = 64  # whose pieces a program merges
+
+
+class Folded(NamedTuple):
+    """What the product takes; mean and rstd of x."""
+
+    weight: Tensor
+    z: Tensor
+    sums: Tensor
+    bias: Tensor
+    shift: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+@triton.jit
+def _fold_weight(
+    offs_n,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    folded_ptr,
+    sums_ptr,
+    folded_bias_ptr,
+    N,
+    C,
+    stride_wn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c, mask_n = offs_c < C, offs_n < N
+    mask = mask_n[:, None] & mask_c[None, :]
+    rows = offs_n.to(tl.int64)[:, None]
+    w = tl.load(weight_ptr + rows * stride_wn + offs_c[None, :], mask=mask, other=0.0)
+    w = w.to(tl.float32)
+    bias = tl.zeros([BLOCK_M], tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if norm_bias_ptr is not None:
+        norm_bias = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        bias += tl.sum(w * norm_bias[None, :], axis=1)
+    if norm_weight_ptr is not None:
+        norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0)
+        w *= norm_weight.to(tl.float32)[None, :]
+    folded = w.to(folded_ptr.dtype.element_ty)
+    tl.store(folded_ptr + rows * C + offs_c[None, :], folded, mask=mask)
+    tl.store(sums_ptr + offs_n, tl.sum(folded.to(tl.float32), axis=1), mask=mask_n)
+    tl.store(folded_bias_ptr + offs_n, bias, mask=mask_n)
+
+
+@triton.jit
+def _merge(
+    parts_ptr, offs_m, M, C, eps, RMS: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr
+):
+    """mean and rstd of rows from those of their pieces, WIDTH columns each: Chan's formula."""
+    mask = offs_m < M
+    total = tl.zeros([offs_m.shape[0]], tl.float32)
+    for i in tl.static_range(PIECES):
+        part = tl.load(parts_ptr + 2 * i * M + offs_m, mask=mask, other=0.0)
+        total += part * tl.minimum(C - i * WIDTH, WIDTH)
+    mean = total / C
+    var = tl.zeros([offs_m.shape[0]], tl.float32)
+    for i in tl.static_range(PIECES):
+        deviation = tl.load(parts_ptr + 2 * i * M + offs_m, mask=mask, other=0.0)
+        if not RMS:
+            deviation -= mean
+        var += tl.load(parts_ptr + (2 * i + 1) * M + offs_m, mask=mask, other=0.0)
+        var += deviation * deviation * tl.minimum(C - i * WIDTH, WIDTH)
+    if RMS:
+        mean = mean * 0.0
+    return mean, 1.0 / tl.sqrt(var / C + eps)
+
+
+@triton.jit
+def _is_far(mean, rstd):
+    """Rows whose mean, over half a deviation from zero, would cost digits in 16 bits."""
+    return tl.abs(mean) * rstd > 0.5
+
+
+@triton.jit
+def _round_rows(
+    x_ptr,
+    z_ptr,
+    shift_ptr,
+    mean_ptr,
+    rstd_ptr,
+    first,
+    M,
+    C,
+    stride_xm,
+    eps,
+    RMS: tl.constexpr,
+    KNOWN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """mean and rstd of rows read whole, unless KNOWN, and z and shift, if given."""
+    offs_m, offs_c = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
+    mask_m = offs_m < M
+    mask = mask_m[:, None] & (offs_c < C)[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + rows * stride_xm + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if KNOWN:
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
+    else:
+        mean, rstd = statistics(x, offs_c, C, eps, RMS)
+        tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+    if z_ptr is not None:
+        far = _is_far(mean, rstd)
+        z = x - tl.where(far, mean, 0.0)[:, None]
+        tl.store(z_ptr + rows * C + offs_c[None, :], z.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(shift_ptr + offs_m, tl.where(far, 0.0, mean), mask=mask_m)
+
+
+@triton.jit
+def _merge_rows(
+    x_ptr,
+    z_ptr,
+    shift_ptr,
+    parts_ptr,
+    mean_ptr,
+    rstd_ptr,
+    first,
+    M,
+    C,
+    stride_xm,
+    eps,
+    RMS: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The same from the rows' pieces; z is there, and is made again for rows that are far."""
+    offs_m = first + tl.arange(0, ROWS)
+    mask_m = offs_m < M
+    mean, rstd = _merge(parts_ptr, offs_m, M, C, eps, RMS, PIECES, WIDTH)
+    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+    if z_ptr is not None:
+        far = _is_far(mean, rstd) & mask_m
+        tl.store(shift_ptr + offs_m, tl.where(far, 0.0, mean), mask=mask_m)
+        if tl.max(far.to(tl.int32), axis=0) > 0:
+            rows = offs_m.to(tl.int64)[:, None]
+            for c in range(0, C, 64):
+                offs_c = c + tl.arange(0, 64)
+                mask = far[:, None] & (offs_c < C)[None, :]
+                x = tl.load(x_ptr + rows * stride_xm + offs_c[None, :], mask=mask, other=0.0)
+                z = (x.to(tl.float32) - mean[:, None]).to(z_ptr.dtype.element_ty)
+                tl.store(z_ptr + rows * C + offs_c[None, :], z, mask=mask)
+
 
 @triton.jit(do_not_specialize=["M"])
 def _layernorm_fold_kernel(
     x_ptr,
+    z_ptr,
+    shift_ptr,
+    parts_ptr,
     mean_ptr,
     rstd_ptr,
     weight_ptr,
@@ -41,42 +202,39 @@ def _layernorm_fold_kernel(
     stride_wn,
     eps,
     RMS: tl.constexpr,
+    KNOWN: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The first programs take rows of the weight, the others rows of x."""
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_M)
     if pid < num_n:
-        offs_n = pid * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_n = offs_n < N
-        mask = mask_n[:, None] & mask_c[None, :]
-        rows = offs_n.to(tl.int64)[:, None]
-        w = tl.load(weight_ptr + rows * stride_wn + offs_c[None, :], mask=mask, other=0.0)
-        w = w.to(tl.float32)
-        bias = tl.zeros([BLOCK_M], tl.float32)
-        if bias_ptr is not None:
-            bias += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        if norm_bias_ptr is not None:
-            norm_bias = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            bias += tl.sum(w * norm_bias[None, :], axis=1)
-        if norm_weight_ptr is not None:
-            norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0)
-            w *= norm_weight.to(tl.float32)[None, :]
-        folded = w.to(folded_ptr.dtype.element_ty)
-        tl.store(folded_ptr + rows * C + offs_c[None, :], folded, mask=mask)
-        tl.store(sums_ptr + offs_n, tl.sum(folded.to(tl.float32), axis=1), mask=mask_n)
-        tl.store(folded_bias_ptr + offs_n, bias, mask=mask_n)
+        _fold_weight(
+            pid * BLOCK_M + tl.arange(0, BLOCK_M),
+            weight_ptr,
+            bias_ptr,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            folded_ptr,
+            sums_ptr,
+            folded_bias_ptr,
+            N,
+            C,
+            stride_wn,
+            BLOCK_M,
+            BLOCK_C,
+        )
+    elif parts_ptr is not None:
+        stats = (parts_ptr, mean_ptr, rstd_ptr)
+        rows = ((pid - num_n) * ROWS, M, C, stride_xm, eps)
+        _merge_rows(x_ptr, z_ptr, shift_ptr, *stats, *rows, RMS, PIECES, WIDTH, ROWS)
     else:
-        offs_m = (pid - num_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        mask = mask_m[:, None] & mask_c[None, :]
-        x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_c[None, :]
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        mean, rstd = statistics(x, offs_c, C, eps, RMS)
-        tl.store(mean_ptr + offs_m, mean, mask=mask_m)
-        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+        stats = (mean_ptr, rstd_ptr)
+        rows = ((pid - num_n) * BLOCK_M, M, C, stride_xm, eps)
+        _round_rows(x_ptr, z_ptr, shift_ptr, *stats, *rows, RMS, KNOWN, BLOCK_M, BLOCK_C)
 
 
 def layernorm_fold(
@@ -87,23 +245,39 @@ def layernorm_fold(
     bias: Tensor | None,
     eps: float,
     rms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """W' (N, C) in the weight's dtype; s, b' (N,), mean and rstd (M,), float32.
+    dtype: torch.dtype,
+    parts: Tensor | None = None,
+    z: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> Folded:
+    """W' (N, C) and z (M, C) in `dtype`; s, b' (N,), shift, mean and rstd (M,), float32.
 
-    x: (M, C) rows; weight: (N, C).
+    x: (M, C) rows; weight: (N, C) in `dtype` or wider; parts: of x, by `gemm.parts_of`, and z, a
+    float32 x in `dtype`, which is written to where rows are far; known: mean and rstd, if x has
+    them already.
     """
     (M, C), N = x.shape, len(weight)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    folded = torch.empty((N, C), dtype=weight.dtype, device=x.device)
+    folded = torch.empty((N, C), dtype=dtype, device=x.device)
     sums = torch.empty(N, dtype=torch.float32, device=x.device)
     folded_bias = torch.empty_like(sums)
-    mean = torch.empty(M, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    # Of their own memory: what an op returns must not overlap.
+    mean, rstd = known or (x.new_empty(M, dtype=torch.float32) for _ in range(2))
+    shift = None
+    if x.dtype != dtype:
+        z = torch.empty((M, C), dtype=dtype, device=x.device) if z is None else z
+        shift = torch.empty_like(mean)
     config = tuned.layernorm_fwd(C)
+    pieces = 0 if parts is None else len(parts)
+    rows = config.BLOCK_M if parts is None else ROWS
+    blocks = 0 if known and shift is None else cdiv(M, rows)
     launch(
         _layernorm_fold_kernel,
-        (cdiv(N, config.BLOCK_M) + cdiv(M, config.BLOCK_M),),
+        (cdiv(N, config.BLOCK_M) + blocks,),
         x,
+        z,
+        shift,
+        parts,
         mean,
         rstd,
         weight,
@@ -120,8 +294,13 @@ def layernorm_fold(
         weight.stride(0),
         eps,
         RMS=rms,
+        KNOWN=known is not None,
+        PIECES=pieces,
+        WIDTH=triton.next_power_of_2(cdiv(C, pieces)) if pieces else 0,
+        ROWS=ROWS,
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_N,
         num_warps=config.num_warps,
     )
-    return folded, sums, folded_bias, mean, rstd
+    z, shift = (x if z is None else z), (mean if shift is None else shift)
+    return Folded(folded, z, sums, folded_bias, shift, mean, rstd)

@@ -1,13 +1,13 @@
 """LayerNorm(x) W^T + b, and x itself for the residual that leaves from the same place.
 
 x: (..., C); weight: (O, C) -> (..., O) in the compute dtype. RMSNorm likewise.
-The norm is folded into the product's weight and epilogue where x has the product's 16 bits and rows
-are many, applied as tiles of x are loaded in float32, else by the row kernel that makes the
-statistics (`tuned.norm_way` says why).
+The norm is folded into the product's weight and epilogue where rows are many, applied as tiles of x
+are loaded in float32, else by the row kernel that makes the statistics (`tuned.norm_way` says why).
 Saved for backward: x, mean and rstd (float32, one pair a row), weight in the compute dtype.
 Launches: 2 forward (norm, product); 4 backward (dh product, norm, dW, the sum of all parts). The
 residual's gradient is added where the norm's backward writes dx, and dx's copy (`gradient_copy`).
-Bytes: x twice, y once (by the row kernel the norm once more); backward dy twice, x once, dh
+Bytes: x twice, or once where its rows are known (`row_statistics`), and y once (by the row kernel
+the norm once more, a folded float32 x in 16 bits once more); backward dy twice, x once, dh
 twice, dx once, the norm twice, and the dW slabs.
 """
 
@@ -23,6 +23,7 @@ from fastvit_kernels import (
     layernorm,
     layernorm_fold,
     library,
+    row_statistics,
     tuned,
 )
 
@@ -32,12 +33,17 @@ def _fwd(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     weight: Tensor,
+    param: Tensor,
     bias: Tensor | None,
+    parts: Tensor | None,
+    copy: Tensor | None,
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """param: weight in its own dtype; parts and copy of x: `row_statistics`."""
     out = weight.new_empty((len(x), len(weight)))
-    mean, rstd = norm_gemm(x, norm_weight, norm_bias, weight, out, eps, rms, bias=bias)
+    norm, rows = (norm_weight, norm_bias), (parts, copy)
+    mean, rstd = norm_gemm(x, *norm, weight, out, eps, rms, param, rows, bias=bias)
     return out, mean, rstd
 
 
@@ -49,17 +55,23 @@ def norm_gemm(
     out: Tensor,
     eps: float,
     rms: bool,
+    param: Tensor,
+    rows: tuple[Tensor | None, Tensor | None] = (None, None),
+    known: tuple[Tensor, Tensor] | None = None,
     **epilogue: Any,
 ) -> tuple[Tensor, Tensor]:
-    """out = epilogue(norm(x) weight^T); returns mean and rstd."""
-    way = tuned.norm_way(len(x), len(weight), x.dtype, weight.dtype)
+    """out = epilogue(norm(x) weight^T); returns mean and rstd, which are `known` when this is done
+    for the second time. param: weight in its own dtype; rows: parts and copy of x.
+    """
+    way = tuned.norm_way(len(x), len(weight), weight.dtype)
     if way == "fold" and len(x):
-        bias = epilogue.pop("bias", None)
-        folded, sums, bias, mean, rstd = layernorm_fold.layernorm_fold(
-            x, norm_weight, norm_bias, weight, bias, eps, rms
+        norm, bias = (norm_weight, norm_bias), epilogue.pop("bias", None)
+        folded = layernorm_fold.layernorm_fold(
+            x, *norm, param, bias, eps, rms, weight.dtype, *rows, known
         )
-        gemm.gemm(x, folded.t(), out, fold=(mean, rstd, sums), bias=bias, **epilogue)
-        return mean, rstd
+        fold = (folded.shift, folded.rstd, folded.sums)
+        gemm.gemm(folded.z, folded.weight.t(), out, fold=fold, bias=folded.bias, **epilogue)
+        return folded.mean, folded.rstd
     y_dtype = None if way == "load" else weight.dtype
     y, mean, rstd = layernorm.layernorm_fwd(x, norm_weight, norm_bias, eps, rms, y_dtype)
     if y is None:
@@ -70,7 +82,7 @@ def norm_gemm(
     return mean, rstd
 
 
-def _fwd_fake(x, norm_weight, norm_bias, weight, bias, eps, rms):
+def _fwd_fake(x, norm_weight, norm_bias, weight, param, bias, parts, copy, eps, rms):
     stats = x.new_empty(x.shape[0], dtype=torch.float32)
     return weight.new_empty((x.shape[0], len(weight))), stats, torch.empty_like(stats)
 
@@ -144,12 +156,15 @@ class LayerNormLinearFunction(torch.autograd.Function):
         norm_bias: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
+        parts: Tensor | None,
+        copy: Tensor | None,
         eps: float,
         rms: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         x2, w = gemm.rows(x), weight.to(dtype)
-        out, mean, rstd = layernorm_linear_fwd(x2, norm_weight, norm_bias, w, bias, eps, rms)
+        norm, rows = (norm_weight, norm_bias), (parts, copy)
+        out, mean, rstd = layernorm_linear_fwd(x2, *norm, w, weight, bias, *rows, eps, rms)
         ctx.save_for_backward(x2, mean, rstd, norm_weight, norm_bias, w, weight, bias)
         ctx.rms, ctx.copies = rms, gradient_copy.is_wanted(x, dtype)
         ctx.set_materialize_grads(False)
@@ -159,7 +174,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
     @library.first_order
     def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
         if dy is None:
-            return dx, *(None,) * 7
+            return dx, *(None,) * 9
         saved = ctx.saved_tensors
         x2, norm_weight, norm_bias, weight, bias = saved[0], *saved[3:5], *saved[6:]
         params = (norm_weight, norm_bias, weight, bias)
@@ -171,7 +186,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
         dx2 = dx2.view(*dy.shape[:-1], x2.shape[1])
         if ctx.copies:
             gradient_copy.carry(dx2, grads.pop(0))
-        return dx2, *library.spread(grads, params, needed), None, None, None
+        return dx2, *library.spread(grads, params, needed), *(None,) * 5
 
 
 def layernorm_linear(
@@ -185,6 +200,5 @@ def layernorm_linear(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm(x) weight^T + bias in `dtype`, and x. x: (..., C); weight: (O, C) -> (..., O)."""
-    return library.apply(
-        LayerNormLinearFunction, x, norm_weight, norm_bias, weight, bias, eps, rms, dtype
-    )
+    norm, rows = (norm_weight, norm_bias), row_statistics.take(x, dtype)
+    return library.apply(LayerNormLinearFunction, x, *norm, weight, bias, *rows, eps, rms, dtype)

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, gemm_dw, gradient_copy, layernorm, library, mlp_narrow
+from fastvit_kernels import (
+    gemm,
+    gemm_dw,
+    gradient_copy,
+    layernorm,
+    library,
+    mlp_narrow,
+    row_statistics,
+)
 from fastvit_kernels.layernorm_linear import norm_gemm
 from fastvit_kernels.linear_residual import branch_dtype, branch_gradient
 
@@ -27,19 +35,26 @@ def _fwd(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     fc1_weight: Tensor,
+    fc1_param: Tensor,
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
+    parts: Tensor | None,
+    copy: Tensor | None,
     tokens: int,
     eps: float,
     rms: bool,
     activation: str,
     save_u: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, u (empty unless save_u), mean, rstd."""
+    keeps: bool,
+) -> list[Tensor]:
+    """out, u (empty unless save_u), mean, rstd; with `keeps`, what `row_statistics` keeps of out.
+
+    fc1_param: fc1_weight in its own dtype; parts and copy of x: `row_statistics`.
+    """
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     u = fc1_weight.new_empty((len(x), len(fc1_weight)) if save_u else (0, 0))
     config = mlp_narrow.config("fwd", x, fc1_weight, fc2_weight)
@@ -47,7 +62,7 @@ def _fwd(
         norm, fc = (norm_weight, norm_bias), (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         options = (layer_scale, path_scale, tokens, eps, rms, activation)
         stats = mlp_narrow.mlp_fwd(config, x, *norm, *fc, *options, out, u if save_u else None)
-        return out, u, *stats
+        return [out, u, *stats]
     hidden = fc1_weight.new_empty((len(x), len(fc1_weight)))
     mean, rstd = norm_gemm(
         x,
@@ -57,11 +72,14 @@ def _fwd(
         hidden,
         eps,
         rms,
+        fc1_param,
+        (parts, copy),
         epilogue="gelu",
         bias=fc1_bias,
         u=u if save_u else None,
         activation=activation,
     )
+    out_parts, out_copy = row_statistics.room(hidden, fc2_weight, out) if keeps else (None, None)
     gemm.gemm(
         hidden,
         fc2_weight.t(),
@@ -69,11 +87,13 @@ def _fwd(
         epilogue="residual",
         bias=fc2_bias,
         residual=x,
+        copy=out_copy,
+        parts=out_parts,
         layer_scale=layer_scale,
         path_scale=path_scale,
         tokens=tokens,
     )
-    return out, u, mean, rstd
+    return [t for t in (out, u, mean, rstd, out_parts, out_copy) if t is not None]
 
 
 def _fwd_fake(
@@ -81,21 +101,25 @@ def _fwd_fake(
     norm_weight,
     norm_bias,
     fc1_weight,
+    fc1_param,
     fc1_bias,
     fc2_weight,
     fc2_bias,
     layer_scale,
     path_scale,
+    parts,
+    copy,
     tokens,
     eps,
     rms,
     activation,
     save_u,
     out_dtype,
+    keeps,
 ):
     stats = x.new_empty(x.shape[0], dtype=torch.float32)
     u = fc1_weight.new_empty((x.shape[0], len(fc1_weight)) if save_u else (0, 0))
-    return x.new_empty(x.shape, dtype=out_dtype), u, stats, torch.empty_like(stats)
+    return [x.new_empty(x.shape, dtype=out_dtype), u, stats, torch.empty_like(stats)]
 
 
 def _bwd(
@@ -140,7 +164,9 @@ def _bwd(
             options = (None, None, tokens, eps, rms, activation, None, u)
             mlp_narrow.mlp_fwd(config, x, norm_weight, norm_bias, *fc, *options)
         else:
-            norm_gemm(x, norm_weight, norm_bias, fc1_weight, u, eps, rms, bias=fc1_bias)
+            norm, options = (norm_weight, norm_bias), (eps, rms, fc1_param)
+            known = (mean, rstd)
+            norm_gemm(x, *norm, fc1_weight, u, *options, known=known, bias=fc1_bias)
     norm = (mean, rstd, norm_weight, norm_bias)
     config = mlp_narrow.config("bwd", x, fc1_weight, fc2_weight)
     if config is not None:
@@ -225,6 +251,8 @@ class LayerNormMlpFunction(torch.autograd.Function):
         fc2_bias: Tensor | None,
         layer_scale: Tensor | None,
         path_scale: Tensor | None,
+        parts: Tensor | None,
+        copy: Tensor | None,
         eps: float,
         rms: bool,
         activation: str,
@@ -235,15 +263,19 @@ class LayerNormMlpFunction(torch.autograd.Function):
         w1, w2 = fc1_weight.to(dtype), fc2_weight.to(dtype)
         out_dtype = branch_dtype(x, layer_scale, dtype)
         norm, branch = (norm_weight, norm_bias), (layer_scale, path_scale)
-        options = (tokens, eps, rms, activation)
-        out, u, mean, rstd = layernorm_mlp_fwd(
-            x2, *norm, w1, fc1_bias, w2, fc2_bias, *branch, *options, save_u, out_dtype
-        )
         fc1, fc2 = (w1, fc1_weight, fc1_bias), (w2, fc2_weight, fc2_bias)
+        options, keeps = (tokens, eps, rms, activation), row_statistics.are_wanted(x2, w2)
+        vectors = (*branch, parts, copy)
+        out, u, mean, rstd, *kept = layernorm_mlp_fwd(
+            x2, *norm, *fc1, w2, fc2_bias, *vectors, *options, save_u, out_dtype, keeps
+        )
         ctx.save_for_backward(x2, u, mean, rstd, *norm, *fc1, *fc2, *branch)
         ctx.options, ctx.copies = options, gradient_copy.is_wanted(x, dtype)
         ctx.reads_copy_in = dtype if layer_scale is None else None
-        return out.view(x.shape)
+        out = out.view(x.shape)
+        if kept:
+            row_statistics.keep(out, *kept)
+        return out
 
     @staticmethod
     @library.first_order
@@ -258,7 +290,7 @@ class LayerNormMlpFunction(torch.autograd.Function):
         if ctx.copies:
             gradient_copy.carry(dx, grads.pop(0))
         params = [*saved[4:6], *saved[7:9], *saved[10:13]]
-        return dx, *library.spread(grads, params, needed), *(None,) * 6
+        return dx, *library.spread(grads, params, needed), *(None,) * 8
 
 
 def layernorm_mlp(
@@ -295,6 +327,7 @@ def layernorm_mlp(
         fc2_bias,
         layer_scale,
         path_scale,
+        *row_statistics.take(x, dtype),
         eps,
         rms,
         activation,

@@ -53,8 +53,13 @@ def is_watched(*tensors: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or not all(type(t) in _PLAIN for t in tensors)
+        or not are_plain(*tensors)
     )
+
+
+def are_plain(*tensors: torch.Tensor) -> bool:
+    """Whether none is of a subclass."""
+    return all(type(t) in _PLAIN for t in tensors)
 
 
 class _NoContext:

@@ -7,7 +7,8 @@ with G = (path_scale * dout)^T x, which dW needs anyway, it is
 Launches: 1 forward; 3 backward (dX product, dW, its slab sum). The residual's gradient is dout.
 A float32 dout mostly comes with a copy in the compute dtype (`gradient_copy`). Without one, or with
 path_scale, the dX product writes path_scale * dout in the compute dtype on the way, for dW to read.
-Bytes: x, residual and out once; backward dout twice, x and dx once, and the dW slabs.
+Bytes: x, residual and out once, and what `row_statistics` keeps of out; backward dout twice, x and
+dx once, and the dW slabs.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, gemm_dw, gradient_copy, library
+from fastvit_kernels import gemm, gemm_dw, gradient_copy, library, row_statistics
 
 
 def _fwd(
@@ -27,23 +28,29 @@ def _fwd(
     path_scale: Tensor | None,
     tokens: int,
     out_dtype: torch.dtype,
-) -> Tensor:
+    keeps: bool,
+) -> list[Tensor]:
+    """out; with `keeps`, what `row_statistics` keeps of it too."""
     out = torch.empty((len(x), len(weight)), dtype=out_dtype, device=x.device)
-    return gemm.gemm(
+    parts, copy = row_statistics.room(x, weight, out) if keeps else (None, None)
+    gemm.gemm(
         x,
         weight.t(),
         out,
         epilogue="residual",
         bias=bias,
         residual=residual,
+        copy=copy,
+        parts=parts,
         layer_scale=layer_scale,
         path_scale=path_scale,
         tokens=tokens,
     )
+    return [t for t in (out, parts, copy) if t is not None]
 
 
-def _fwd_fake(x, weight, bias, residual, layer_scale, path_scale, tokens, out_dtype):
-    return x.new_empty((x.shape[0], len(weight)), dtype=out_dtype)
+def _fwd_fake(x, weight, bias, residual, layer_scale, path_scale, tokens, out_dtype, keeps):
+    return [x.new_empty((x.shape[0], len(weight)), dtype=out_dtype)]
 
 
 def branch_gradient(
@@ -114,13 +121,16 @@ class LinearResidualFunction(torch.autograd.Function):
         x2, w, tokens = gemm.rows(x.to(dtype)), weight.to(dtype), x.shape[1]
         out_dtype = branch_dtype(residual, layer_scale, dtype)
         residual2 = gemm.rows(residual).contiguous()
-        out = linear_residual_fwd(
-            x2, w, bias, residual2, layer_scale, path_scale, tokens, out_dtype
-        )
+        keeps = row_statistics.are_wanted(x2, w)
+        branch = (layer_scale, path_scale, tokens)
+        out, *kept = linear_residual_fwd(x2, w, bias, residual2, *branch, out_dtype, keeps)
         ctx.save_for_backward(x2, w, weight, bias, layer_scale, path_scale)
         ctx.tokens, ctx.x_dtype, ctx.residual_dtype = tokens, x.dtype, residual.dtype
         ctx.reads_copy_in = dtype if layer_scale is None else None
-        return out.view(residual.shape)
+        out = out.view(residual.shape)
+        if kept:
+            row_statistics.keep(out, *kept)
+        return out
 
     @staticmethod
     @library.first_order

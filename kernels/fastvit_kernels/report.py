@@ -32,6 +32,7 @@ from fastvit_kernels import (
     patch_embed,
     swiglu,
     traffic,
+    tuned,
 )
 
 
@@ -106,7 +107,6 @@ def run(w: Workload) -> None:
     x, rows = new(M, w.dim, dtype=master), new(M, dtype=torch.float32)
     qkv_w, qkv_b = new(3 * w.dim, w.dim), new(3 * w.dim, dtype=master)
     norm = (rows, rows, vector, vector)
-    layernorm_linear._fwd(x, vector, vector, qkv_w, qkv_b, 1e-6, False)
     qkv = (qkv_w, qkv_w.to(master), qkv_b)
     # A float32 gradient comes and goes with a copy, except at the ends of a model.
     copies = (False, True) if w.dtype != master == torch.float32 else (False,)
@@ -121,15 +121,22 @@ def run(w: Workload) -> None:
     path_scale = new(w.batch, dtype=torch.float32) if w.branch else None
     branch = (layer_scale, path_scale, N)
     proj, out = new(w.dim, w.dim), new(M, w.dim)
-    linear_residual._fwd(out, proj, vector, x, *branch, master)
+    keeps = tuned.keeps_rows(M, w.dim, w.dtype)
+    _, *kept = linear_residual._fwd(out, proj, vector, x, *branch, master, keeps)
+    # What x's rows are is known, except at the ends of a model.
+    told: list[Any] = [(None, None), *([(*kept, None)[:2]] if keeps else [])]
+    for known in told:
+        layernorm_linear._fwd(x, vector, vector, *qkv, *known, 1e-6, False)
     for copy in copies:
         dout = x.to(w.dtype) if copy and not w.branch else x
         linear_residual._bwd(dout, out, proj, proj.to(master), vector, *branch, True)
 
     fc1, fc1_b, fc2 = new(w.mlp_dim, w.dim), new(w.mlp_dim, dtype=master), new(w.dim, w.mlp_dim)
     for act in ("gelu", "gelu_tanh", "quick_gelu"):
-        fc = (fc1, fc1_b, fc2, vector)
-        layernorm_mlp._fwd(x, vector, vector, *fc, *branch, 1e-6, False, act, True, master)
+        fc = (fc1, fc1.to(master), fc1_b, fc2, vector)
+        options = (N, 1e-6, False, act, True, master, keeps)
+        for known in told:
+            layernorm_mlp._fwd(x, vector, vector, *fc, *branch[:2], *known, *options)
         fc1_saved, fc2_saved = (fc1, fc1.to(master), fc1_b), (fc2, fc2.to(master), vector)
         saved = (x, new(M, w.mlp_dim), *norm, *fc1_saved, *fc2_saved)
         for copy in copies:
@@ -259,12 +266,15 @@ _WORDS = {
     "HAS_LENGTHS": "padded",
     "NORM": "{}",
     "JOINED": "neighbours",
+    "PIECES": "of {} parts",
+    "WIDTH": "by {}",
+    "KNOWN": "known",
     "RMS": "rms",
 }
 # Pointers whose absence compiles to less.
 _OPTIONAL = {"copy", "y", "h", "g", "residual", "layer_scale", "slabs2", "norm_rows"}
 _ALWAYS_FLOAT32 = {"mean", "rstd", "lse", "delta", "path_scale", "slabs", "db_slabs"}
-_ALWAYS_FLOAT32 |= {"cos", "sin", "dparams", "maps", "sums", "folded_bias"}
+_ALWAYS_FLOAT32 |= {"cos", "sin", "dparams", "maps", "sums", "folded_bias", "parts", "shift"}
 _INTEGERS = {"cu_seqlens", "lengths", "rows", "seed"}
 
 
@@ -295,7 +305,7 @@ def describe(case: aot.Case) -> str:
     if case.name == "attention_maps":
         given = {"lse_ptr": "lse"}
     if case.name.startswith("gemm"):
-        given = {"sums_ptr": "folded"}
+        given = {"sums_ptr": "folded", "parts_ptr": "parts"}
     types = dict(case.types)
     words += [word for name, word in given.items() if name in types]
     if constants.get("PRECISION") == "tf32":

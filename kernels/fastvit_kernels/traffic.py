@@ -121,9 +121,9 @@ def sizes(name: str, batch: int, autocast: bool = False) -> Sizes:
 # What each kernel writes; it reads its other tensors.
 WRITES = {
     "layernorm_fwd": ("y", "mean", "rstd"),
-    "layernorm_fold": ("mean", "rstd", "folded", "sums", "folded_bias"),
-    "gemm": ("c", "h", "g"),
-    "gemm_tma": ("c", "h"),
+    "layernorm_fold": ("mean", "rstd", "z", "shift", "folded", "sums", "folded_bias"),
+    "gemm": ("c", "h", "g", "copy", "parts"),
+    "gemm_tma": ("c", "h", "copy", "parts"),
     "gemm_dw": ("slabs", "db_slabs"),
     "gemm_dw_tma": ("slabs", "db_slabs"),
     "reduce_slabs": (
@@ -152,7 +152,9 @@ def written_by(name: str, values: dict[str, Any]) -> set[str]:
     """Names of the tensors that a launch writes."""
     is_gelu = values.get("EPILOGUE") == "gelu"
     is_dq = name == "attention_bwd" and values["PART"] == "dq"
-    return {*WRITES[name], *(("u",) if is_gelu else ()), *(("delta",) if is_dq else ())}
+    there = ("mean", "rstd") if values.get("KNOWN") else ("z",) if values.get("PIECES") else ()
+    written = {*WRITES[name], *(("u",) if is_gelu else ()), *(("delta",) if is_dq else ())}
+    return written - {*there}
 
 
 def launch_cost(name: str, values: dict[str, Any]) -> Pass:
@@ -160,6 +162,9 @@ def launch_cost(name: str, values: dict[str, Any]) -> Pass:
     given = {k: getattr(v, "base", v) for k, v in values.items()}  # of a TMA descriptor
     tensors = {k.removesuffix("_ptr"): v for k, v in given.items() if isinstance(v, Tensor)}
     writes = written_by(name, values)
+    if values.get("PIECES"):  # x's rows are known, but for those to be rounded again
+        del tensors["x"]
+        tensors.pop("z", None)
     written = sum(_bytes(t) for k, t in tensors.items() if k in writes)
     inputs = {id(t): t for k, t in tensors.items() if k not in writes}  # one may come twice
     read = sum(map(_bytes, inputs.values()))

@@ -201,21 +201,27 @@ SWIGLU = Config(BLOCK_M=4, BLOCK_N=512, num_warps=4)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 
-def norm_way(M: int, N: int, x: torch.dtype, compute: torch.dtype) -> str:
+def norm_way(M: int, N: int, compute: torch.dtype) -> str:
     """How LayerNorm of x (M, K) enters the product (M, N) that follows it.
 
-    "fold"  by the product's epilogue (`layernorm_fold`): x is read for its statistics and the
-            weight written once more, 2 instructions an element of the output. x must have the 16
-            bits that are multiplied.
+    "fold"  by the product's epilogue (`layernorm_fold`), 2 instructions an element of the output;
+            the weight is read and written once more.
     "row"   by the row kernel, which writes the norm for the product to read: M K elements more, and
-            2 N K fewer. A float32 x is rounded after its mean is taken off.
+            2 N K fewer.
     "load"  by the product, as it loads its tiles of x: about 5 instructions an element for each
             column of tiles, and operands that come from registers. For float32 products, where
             both are small beside the arithmetic.
     """
     if compute == torch.float32:
         return "load"
-    return "fold" if x == compute and M >= 4 * N else "row"
+    return "fold" if M >= 4 * N else "row"
+
+
+def keeps_rows(M: int, C: int, compute: torch.dtype) -> bool:
+    """Whether the op that writes rows (M, C) tells of them to a norm that may follow: where it
+    would be folded into a product at least as wide as a block's.
+    """
+    return norm_way(M, 3 * C, compute) == "fold"
 
 
 def mlp_narrow(

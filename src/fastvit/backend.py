@@ -54,8 +54,19 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def recomputing() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """The context of a checkpointed forward, and of its recomputation: on the same backend."""
-    return contextlib.nullcontext(), use_backend(_backend)
+    """The context of a checkpointed forward, and of its recomputation: on the same backend, and
+    from the input alone, without what the op before it knew of its rows.
+    """
+    return _from_input_alone(_backend), _from_input_alone(_backend)
+
+
+@contextlib.contextmanager
+def _from_input_alone(name: str) -> Iterator[None]:
+    rows = sys.modules.get("fastvit_kernels.row_statistics")
+    if rows is not None:
+        rows.forget()
+    with use_backend(name):
+        yield
 
 
 def choose_triton(op: str, x: Tensor, dtype: torch.dtype, unsupported: str | None) -> bool:

@@ -1,0 +1,198 @@
+"""What one op tells the next one's LayerNorm of its rows: against float64, and when it is told."""
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from checks import check
+from fastvit_kernels import gemm, layernorm_fold, row_statistics, tuned
+from parity import dtype_id, results
+
+import fastvit
+from fastvit import ops, reference
+
+half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+
+
+@pytest.fixture
+def folds(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Folds every norm of 16-bit products; whether each had its rows' pieces from the op before."""
+    told: list[bool] = []
+
+    def fold(*args, **kwargs):
+        told.append(args[8] is not None)
+        return fold_it(*args, **kwargs)
+
+    fold_it = layernorm_fold.layernorm_fold
+    way: Callable = lambda M, N, compute: "load" if compute == torch.float32 else "fold"  # noqa: E731
+    monkeypatch.setattr(tuned, "norm_way", way)
+    monkeypatch.setattr(layernorm_fold, "layernorm_fold", fold)
+    return told
+
+
+def chain(name: str):
+    """proj's residual, the MLP, then qkv: two ops that tell and two that are told."""
+    module = ops if name == "triton" else reference
+
+    def run(o, x, proj, fc1, fc2, qkv, n1, b1, n2, b2, scale, norm_kind="layernorm", save="all"):
+        with fastvit.use_backend(name):
+            x = module.linear_residual(o, proj, None, x, scale)
+            x = module.layernorm_mlp(
+                x, n1, b1, fc1, None, fc2, None, scale, norm_kind=norm_kind, save=save
+            )
+            return module.layernorm_linear(x, n2, b2, qkv, None, norm_kind=norm_kind)
+
+    return run
+
+
+def arguments(B: int, N: int, C: int, F: int, x_mean: float = 0.0) -> dict:
+    def leaf(*shape: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
+        return (torch.randn(shape) * scale + mean).requires_grad_()
+
+    return {
+        "o": leaf(B, N, C),
+        "x": leaf(B, N, C, mean=x_mean),
+        "proj": leaf(C, C, scale=C**-0.5),
+        "fc1": leaf(F, C, scale=C**-0.5),
+        "fc2": leaf(C, F, scale=F**-0.5),
+        "qkv": leaf(3 * C, C, scale=C**-0.5),
+        **{name: leaf(C) for name in ("n1", "b1", "n2", "b2")},
+        "scale": leaf(C),
+    }
+
+
+def compare(args: dict, dtype: torch.dtype, autocast: bool, device: torch.device) -> None:
+    if not autocast:
+        args = {
+            k: v.detach().to(dtype).requires_grad_() if isinstance(v, torch.Tensor) else v
+            for k, v in args.items()
+        }
+    with torch.autocast(device.type, dtype, enabled=autocast):
+        got, eager = (results(chain(name), args, device) for name in ("triton", "reference"))
+    wide = {
+        k: v.detach().double().requires_grad_() if isinstance(v, torch.Tensor) else v
+        for k, v in args.items()
+    }
+    truth = results(chain("reference"), wide, dout_dtype=eager["out"].dtype)
+    for name in truth:
+        check(f"chain {name}", got[name], eager[name], truth[name], dtype if autocast else None)
+
+
+@half
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("size", [(1, 3, 8, 16), (2, 33, 72, 136), (1, 50, 320, 64)], ids=str)
+def test_chain(
+    size: tuple[int, ...],
+    autocast: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    folds: list[bool],
+) -> None:
+    """One piece, two, more; ragged."""
+    compare(arguments(*size), dtype, autocast, device)
+    assert folds == [True, True]
+
+
+@half
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mean", [1.0, 100.0, -100.0])
+def test_rows_far_from_zero(
+    mean: float, autocast: bool, dtype: torch.dtype, device: torch.device, folds: list[bool]
+) -> None:
+    """Their copy is made again without the mean; at 1 deviation some rows are and some are not."""
+    compare(arguments(2, 33, 72, 136, x_mean=mean), dtype, autocast, device)
+    assert folds == [True, True]
+
+
+@half
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rmsnorm(
+    autocast: bool, dtype: torch.dtype, device: torch.device, folds: list[bool]
+) -> None:
+    args = {**arguments(2, 17, 72, 40, x_mean=3.0), "b1": None, "b2": None}
+    compare({**args, "norm_kind": "rmsnorm"}, dtype, autocast, device)
+    assert folds == [True, True]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fc1_is_recomputed_to_the_bit(
+    autocast: bool, device: torch.device, folds: list[bool]
+) -> None:
+    """Without the pieces, but with the mean and rstd that were saved."""
+    args = arguments(2, 33, 72, 136, x_mean=0.5)
+    if not autocast:
+        args = {k: v.detach().bfloat16().requires_grad_() for k, v in args.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        kept, made = (
+            results(chain("triton"), {**args, "save": save}, device)
+            for save in ("all", "recompute")
+        )
+    for name in kept:
+        assert torch.equal(kept[name], made[name]), name
+    assert folds == [True, True, True, True, False]
+
+
+@half
+@pytest.mark.parametrize("C", [8, 72, 136, 320])
+def test_pieces(C: int, dtype: torch.dtype, device: torch.device) -> None:
+    """mean and squared deviations of what was stored, and the copy of a float32 out."""
+    M, K = 50, 64
+    a, w = torch.randn(M, K, device=device, dtype=dtype), torch.randn(C, K, device=device)
+    w, residual = w.to(dtype), torch.randn(M, C, device=device) + 5
+    for out_dtype in (dtype, torch.float32):
+        out = torch.empty(M, C, device=device, dtype=out_dtype)
+        parts, copy = row_statistics.room(a, w, out)
+        parts.fill_(float("nan"))
+        gemm.gemm(a, w.t(), out, epilogue="residual", residual=residual, copy=copy, parts=parts)
+        width = 1 << (-(-C // len(parts)) - 1).bit_length()
+        for (mean, m2), piece in zip(parts.double(), out.double().split(width, 1), strict=True):
+            torch.testing.assert_close(mean, piece.mean(1), rtol=1e-5, atol=1e-5)
+            squares = (piece - piece.mean(1, keepdim=True)).square().sum(1)
+            torch.testing.assert_close(m2, squares, rtol=1e-5, atol=1e-5)
+        assert (copy is None) == (out_dtype == dtype)
+        assert copy is None or torch.equal(copy, out.to(dtype))
+
+
+def told(change: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether the norm that reads change(x) knows the rows of x, which an op has written."""
+    args = {k: v.detach().bfloat16() for k, v in arguments(1, 9, 16, 16).items()}
+    with fastvit.use_backend("triton"):
+        x = ops.linear_residual(args["o"], args["proj"], None, args["x"])
+    return row_statistics.take(change(x), torch.bfloat16)[0] is not None
+
+
+def test_only_the_tensor_that_was_written_is_known(folds: list[bool]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the ops get tensors of the CPU here")
+    assert told(lambda x: x)
+    assert not told(lambda x: x + 0)
+    assert not told(lambda x: x[:])
+    assert not told(lambda x: x.add_(1))
+    assert not told(lambda x: x[:, :1].zero_().sum() + x)
+    assert not told(lambda x: x.half())
+    with torch.no_grad():
+        assert told(lambda x: x)
+    with torch.inference_mode():  # whose tensors do not tell that they were changed
+        assert not told(lambda x: x)
+
+
+def test_nothing_outlives_its_tensor(folds: list[bool]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the ops get tensors of the CPU here")
+    args = {k: v.detach().bfloat16() for k, v in arguments(1, 9, 16, 16).items()}
+    with fastvit.use_backend("triton"):
+        x = ops.linear_residual(args["o"], args["proj"], None, args["x"])
+    kept = row_statistics._slot.kept
+    assert kept is not None and kept[0]() is x
+    parts = weakref.ref(kept[2])
+    del x, kept
+    gc.collect()
+    assert parts() is None
+
+
+def test_few_rows_are_not_told_of() -> None:
+    assert tuned.keeps_rows(256 * 197, 768, torch.bfloat16)
+    assert not tuned.keeps_rows(8 * 197, 768, torch.bfloat16)
+    assert not tuned.keeps_rows(256 * 197, 768, torch.float32)
