@@ -84,12 +84,12 @@ def _merge(
     """mean and rstd of rows from those of their pieces, WIDTH columns each: Chan's formula."""
     mask = offs_m < M
     total = tl.zeros([offs_m.shape[0]], tl.float32)
-    for i in tl.static_range(PIECES):
+    for i in range(PIECES):
         part = tl.load(parts_ptr + 2 * i * M + offs_m, mask=mask, other=0.0)
         total += part * tl.minimum(C - i * WIDTH, WIDTH)
     mean = total / C
     var = tl.zeros([offs_m.shape[0]], tl.float32)
-    for i in tl.static_range(PIECES):
+    for i in range(PIECES):
         deviation = tl.load(parts_ptr + 2 * i * M + offs_m, mask=mask, other=0.0)
         if not RMS:
             deviation -= mean
