@@ -125,7 +125,7 @@ def test_what_is_folded() -> None:
     args = {k: v.detach() for k, v in OPS["layernorm_linear"](2, 9, 40, 24).items()}
     x, weight = args["x"].flatten(0, 1).bfloat16(), args["weight"].bfloat16()
     norm_weight, norm_bias, bias = args["norm_weight"], args["norm_bias"], args["bias"]
-    folded, _, sums, folded_bias, _, mean, rstd = layernorm_fold.layernorm_fold(
+    folded, _, sums, folded_bias, _, _, mean, rstd = layernorm_fold.layernorm_fold(
         x, norm_weight, norm_bias, weight, bias, 1e-6, False, torch.bfloat16
     )
     wide = weight.double()

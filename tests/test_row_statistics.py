@@ -107,6 +107,19 @@ def test_rows_far_from_zero(
 
 
 @half
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e4, 1e5])
+def test_rows_beyond_float16(
+    size: float, dtype: torch.dtype, device: torch.device, folds: list[bool]
+) -> None:
+    """Of a float32 stream: their copy overflows or vanishes, and is made again of the norm."""
+    args = arguments(2, 17, 72, 40)
+    for name in ("x", "scale") if size < 1 else ("x",):
+        args[name] = (args[name].detach() * size).requires_grad_()
+    compare(args, dtype, True, device)
+    assert folds == [True, True]
+
+
+@half
 @pytest.mark.parametrize("autocast", [False, True])
 def test_rmsnorm(
     autocast: bool, dtype: torch.dtype, device: torch.device, folds: list[bool]

@@ -7,7 +7,7 @@ Prologues act on the A tile between its load and the product:
     "layernorm"  (a - mean) * rstd * norm_weight + norm_bias, statistics read, not recomputed
     "branch"     a * layer_scale[k] * path_scale[sample]: the gradient that enters a residual branch
 Epilogues act on the float32 accumulator:
-    "none"       acc + bias; with `fold`, here and below, rstd * (acc - mean * s) + bias: what
+    "none"       acc + bias; with `fold`, here and below, scale * (acc - shift * s) + bias: what
                  `layernorm_fold` leaves of a LayerNorm to do
     "gelu"       GELU(u), u = acc + bias, which is stored beside it for a backward
     "dgelu"      acc * GELU'(u), and GELU(u) beside it for the product that needs it next
@@ -392,8 +392,8 @@ def gemm(
 ) -> Tensor:
     """out = epilogue(prologue(a) b). a: (M, K) rows; b: (K, N) any strides; out: (M, N).
 
-    b's dtype is the compute dtype. norm: (norm_weight, norm_bias, mean, rstd); fold: (mean, rstd,
-    s), float32, of `layernorm_fold`, whose W' is b and whose b' is bias. u: (M, N), read by
+    b's dtype is the compute dtype. norm: (norm_weight, norm_bias, mean, rstd); fold: (shift,
+    scale, s), float32, of `layernorm_fold`, whose W' is b and whose b' is bias. u: (M, N), read by
     epilogue "dgelu" and written, if given, by "gelu"; h: (M, N), GELU(u), written by "dgelu", if
     given; g: (M, K), written by prologue "branch", if given; copy: (M, N) and parts of `parts_of`,
     written by "residual", if given. tokens: rows per sample, for path_scale (B,).

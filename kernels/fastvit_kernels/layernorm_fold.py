@@ -1,15 +1,17 @@
 """LayerNorm folded into the product that follows it.
 
-norm(x) W^T + b = rstd (z W'^T - shift s) + b'
-W' = norm_weight W,  s = W' 1,  b' = b + W norm_bias;  z = x and shift = mean, or z = x - mean and 0
+norm(x) W^T + b = scale (z W'^T - shift s) + b'
+W' = norm_weight W,  s = W' 1,  b' = b + W norm_bias
+z = x, shift = mean and scale = rstd; or, of single rows, z = (x - mean) rstd, 0 and 1
 
 The product takes z itself through TMA and its epilogue the rest, two instructions an element of its
 output: no tile passes through registers on its way to the tensor cores, and a 16-bit x is z, so
 that no normed copy of it is written and read. s is summed from W' as rounded, so a row's mean
 cancels but for float32 accumulation, however far it lies from zero; rounding W' instead of the
 normed x is an error of the same size. RMSNorm has mean = 0.
-A float32 x, as under autocast, is rounded to z in 16 bits. Rounded with its mean it would lose what
-the mean outweighs: rows whose mean is over half a deviation from zero are rounded without it.
+A float32 x, as under autocast, is rounded to z in 16 bits. Where that would cost digits or leave
+float16's range, rows whose mean is over half a deviation from zero or whose deviation is beyond
+2^-10 .. 2^9, z is the norm itself.
 The op that made x mostly knows its rows already (`row_statistics`): then x itself is read only for
 rows to be rounded again. One launch does it all, and W', s and b'.
 """
@@ -36,6 +38,7 @@ class Folded(NamedTuple):
     sums: Tensor
     bias: Tensor
     shift: Tensor
+    scale: Tensor
     mean: Tensor
     rstd: Tensor
 
@@ -102,8 +105,8 @@ def _merge(
 
 @triton.jit
 def _is_far(mean, rstd):
-    """Rows whose mean, over half a deviation from zero, would cost digits in 16 bits."""
-    return tl.abs(mean) * rstd > 0.5
+    """Rows that do not fit 16 bits as they are."""
+    return (tl.abs(mean) * rstd > 0.5) | (rstd > 1024.0) | (rstd < 1.0 / 512)
 
 
 @triton.jit
@@ -111,6 +114,7 @@ def _round_rows(
     x_ptr,
     z_ptr,
     shift_ptr,
+    scale_ptr,
     mean_ptr,
     rstd_ptr,
     first,
@@ -123,7 +127,7 @@ def _round_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean and rstd of rows read whole, unless KNOWN, and z and shift, if given."""
+    """mean and rstd of rows read whole, unless KNOWN, and z, shift and scale, if given."""
     offs_m, offs_c = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
     mask = mask_m[:, None] & (offs_c < C)[None, :]
@@ -138,9 +142,10 @@ def _round_rows(
         tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
     if z_ptr is not None:
         far = _is_far(mean, rstd)
-        z = x - tl.where(far, mean, 0.0)[:, None]
+        z = tl.where(far[:, None], (x - mean[:, None]) * rstd[:, None], x)
         tl.store(z_ptr + rows * C + offs_c[None, :], z.to(z_ptr.dtype.element_ty), mask=mask)
         tl.store(shift_ptr + offs_m, tl.where(far, 0.0, mean), mask=mask_m)
+        tl.store(scale_ptr + offs_m, tl.where(far, 1.0, rstd), mask=mask_m)
 
 
 @triton.jit
@@ -148,6 +153,7 @@ def _merge_rows(
     x_ptr,
     z_ptr,
     shift_ptr,
+    scale_ptr,
     parts_ptr,
     mean_ptr,
     rstd_ptr,
@@ -170,14 +176,16 @@ def _merge_rows(
     if z_ptr is not None:
         far = _is_far(mean, rstd) & mask_m
         tl.store(shift_ptr + offs_m, tl.where(far, 0.0, mean), mask=mask_m)
+        tl.store(scale_ptr + offs_m, tl.where(far, 1.0, rstd), mask=mask_m)
         if tl.max(far.to(tl.int32), axis=0) > 0:
             rows = offs_m.to(tl.int64)[:, None]
             for c in range(0, C, 64):
                 offs_c = c + tl.arange(0, 64)
                 mask = far[:, None] & (offs_c < C)[None, :]
                 x = tl.load(x_ptr + rows * stride_xm + offs_c[None, :], mask=mask, other=0.0)
-                z = (x.to(tl.float32) - mean[:, None]).to(z_ptr.dtype.element_ty)
-                tl.store(z_ptr + rows * C + offs_c[None, :], z, mask=mask)
+                z = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+                z_ptrs = z_ptr + rows * C + offs_c[None, :]
+                tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -185,6 +193,7 @@ def _layernorm_fold_kernel(
     x_ptr,
     z_ptr,
     shift_ptr,
+    scale_ptr,
     parts_ptr,
     mean_ptr,
     rstd_ptr,
@@ -230,11 +239,11 @@ def _layernorm_fold_kernel(
     elif parts_ptr is not None:
         stats = (parts_ptr, mean_ptr, rstd_ptr)
         rows = ((pid - num_n) * ROWS, M, C, stride_xm, eps)
-        _merge_rows(x_ptr, z_ptr, shift_ptr, *stats, *rows, RMS, PIECES, WIDTH, ROWS)
+        _merge_rows(x_ptr, z_ptr, shift_ptr, scale_ptr, *stats, *rows, RMS, PIECES, WIDTH, ROWS)
     else:
         stats = (mean_ptr, rstd_ptr)
         rows = ((pid - num_n) * BLOCK_M, M, C, stride_xm, eps)
-        _round_rows(x_ptr, z_ptr, shift_ptr, *stats, *rows, RMS, KNOWN, BLOCK_M, BLOCK_C)
+        _round_rows(x_ptr, z_ptr, shift_ptr, scale_ptr, *stats, *rows, RMS, KNOWN, BLOCK_M, BLOCK_C)
 
 
 def layernorm_fold(
@@ -250,7 +259,7 @@ def layernorm_fold(
     z: Tensor | None = None,
     known: tuple[Tensor, Tensor] | None = None,
 ) -> Folded:
-    """W' (N, C) and z (M, C) in `dtype`; s, b' (N,), shift, mean and rstd (M,), float32.
+    """W' (N, C) and z (M, C) in `dtype`; s, b' (N,), shift, scale, mean and rstd (M,), float32.
 
     x: (M, C) rows; weight: (N, C) in `dtype` or wider; parts: of x, by `gemm.parts_of`, and z, a
     float32 x in `dtype`, which is written to where rows are far; known: mean and rstd, if x has
@@ -263,20 +272,22 @@ def layernorm_fold(
     folded_bias = torch.empty_like(sums)
     # Of their own memory: what an op returns must not overlap.
     mean, rstd = known or (x.new_empty(M, dtype=torch.float32) for _ in range(2))
-    shift = None
-    if x.dtype != dtype:
+    shift, scale = mean, rstd
+    rounds = x.dtype != dtype
+    if rounds:
         z = torch.empty((M, C), dtype=dtype, device=x.device) if z is None else z
-        shift = torch.empty_like(mean)
+        shift, scale = torch.empty_like(mean), torch.empty_like(mean)
     config = tuned.layernorm_fwd(C)
     pieces = 0 if parts is None else len(parts)
     rows = config.BLOCK_M if parts is None else ROWS
-    blocks = 0 if known and shift is None else cdiv(M, rows)
+    blocks = 0 if known and not rounds else cdiv(M, rows)
     launch(
         _layernorm_fold_kernel,
         (cdiv(N, config.BLOCK_M) + blocks,),
         x,
         z,
-        shift,
+        shift if rounds else None,
+        scale if rounds else None,
         parts,
         mean,
         rstd,
@@ -302,5 +313,4 @@ def layernorm_fold(
         BLOCK_C=config.BLOCK_N,
         num_warps=config.num_warps,
     )
-    z, shift = (x if z is None else z), (mean if shift is None else shift)
-    return Folded(folded, z, sums, folded_bias, shift, mean, rstd)
+    return Folded(folded, x if z is None else z, sums, folded_bias, shift, scale, mean, rstd)

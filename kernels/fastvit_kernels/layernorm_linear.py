@@ -69,7 +69,7 @@ def norm_gemm(
         folded = layernorm_fold.layernorm_fold(
             x, *norm, param, bias, eps, rms, weight.dtype, *rows, known
         )
-        fold = (folded.shift, folded.rstd, folded.sums)
+        fold = (folded.shift, folded.scale, folded.sums)
         gemm.gemm(folded.z, folded.weight.t(), out, fold=fold, bias=folded.bias, **epilogue)
         return folded.mean, folded.rstd
     y_dtype = None if way == "load" else weight.dtype

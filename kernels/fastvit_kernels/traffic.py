@@ -121,7 +121,7 @@ def sizes(name: str, batch: int, autocast: bool = False) -> Sizes:
 # What each kernel writes; it reads its other tensors.
 WRITES = {
     "layernorm_fwd": ("y", "mean", "rstd"),
-    "layernorm_fold": ("mean", "rstd", "z", "shift", "folded", "sums", "folded_bias"),
+    "layernorm_fold": ("mean", "rstd", "z", "shift", "scale", "folded", "sums", "folded_bias"),
     "gemm": ("c", "h", "g", "copy", "parts"),
     "gemm_tma": ("c", "h", "copy", "parts"),
     "gemm_dw": ("slabs", "db_slabs"),
