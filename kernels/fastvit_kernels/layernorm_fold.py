@@ -179,8 +179,8 @@ def _merge_rows(
         tl.store(scale_ptr + offs_m, tl.where(far, 1.0, rstd), mask=mask_m)
         if tl.max(far.to(tl.int32), axis=0) > 0:
             rows = offs_m.to(tl.int64)[:, None]
-            for c in range(0, C, 64):
-                offs_c = c + tl.arange(0, 64)
+            for c in range(0, C, 32):
+                offs_c = c + tl.arange(0, 32)
                 mask = far[:, None] & (offs_c < C)[None, :]
                 x = tl.load(x_ptr + rows * stride_xm + offs_c[None, :], mask=mask, other=0.0)
                 z = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
