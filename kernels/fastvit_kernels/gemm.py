@@ -95,7 +95,7 @@ def _store_parts(c, parts_ptr, offs_m, first_n, M, N, WIDTH: tl.constexpr):
     mean = tl.sum(c, axis=1) / tl.minimum(N - first_n, WIDTH)
     deviation = tl.where(inside, c - mean[:, None], 0.0)
     parts_ptr += (first_n // WIDTH).to(tl.int64) * 2 * M
-    mask = (offs_m < M) & (first_n < N)
+    mask = offs_m < tl.where(first_n < N, M, 0)
     tl.store(parts_ptr + offs_m, mean, mask=mask)
     tl.store(parts_ptr + M + offs_m, tl.sum(deviation * deviation, axis=1), mask=mask)
 
