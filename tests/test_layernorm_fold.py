@@ -72,17 +72,22 @@ def test_rmsnorm(op: str, dtype: torch.dtype, device: torch.device, folds: list[
 
 @every_op
 @half
-@pytest.mark.parametrize("case", ["mean", "outlier", "spread weights", "small", "large"])
+@pytest.mark.parametrize(
+    "case", ["mean", "constant", "outlier", "spread weights", "small", "large"]
+)
 def test_accuracy_where_folding_might_lose_it(
     case: str, op: str, dtype: torch.dtype, device: torch.device, folds: list[str]
 ) -> None:
-    """Rows whose mean is 100 deviations away; a channel 300 times as large as the others, its norm
-    weight small, as trained models have; norm weights of 0 and 50; rows of 1e-2 and 1e3.
+    """Rows whose mean is 100 deviations away; rows of one value; a channel 300 times as large as
+    the others, its norm weight small, as trained models have; norm weights of 0 and 50; rows of
+    1e-2 and 1e3.
     """
     args = OPS[op](2, 33, 96, 64)
     x, norm_weight = args["x"].detach(), args["norm_weight"].detach()
     if case == "mean":
         x += 100
+    elif case == "constant":
+        x[:, ::2] = torch.tensor([0.0, 1.0, -3.0, 100.0, 1e-3]).repeat(4)[:17, None]
     elif case == "outlier":
         x[..., 5] = 300 + x[..., 5]
         norm_weight[5] = 0.02

@@ -110,6 +110,13 @@ def _is_far(mean, rstd):
 
 
 @triton.jit
+def _scale(mean, rstd, eps):
+    """rstd; 0 of a constant row, far from zero, where it would multiply rounding errors alone."""
+    deviates = 1.0 / (rstd * rstd) - eps > 1e-12 * mean * mean
+    return tl.where(deviates | (tl.abs(mean) * rstd < 1024.0), rstd, 0.0)
+
+
+@triton.jit
 def _round_rows(
     x_ptr,
     z_ptr,
@@ -127,7 +134,7 @@ def _round_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean and rstd of rows read whole, unless KNOWN, and z, shift and scale, if given."""
+    """mean and rstd of rows read whole, unless KNOWN; scale; z and shift, if given."""
     offs_m, offs_c = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
     mask = mask_m[:, None] & (offs_c < C)[None, :]
@@ -140,7 +147,9 @@ def _round_rows(
         mean, rstd = statistics(x, offs_c, C, eps, RMS)
         tl.store(mean_ptr + offs_m, mean, mask=mask_m)
         tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
-    if z_ptr is not None:
+    if z_ptr is None:
+        tl.store(scale_ptr + offs_m, _scale(mean, rstd, eps), mask=mask_m)
+    else:
         far = _is_far(mean, rstd)
         z = tl.where(far[:, None], (x - mean[:, None]) * rstd[:, None], x)
         tl.store(z_ptr + rows * C + offs_c[None, :], z.to(z_ptr.dtype.element_ty), mask=mask)
@@ -173,7 +182,9 @@ def _merge_rows(
     mean, rstd = _merge(parts_ptr, offs_m, M, C, eps, RMS, PIECES, WIDTH)
     tl.store(mean_ptr + offs_m, mean, mask=mask_m)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
-    if z_ptr is not None:
+    if z_ptr is None:
+        tl.store(scale_ptr + offs_m, _scale(mean, rstd, eps), mask=mask_m)
+    else:
         far = _is_far(mean, rstd) & mask_m
         tl.store(shift_ptr + offs_m, tl.where(far, 0.0, mean), mask=mask_m)
         tl.store(scale_ptr + offs_m, tl.where(far, 1.0, rstd), mask=mask_m)
@@ -272,22 +283,21 @@ def layernorm_fold(
     folded_bias = torch.empty_like(sums)
     # Of their own memory: what an op returns must not overlap.
     mean, rstd = known or (x.new_empty(M, dtype=torch.float32) for _ in range(2))
-    shift, scale = mean, rstd
+    shift, scale = mean, torch.empty_like(mean)
     rounds = x.dtype != dtype
     if rounds:
         z = torch.empty((M, C), dtype=dtype, device=x.device) if z is None else z
-        shift, scale = torch.empty_like(mean), torch.empty_like(mean)
+        shift = torch.empty_like(mean)
     config = tuned.layernorm_fwd(C)
     pieces = 0 if parts is None else len(parts)
     rows = config.BLOCK_M if parts is None else ROWS
-    blocks = 0 if known and not rounds else cdiv(M, rows)
     launch(
         _layernorm_fold_kernel,
-        (cdiv(N, config.BLOCK_M) + blocks,),
+        (cdiv(N, config.BLOCK_M) + cdiv(M, rows),),
         x,
         z,
         shift if rounds else None,
-        scale if rounds else None,
+        scale,
         parts,
         mean,
         rstd,
