@@ -168,27 +168,53 @@ def test_pieces(C: int, dtype: torch.dtype, device: torch.device) -> None:
         assert copy is None or torch.equal(copy, out.to(dtype))
 
 
-def told(change: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+OPS: list[Callable[..., torch.Tensor]] = [
+    lambda a: ops.linear_residual(a["o"], a["proj"], None, a["x"]),
+    lambda a: ops.layernorm_mlp(a["x"], a["n1"], a["b1"], a["fc1"], None, a["fc2"], None),
+]
+MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+
+
+def told(op: Callable, change: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """Whether the norm that reads change(x) knows the rows of x, which an op has written."""
     args = {k: v.detach().bfloat16() for k, v in arguments(1, 9, 16, 16).items()}
     with fastvit.use_backend("triton"):
-        x = ops.linear_residual(args["o"], args["proj"], None, args["x"])
+        x = op(args)
     return row_statistics.take(change(x), torch.bfloat16)[0] is not None
 
 
-def test_only_the_tensor_that_was_written_is_known(folds: list[bool]) -> None:
+@pytest.mark.parametrize("op", OPS, ids=["linear_residual", "layernorm_mlp"])
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.__name__)
+def test_only_the_tensor_that_was_written_is_known(
+    mode: Callable, op: Callable, folds: list[bool]
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("the ops get tensors of the CPU here")
-    assert told(lambda x: x)
-    assert not told(lambda x: x + 0)
-    assert not told(lambda x: x[:])
-    assert not told(lambda x: x.add_(1))
-    assert not told(lambda x: x[:, :1].zero_().sum() + x)
-    assert not told(lambda x: x.half())
-    with torch.no_grad():
-        assert told(lambda x: x)
-    with torch.inference_mode():  # whose tensors do not tell that they were changed
-        assert not told(lambda x: x)
+    with mode():
+        assert told(op, lambda x: x)
+        assert not told(op, lambda x: x + 0)
+        assert not told(op, lambda x: x[:])
+        assert not told(op, lambda x: x.add_(1))
+        assert not told(op, lambda x: torch.mul(x, 2, out=x))
+        assert not told(op, lambda x: x[:, :1].zero_().sum() + x)
+        assert not told(op, lambda x: (x.view(-1).detach().zero_(), x)[1])
+        assert not told(op, lambda x: x.half())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inference_mode_is_told_as_well(
+    autocast: bool, device: torch.device, folds: list[bool]
+) -> None:
+    args = arguments(2, 33, 72, 136, x_mean=0.5)
+    if not autocast:
+        args = {k: v.detach().bfloat16() for k, v in args.items()}
+    args = {k: v.detach().to(device) for k, v in args.items()}
+    outs = []
+    for mode in MODES:
+        with mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            outs.append(chain("triton")(**args))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[1], outs[2])
+    assert folds == [True] * 6
 
 
 def test_nothing_outlives_its_tensor(folds: list[bool]) -> None:

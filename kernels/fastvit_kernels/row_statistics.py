@@ -4,12 +4,12 @@ The epilogue of the product that makes x has its rows in registers: the mean and
 deviations of each by pieces of columns, 1.5 % of x's bytes, and, of a float32 x, the 16-bit copy
 that the next product reads. With these `layernorm_fold` needs no pass over x of its own.
 They wait in one place, for the next reader, and only for the very tensor that was written: another
-one, a view or a change in place finds nothing. Compilers see none of it; nor is there any in
-inference mode, whose tensors do not tell that they were changed.
+one, a view or a change in place finds nothing. Compilers see none of it.
 """
 
 import threading
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,11 +26,17 @@ _slot = _Slot()
 
 def are_wanted(rows: Tensor, weight: Tensor) -> bool:
     """Whether to make them of rows weight^T."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return False
-    if not library.are_plain(rows, weight):
+    if torch.compiler.is_compiling() or not library.are_plain(rows, weight):
         return False
     return tuned.keeps_rows(len(rows), len(weight), weight.dtype)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that tells when it was changed, as tensors made in inference mode do not."""
+    if not torch.is_inference_mode_enabled():
+        return torch.empty(shape, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 def room(a: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
