@@ -282,6 +282,7 @@ def _gemm_tma_kernel(
     """B_TRANSPOSED: b lies in memory as (N, K), as a weight does in forward. TMA gives zeros past
     the edges.
     """
+    tl.assume(K > 0)  # else the flattened loop is compiled twice, once for no K at all
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     matrices = (c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr)
     out = (matrices, (bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr))
