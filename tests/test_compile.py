@@ -75,7 +75,7 @@ def test_every_launch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_attention_at_every_head_dim(arch: int, tmp_path: Path) -> None:
     dims = [word for D in range(16, 129, 8) for word in ("--head-dim", str(D))]
     path = tmp_path / "report.json"

@@ -64,22 +64,26 @@ class Case:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    maxnreg: int | None
     programs: int
+
+
+_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": None}  # and Triton's defaults
 
 
 @contextlib.contextmanager
 def intercept(arch: int, keep: Callable[..., None]) -> Iterator[None]:
     """Hand every launch of the body to `keep` as a GPU of `arch` would get it; launch nothing.
 
-    keep(kernel, values, num_warps, num_stages, grid), values by argument name.
+    keep(kernel, values, options, grid), values by argument name, options as `_OPTIONS`.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
 
     def kept(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
-        options = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3)
+        options = {name: kwargs.pop(name, value) for name, value in _OPTIONS.items()}
         names = (p.name for p in kernel.params)
-        keep(kernel, {**dict(zip(names, args, strict=False)), **kwargs}, *options, grid)
+        keep(kernel, {**dict(zip(names, args, strict=False)), **kwargs}, options, grid)
 
     run, JITFunction.run = JITFunction.run, kept
     try:
@@ -97,8 +101,7 @@ def record(arch: int) -> Iterator[list[Case]]:
     def keep(
         kernel: Any,
         values: dict[str, Any],
-        num_warps: int,
-        num_stages: int,
+        options: dict[str, Any],
         grid: tuple[int, ...],
     ) -> None:
         types, constants = [], []
@@ -111,7 +114,7 @@ def record(arch: int) -> Iterator[list[Case]]:
                 types.append((p.name, kind))
         name = kernel_name(kernel)
         types, constants = tuple(types), tuple(constants)
-        cases.append(Case(name, kernel, types, constants, num_warps, num_stages, math.prod(grid)))
+        cases.append(Case(name, kernel, types, constants, programs=math.prod(grid), **options))
 
     with intercept(arch, keep):
         yield cases
@@ -165,7 +168,7 @@ def compile_case(case: Case, arch: int) -> Cost:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={name: getattr(case, name) for name in _OPTIONS},
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

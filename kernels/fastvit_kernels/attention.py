@@ -63,6 +63,7 @@ class Launch:
             **constants,
             num_warps=self.config.num_warps,
             num_stages=self.config.num_stages,
+            maxnreg=self.config.maxnreg,
         )
 
 

@@ -24,7 +24,7 @@ def cdiv(a: int, b: int) -> int:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """kernel[grid](*args, **constants). args: all arguments that are no constexpr, in order;
-    constants: the constexprs, num_warps and num_stages.
+    constants: the constexprs, num_warps, num_stages and maxnreg.
     """
     # Interpreted, or the ahead-of-time compiler or the tuner stands in for Triton's launch.
     if type(kernel) is not JITFunction or JITFunction.run is not _TRITONS_RUN:

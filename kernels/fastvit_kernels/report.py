@@ -322,7 +322,8 @@ def describe(case: aot.Case) -> str:
         words.append("tf32")
     if "COMPUTE" in constants:
         words.append(f"in {constants['COMPUTE']}")
-    return " ".join([*words, f"{case.num_warps}w", f"{case.num_stages}s"])
+    words += [f"{case.num_warps}w", f"{case.num_stages}s"]
+    return " ".join([*words, *([f"{case.maxnreg}r"] if case.maxnreg else [])])
 
 
 def costs(selected: list[tuple[aot.Case, int]], jobs: int) -> list[aot.Cost]:
