@@ -450,15 +450,6 @@ _ATTENTION_WGMMA = {
     "dkv_to_128_dropout": Config(16, 64, num_warps=8, num_stages=1),
     "float32": Config(16, 32, num_warps=8, num_stages=1),
 }
-
-
-def _bounded(lines: dict[str, Config]) -> dict[str, Config]:
-    """The lines with a bound on registers that no thread exceeds: without one, ptxas for sm_100
-    spills a few of them so that one CTA more fits the SM.
-    """
-    return {name: replace(line, maxnreg=255) for name, line in lines.items()}
-
-
 ATTENTION: dict[int, dict[str, Config]] = {
     0: {
         "fwd_resident": Config(64, 256),
@@ -500,20 +491,21 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_resident_40": Config(64, 128, num_warps=4, num_stages=1),
         "bwd_128_keys_56": Config(32, 128, num_warps=8, num_stages=1),
     },
-    100: _bounded(
-        _ATTENTION_WGMMA
-        | {
-            "fwd_resident_40": Config(64, 256, num_warps=8, num_stages=1),
-            "fwd_resident_56": Config(64, 128, num_warps=8, num_stages=1),
-            "fwd_resident_72": Config(64, 128, num_warps=8, num_stages=1),
-            "fwd_resident_88": Config(64, 128, num_warps=8, num_stages=1),
-            "fwd_resident_120": Config(64, 128, num_warps=8, num_stages=1),
-            "fwd_40": Config(128, 64, num_warps=8, num_stages=2),
-            "fwd_to_128": Config(128, 64, num_warps=8, num_stages=1),
-            "fwd_120": Config(128, 32, num_warps=8, num_stages=1),
-            "fwd_small_120_dropout": Config(64, 32, num_warps=4, num_stages=2),
-        }
-    ),
+    100: _ATTENTION_WGMMA
+    | {
+        "fwd_resident_40": Config(64, 256, num_warps=8, num_stages=1),
+        "fwd_resident_56": Config(64, 128, num_warps=8, num_stages=1),
+        "fwd_resident_72": Config(64, 128, num_warps=8, num_stages=1),
+        "fwd_resident_88": Config(64, 128, num_warps=8, num_stages=1),
+        "fwd_resident_120": Config(64, 128, num_warps=8, num_stages=1),
+        "fwd_40": Config(128, 64, num_warps=8, num_stages=2),
+        "fwd_to_128": Config(128, 64, num_warps=8, num_stages=1),
+        "fwd_120": Config(128, 32, num_warps=8, num_stages=1),
+        "fwd_small_80": Config(64, 64, num_warps=4, num_stages=2, maxnreg=255),
+        "fwd_small_120_dropout": Config(64, 32, num_warps=4, num_stages=2),
+        "dkv_80_dropout": Config(32, 64, num_warps=8, num_stages=1),
+        "dkv_128_dropout": Config(16, 64, num_warps=8, num_stages=1, maxnreg=255),
+    },
     120: _ATTENTION_MMA
     | {
         "fwd_small_72": Config(64, 32, num_warps=8, num_stages=2),
@@ -535,6 +527,13 @@ ATTENTION: dict[int, dict[str, Config]] = {
 }
 
 
+# Head dims at which ptxas spills some registers so that one CTA more fits the SM, unless it is told
+# how many a thread may have.
+ATTENTION_BOUNDED: dict[int, tuple[int, ...]] = {
+    DEFAULT: (),
+    100: (16, 24, 32, 40, 48, 56, 72, 88, 96, 104, 112, 120),
+}
+
 # Up to this many keys the programs of dq_beside and dkv_beside share one launch, where a table has
 # these lines: about where a backward of an H100 stops waiting for memory (computed: 12 passes over
 # tensors the size of q become 8, while each key tile's delta costs a fifth more arithmetic).
@@ -550,7 +549,9 @@ def attention(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool 
     widths = (f"_{D}", *("_to_112",) * (80 < D <= 112), *("_to_128",) * (D > 64), "")
     kinds = ("_dropout", "") if dropout else ("",)
     names = (kernel + width + kind for width in widths for kind in kinds)
-    return next((table[name] for name in names if name in table), Config(0, 0))
+    config = next((table[name] for name in names if name in table), Config(0, 0))
+    bounded = D in look_up(ATTENTION_BOUNDED, arch)
+    return replace(config, maxnreg=255) if bounded else config
 
 
 def attention_qk(D: int, device_index: int | None) -> Config:
