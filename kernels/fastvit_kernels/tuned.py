@@ -466,6 +466,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
     80: _ATTENTION_MMA
     | {
         "dq_to_128": Config(64, 32, num_warps=8, num_stages=1),
+        "dq_40": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
         "dq_72": Config(64, 32, num_warps=8, num_stages=2),
         "dq_80": Config(64, 32, num_warps=8, num_stages=2),
         "dq_to_112": Config(64, 32, num_warps=8, num_stages=2),
@@ -514,6 +515,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_small_120": Config(32, 32, num_warps=4, num_stages=2),
         "fwd_small_16_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "dq_32_dropout": Config(64, 32, num_warps=8, num_stages=2),
+        "dq_40": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
         "dq_40_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "dq_112": Config(32, 32, num_warps=8, num_stages=2),
         "dkv_80_dropout": Config(16, 64, num_warps=8, num_stages=2),
@@ -550,8 +552,13 @@ def attention(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool 
     kinds = ("_dropout", "") if dropout else ("",)
     names = (kernel + width + kind for width in widths for kind in kinds)
     config = next((table[name] for name in names if name in table), Config(0, 0))
-    bounded = D in look_up(ATTENTION_BOUNDED, arch)
-    return replace(config, maxnreg=255) if bounded else config
+    bound = attention_bound(D, arch)
+    return replace(config, maxnreg=bound) if bound else config
+
+
+def attention_bound(D: int, arch: int) -> int | None:
+    """How many registers a thread may have at head dim D; None: as ptxas sees fit."""
+    return 255 if D in look_up(ATTENTION_BOUNDED, arch) else None
 
 
 def attention_qk(D: int, device_index: int | None) -> Config:
