@@ -2,7 +2,8 @@
 
 norm(x) W^T + b = scale (z W'^T - shift s) + b'
 W' = norm_weight W,  s = W' 1,  b' = b + W norm_bias
-z = x, shift = mean and scale = rstd; or, of single rows, z = (x - mean) rstd, 0 and 1
+z = x, shift = mean and scale = rstd (0 for a constant row far from zero); or, of single rows,
+z = (x - mean) rstd, 0 and 1
 
 The product takes z itself through TMA and its epilogue the rest, two instructions an element of its
 output: no tile passes through registers on its way to the tensor cores, and a 16-bit x is z, so

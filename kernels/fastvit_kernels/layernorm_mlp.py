@@ -55,7 +55,7 @@ def _fwd(
 
     fc1_param: fc1_weight in its own dtype; parts and copy of x: `row_statistics`.
     """
-    out = row_statistics.empty(x.shape, out_dtype, x.device)
+    out = row_statistics.empty(x.shape, out_dtype, x.device, keeps)
     u = fc1_weight.new_empty((len(x), len(fc1_weight)) if save_u else (0, 0))
     config = mlp_narrow.config("fwd", x, fc1_weight, fc2_weight)
     if config is not None:

@@ -31,7 +31,7 @@ def _fwd(
     keeps: bool,
 ) -> list[Tensor]:
     """out; with `keeps`, what `row_statistics` keeps of it too."""
-    out = row_statistics.empty((len(x), len(weight)), out_dtype, x.device)
+    out = row_statistics.empty((len(x), len(weight)), out_dtype, x.device, keeps)
     parts, copy = row_statistics.room(x, weight, out) if keeps else (None, None)
     gemm.gemm(
         x,

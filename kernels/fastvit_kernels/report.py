@@ -274,17 +274,8 @@ _WORDS = {
 # Pointers whose absence compiles to less.
 _OPTIONAL = {"copy", "y", "h", "g", "residual", "layer_scale", "slabs2", "norm_rows"}
 _ALWAYS_FLOAT32 = {"mean", "rstd", "lse", "delta", "path_scale", "slabs", "db_slabs"}
-_ALWAYS_FLOAT32 |= {
-    "cos",
-    "sin",
-    "dparams",
-    "maps",
-    "sums",
-    "folded_bias",
-    "parts",
-    "shift",
-    "scale",
-}
+_ALWAYS_FLOAT32 |= {"cos", "sin", "dparams", "maps", "parts"}
+_ALWAYS_FLOAT32 |= {"sums", "folded_bias", "shift", "scale"}
 _INTEGERS = {"cu_seqlens", "lengths", "rows", "seed"}
 
 

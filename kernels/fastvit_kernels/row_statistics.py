@@ -31,9 +31,9 @@ def are_wanted(rows: Tensor, weight: Tensor) -> bool:
     return tuned.keeps_rows(len(rows), len(weight), weight.dtype)
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that tells when it was changed, as tensors made in inference mode do not."""
-    if not torch.is_inference_mode_enabled():
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, keeps: bool) -> Tensor:
+    """Memory for rows; with `keeps` it tells of changes, as tensors of inference mode do not."""
+    if not keeps or not torch.is_inference_mode_enabled():
         return torch.empty(shape, dtype=dtype, device=device)
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=dtype, device=device)
