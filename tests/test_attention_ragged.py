@@ -19,6 +19,16 @@ def examples(count: int) -> settings:
     return settings(deadline=None, database=None, max_examples=count, suppress_health_check=health)
 
 
+def eager_attention(qkv: Tensor) -> Tensor:
+    """Eager's, over rows of 32 tokens or more: for a handful of float32 tokens the CPU's library
+    sums in another order, more exact than a running sum can be.
+    """
+    B, N = qkv.shape[:2]
+    padded = torch.nn.functional.pad(qkv, (0, 0) * 3 + (0, max(0, 32 - N)))
+    lengths = torch.full((B,), N, device=qkv.device)
+    return reference.attention_qkv(padded, key_padding=lengths)[:, :N]
+
+
 def bounds(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
@@ -104,7 +114,7 @@ def test_packed_is_padded_is_one_by_one(data: st.DataObject, device: torch.devic
         in_rows = ops.attention_qkv(padded, key_padding=torch.tensor(lengths, device=device))
         alone = [ops.attention_qkv(part[None])[0] for part in parts]
     truth = torch.cat([reference.attention_qkv(part[None].double())[0] for part in parts])
-    eager = torch.cat([reference.attention_qkv(part[None])[0] for part in parts])
+    eager = torch.cat([eager_attention(part[None])[0] for part in parts])
     for name, got in {
         "packed": packed,
         "padded": torch.cat([row[:n] for row, n in zip(in_rows, lengths, strict=True)]),
@@ -117,16 +127,12 @@ def test_packed_is_padded_is_one_by_one(data: st.DataObject, device: torch.devic
 @given(data=st.data())
 def test_order_of_keys_does_not_matter(data: st.DataObject, device: torch.device) -> None:
     N, D = data.draw(st.integers(1, 150)), 8 * data.draw(st.integers(2, 16))
-    q, k, v = torch.randn(3, 1, N, 1, D, device=device)
+    qkv = torch.randn(1, N, 3, 1, D, device=device)
+    q, k, v = qkv.unbind(2)
     order = torch.randperm(N, device=device)
     with fastvit.use_backend("triton"):
         shuffled = ops.attention(q, k[:, order], v[:, order])
-    check(
-        f"N {N} D {D}",
-        shuffled,
-        reference.attention(q, k, v),
-        reference.attention(q.double(), k.double(), v.double()),
-    )
+    check(f"N {N} D {D}", shuffled, eager_attention(qkv), reference.attention_qkv(qkv.double()))
 
 
 @examples(25)
@@ -139,8 +145,8 @@ def test_appending_masked_tokens_changes_nothing(data: st.DataObject, device: to
     with fastvit.use_backend("triton"):
         padded = ops.attention_qkv(qkv, key_padding=lengths)[:, :N]
     alone = qkv[:, :N]
-    eager, truth = reference.attention_qkv(alone), reference.attention_qkv(alone.double())
-    check(f"N {N} + {extra} D {D}", padded, eager, truth)
+    truth = reference.attention_qkv(alone.double())
+    check(f"N {N} + {extra} D {D}", padded, eager_attention(alone), truth)
 
 
 @pytest.mark.slow
