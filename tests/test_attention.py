@@ -57,9 +57,11 @@ def test_autocast(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("N", [40, 140, 400])
-def test_large_scores(N: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_large_scores(N: int, dtype: torch.dtype, device: torch.device, on_gpu: bool) -> None:
     qkv = leaf(1, N, 3, 1, 16, grad=False)
     qkv[:, :, :2] *= 1e3
+    if not on_gpu:  # numpy sums in an order of its own for each shape: leave it nothing to round
+        qkv[:, :, :2] = 16 * (qkv[:, :, :2] / 16).round()
     check_parity("attention_qkv", {"qkv": qkv.requires_grad_()}, dtype, device)
 
 
