@@ -93,8 +93,10 @@ def look_up(table: dict[int, T], arch: int) -> T:
 
 DEFAULT = 80
 
-# Forward and dX products of 16 bits, in three sizes of tile that `gemm_class` chooses from, and
+# Forward and dX products of 16 bits, in four sizes of tile that `gemm_class` chooses from, and
 # those of float32. "tma_.." serve plain operands. SUBTILES keeps the epilogues from spilling.
+# "tiny" is for the few rows of one image, where an SM waits for its loads: many programs, and much
+# on its way to each.
 GEMM: dict[int, dict[str, Config]] = {
     0: {
         **{name: Config(128, 128, 128) for name in ("wide", "square", "small", "float32")},
@@ -105,28 +107,32 @@ GEMM: dict[int, dict[str, Config]] = {
         "wide": Config(128, 128, 32, num_warps=8, num_stages=4, SUBTILES=2),
         "square": Config(128, 128, 32, num_warps=8, num_stages=4, SUBTILES=2),
         "small": Config(64, 64, 64, num_warps=4, num_stages=3),
+        "tiny": Config(64, 32, 64, num_warps=4, num_stages=4),
         "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
     },
     90: {
-        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4, tma=True),
-        "tma_square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2, tma=True),
+        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=4, SUBTILES=4, tma=True),
+        "tma_square": Config(128, 128, 64, num_warps=8, num_stages=6, SUBTILES=2, tma=True),
         "wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4),
         "square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2),
         "small": Config(64, 64, 64, num_warps=4, num_stages=4),
+        "tiny": Config(64, 32, 64, num_warps=4, num_stages=6),
         "float32": Config(128, 128, 32, num_warps=8, num_stages=3, SUBTILES=2),
     },
     100: {
-        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4, tma=True),
-        "tma_square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2, tma=True),
+        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=4, SUBTILES=4, tma=True),
+        "tma_square": Config(128, 128, 64, num_warps=8, num_stages=6, SUBTILES=2, tma=True),
         "wide": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2),
         "square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2),
         "small": Config(64, 64, 32, num_warps=4, num_stages=4),
+        "tiny": Config(64, 32, 64, num_warps=4, num_stages=6),
         "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
     },
     120: {
         "wide": Config(128, 64, 32, num_warps=4, num_stages=3, SUBTILES=2),
         "square": Config(128, 64, 32, num_warps=4, num_stages=3, SUBTILES=2),
         "small": Config(64, 64, 64, num_warps=4, num_stages=3),
+        "tiny": Config(64, 32, 64, num_warps=4, num_stages=4),
         "float32": Config(64, 32, 32, num_warps=4, num_stages=2),
     },
 }
@@ -171,13 +177,13 @@ GEMM_DW: dict[int, dict[str, Config]] = {
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3, CTAS=4),
     },
     90: {
-        "tma": Config(64, 128, 256, num_warps=8, num_stages=3, tma=True),
-        "tma_square": Config(64, 128, 128, num_warps=8, num_stages=4, tma=True),
+        "tma": Config(64, 128, 256, num_warps=8, num_stages=4, tma=True),
+        "tma_square": Config(64, 128, 128, num_warps=8, num_stages=6, tma=True),
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3, CTAS=4),
     },
     100: {
-        "tma": Config(64, 128, 128, num_warps=8, num_stages=3, tma=True),
+        "tma": Config(64, 128, 128, num_warps=8, num_stages=6, tma=True),
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
         "float32": Config(32, 64, 32, num_warps=8, num_stages=3, CTAS=2),
     },
@@ -264,7 +270,7 @@ def patch_embed(
 
 
 # Of the tensor cores' rate, what a tile of each class reaches: larger ones load less per product.
-_RATES = {"wide": 1.0, "square": 0.9, "small": 0.55}
+_RATES = {"wide": 1.0, "square": 0.9, "small": 0.55, "tiny": 0.35}
 
 
 def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int, table: dict[str, Config]) -> str:
