@@ -37,6 +37,7 @@ def check_rows(rows: list[dict]) -> None:
         label = f"sm_{row['arch']} {row['name']}"
         assert row["spills"] == 0, f"{label}: spills {row['spills']} bytes a thread"
         # sm_86 and sm_89 run the lines of sm_80, with as much shared memory as sm_120.
+        assert not row["serial"], f"{label}: {row['serial']} wgmma, each waited for alone"
         limit = LIMITS[120 if row["arch"] == 80 else row["arch"]].shared_block
         assert row["shared"] <= limit, f"{label}: {row['shared']} bytes shared, limit {limit}"
         assert row["ctas_per_sm"] >= 1, f"{label}: no CTA fits an SM"

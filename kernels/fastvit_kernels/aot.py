@@ -141,7 +141,10 @@ def _type(value: Any, specialize: bool = True) -> str | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one compiled case costs; spills in bytes a thread, shared memory in bytes a CTA."""
+    """What one compiled case costs; spills in bytes a thread, shared memory in bytes a CTA.
+
+    serial: wgmma instructions that ptxas has made wait for one another, some three times slower.
+    """
 
     name: str
     arch: int
@@ -153,6 +156,7 @@ class Cost:
     hmma: int
     tma_loads: int
     tcgen05: int
+    serial: int = 0
 
 
 def compile_case(case: Case, arch: int) -> Cost:
@@ -182,6 +186,8 @@ def compile_case(case: Case, arch: int) -> Cost:
     by_registers = limits.registers // (-(-registers * 32 // 256) * 256 * warps)
     by_shared = limits.shared_sm // (shared + 1024)
     by_threads = limits.threads // (32 * warps)
+    hgmma = len(re.findall(r"\bHGMMA\b", sass))
+    waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", sass))
     return Cost(
         case.name,
         arch,
@@ -189,10 +195,11 @@ def compile_case(case: Case, arch: int) -> Cost:
         stack,
         shared,
         min(by_registers, by_shared, by_threads),
-        len(re.findall(r"\bHGMMA\b", sass)),
+        hgmma,
         len(re.findall(r"\bHMMA\b", sass)),
         len(re.findall(r"\bUTMALDG\b", sass)),
         len(re.findall(r"\bUT[A-Z]*MMA\b", sass)),
+        hgmma if 2 < hgmma <= waits else 0,
     )
 
 

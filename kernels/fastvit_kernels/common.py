@@ -104,4 +104,36 @@ def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
     width = GROUP_M * num_n
     first_m = (pid // width) * GROUP_M
     rows = tl.minimum(num_m - first_m, GROUP_M)
+
+
+@triton.jit
+def barrier():
+    """Let every thread of the program see what the others wrote. Unlike tl.debug_barrier it leaves
+    the loop around it to the software pipeliner.
+    """
+    if not INTERPRET:
+        tl.inline_asm_elementwise(
+            "bar.sync 0; mov.b32 $0, $1;",
+            "=r,r,~{memory}",
+            [tl.arange(0, 32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def wait_for_products():
+    """sm_90 alone: let products end that Triton leaves to run into the next round of a loop. ptxas
+    would else wait for each one of them, where the next round begins with new accumulators.
+    """
+    if not INTERPRET:
+        tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;",
+            "=r,r,~{memory}",
+            [tl.arange(0, 32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     return first_m + (pid % width) % rows, (pid % width) // rows

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import gemm, tuned
-from fastvit_kernels.common import dgelu, dot, gelu
+from fastvit_kernels.common import dgelu, dot, gelu, wait_for_products
 from fastvit_kernels.launch import cdiv, launch
 
 
@@ -243,6 +243,7 @@ def _mlp_narrow_fwd_kernel(
                 w = tl.trans(_load_w2(w2, f, i, F, C, BLOCK_C, BLOCK_F, TMA))
                 total = total + (dot(h, w, acc[i], "ieee"),)
             acc = total
+            wait_for_products()
 
     if out_ptr is None:
         return
@@ -328,6 +329,7 @@ def _mlp_narrow_bwd_kernel(
         for i in tl.static_range(num_pieces(C, BLOCK_K)):
             du = dot(a[i], _load_w2(w2, f, i, F, C, BLOCK_K, BLOCK_F, TMA), du, "ieee")
         if h_ptr is not None:
+        wait_for_products()
             tl.store(h_ptr + first * F + offs, gelu(u, ACTIVATION, False).to(COMPUTE), mask=mask)
         du = (du * dgelu(u, ACTIVATION, False)).to(COMPUTE)
         if du_ptr is not None:

@@ -338,7 +338,8 @@ def _compile_named(key: tuple[str, int]) -> aot.Cost:
 
 
 def table(rows: list[aot.Cost]) -> str:
-    head = ("arch", "regs", "spill", "shared", "CTAs", "HGMMA", "HMMA", "tcgen05", "TMA", "kernel")
+    head = ("arch", "regs", "spill", "shared", "CTAs", "HGMMA", "serial", "HMMA", "tcgen05", "TMA")
+    head += ("kernel",)
     lines = [head] + [
         (
             f"sm_{c.arch}",
@@ -349,6 +350,7 @@ def table(rows: list[aot.Cost]) -> str:
             c.hgmma,
             c.hmma,
             c.tcgen05,
+            c.serial,
             c.tma_loads,
             c.name,
         )
@@ -399,7 +401,7 @@ def worse(rows: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
             continue
         lines += [
             f"{label}: {cost} {old[cost]} -> {row[cost]}"
-            for cost in ("registers", "spills", "shared")
+            for cost in ("registers", "spills", "shared", "serial")
             if row[cost] > old[cost]
         ]
     return lines

@@ -497,6 +497,9 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_56_dropout": Config(128, 32, num_warps=8, num_stages=2),
         "fwd_resident_40": Config(64, 128, num_warps=4, num_stages=1),
         "bwd_128_keys_56": Config(32, 128, num_warps=8, num_stages=1),
+        # With two stages ptxas has each wgmma of these wait for the one before.
+        "dkv_dropout": Config(32, 64, num_warps=4, num_stages=1),
+        "fwd_96_dropout": Config(128, 32, num_warps=8, num_stages=1),
     },
     100: _ATTENTION_WGMMA
     | {
