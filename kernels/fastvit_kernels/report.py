@@ -268,6 +268,7 @@ _WORDS = {
     "JOINED": "neighbours",
     "PIECES": "of {} parts",
     "WIDTH": "by {}",
+    "BESIDE": "beside {}",
     "KNOWN": "known",
     "RMS": "rms",
 }
