@@ -264,7 +264,7 @@ def _mlp_narrow_fwd_kernel(
 
 @triton.jit(do_not_specialize=["M", "tokens"])
 def _mlp_narrow_bwd_kernel(
-    dbranch_ptr,
+    g_ptr,
     dout_ptr,
     x_ptr,
     u_ptr,
@@ -281,7 +281,6 @@ def _mlp_narrow_bwd_kernel(
     y_ptr,
     du_ptr,
     h_ptr,
-    g_ptr,
     norm_rows_ptr,
     M,
     F,
@@ -296,24 +295,16 @@ def _mlp_narrow_bwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dbranch: dout, or its copy in the compute dtype. y, du, h, g = path_scale * dbranch and
-    norm_rows, each if given, are what the parameters' gradients are made of; copy takes dx in the
-    compute dtype.
+    """g: of the branch, dout: of the residual. y, du, h and norm_rows, each if given, are what the
+    parameters' gradients are made of; copy takes path_scale * dx in the compute dtype.
     """
     pid = tl.program_id(0)
     first = pid.to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     mask_m = rows < M - first
-    path_scale = tl.zeros([BLOCK_M], tl.float32)
-    if path_scale_ptr is not None:
-        path_scale = _path_scale(path_scale_ptr, first + rows, M, tokens)
     a = ()
     for i in tl.static_range(num_pieces(C, BLOCK_K)):
-        g = _load_piece(dbranch_ptr, first, rows, mask_m, i, C, BLOCK_K, "")
-        if path_scale_ptr is not None:
-            g = g.to(tl.float32) * path_scale[:, None]
-        if g_ptr is not None:
-            _store_piece(g_ptr, g, first, rows, mask_m, i, C, BLOCK_K)
+        g = _load_piece(g_ptr, first, rows, mask_m, i, C, BLOCK_K, "")
         a = a + (_scaled(g, layer_scale_ptr, i, C, BLOCK_K).to(COMPUTE),)
     mean = tl.load(mean_ptr + first + rows, mask=mask_m, other=0.0)
     rstd = tl.load(rstd_ptr + first + rows, mask=mask_m, other=0.0)
@@ -329,7 +320,6 @@ def _mlp_narrow_bwd_kernel(
         for i in tl.static_range(num_pieces(C, BLOCK_K)):
             du = dot(a[i], _load_w2(w2, f, i, F, C, BLOCK_K, BLOCK_F, TMA), du, "ieee")
         if h_ptr is not None:
-        wait_for_products()
             tl.store(h_ptr + first * F + offs, gelu(u, ACTIVATION, False).to(COMPUTE), mask=mask)
         du = (du * dgelu(u, ACTIVATION, False)).to(COMPUTE)
         if du_ptr is not None:
@@ -339,6 +329,7 @@ def _mlp_narrow_bwd_kernel(
             w = _load_w1(w1, f, i, F, C, BLOCK_C, BLOCK_F, TMA)
             total = total + (dot(du, w, dy[i], "ieee"),)
         dy = total
+        wait_for_products()
 
     # x is read again for each of two passes: all of xhat beside all of dy is too much to hold.
     slope = tl.zeros([BLOCK_M], tl.float32)
@@ -365,6 +356,8 @@ def _mlp_narrow_bwd_kernel(
         dx += dout.to(tl.float32)
         _store_piece(dx_ptr, dx, first, rows, mask_m, i, C, BLOCK_C)
         if copy_ptr is not None:
+            if path_scale_ptr is not None:
+                dx *= _path_scale(path_scale_ptr, first + rows, M, tokens)[:, None]
             _store_piece(copy_ptr, dx, first, rows, mask_m, i, C, BLOCK_C)
 
 
@@ -462,7 +455,7 @@ def mlp_fwd(
 def mlp_bwd(
     config: tuned.Config,
     dout: Tensor,
-    dbranch: Tensor,
+    g: Tensor,
     x: Tensor,
     u: Tensor,
     mean: Tensor,
@@ -472,18 +465,15 @@ def mlp_bwd(
     fc1_weight: Tensor,
     fc2_weight: Tensor,
     layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    tokens: int,
     rms: bool,
     activation: str,
-    g: Tensor | None,
     needs_params: bool,
     copies: bool,
+    path_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (M, C), its copy in the compute dtype (with `copies`), and what the gradients of the
-    parameters are made of, None unless needed: y, the rows (R, 2, C) that add up to dnorm_weight
-    and dnorm_bias (None without either), du and h = GELU(u). g, if given, takes path_scale *
-    dbranch.
+    """dx (M, C), path_scale * dx in the compute dtype (with `copies`), and what the gradients of
+    the parameters are made of, None unless needed: y, the rows (R, 2, C) that add up to
+    dnorm_weight and dnorm_bias (None without either), du and h = GELU(u).
     """
     M, C = x.shape
     programs = cdiv(M, config.BLOCK_M)
@@ -496,7 +486,7 @@ def mlp_bwd(
     launch(
         _mlp_narrow_bwd_kernel,
         (programs,),
-        dbranch,
+        g,
         dout,
         x,
         u,
@@ -512,11 +502,10 @@ def mlp_bwd(
         y,
         du,
         h,
-        g,
         norm_rows,
         M,
         len(fc1_weight),
-        tokens,
+        1 if path_scale is None else M // len(path_scale),
         **_constants(config, C, rms, activation, fc1_weight.dtype),
     )
     return dx, copy, y, norm_rows, du, h
