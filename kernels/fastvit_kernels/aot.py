@@ -98,26 +98,27 @@ def record(arch: int) -> Iterator[list[Case]]:
     """Collect the launches that the body would make on a GPU of `arch`."""
     cases: list[Case] = []
 
-    def keep(
-        kernel: Any,
-        values: dict[str, Any],
-        options: dict[str, Any],
-        grid: tuple[int, ...],
-    ) -> None:
-        types, constants = [], []
-        for p in kernel.params:
-            value = values[p.name]
-            kind = None if p.is_constexpr else _type(value, not p.do_not_specialize)
-            if kind is None:
-                constants.append((p.name, value))
-            else:
-                types.append((p.name, kind))
-        name = kernel_name(kernel)
-        types, constants = tuple(types), tuple(constants)
-        cases.append(Case(name, kernel, types, constants, programs=math.prod(grid), **options))
+    def keep(*launch: Any) -> None:
+        cases.append(case_of(*launch))
 
     with intercept(arch, keep):
         yield cases
+
+
+def case_of(
+    kernel: Any, values: dict[str, Any], options: dict[str, Any], grid: tuple[int, ...]
+) -> Case:
+    """What `intercept` hands over, as a case."""
+    types, constants = [], []
+    for p in kernel.params:
+        value = values[p.name]
+        kind = None if p.is_constexpr else _type(value, not p.do_not_specialize)
+        if kind is None:
+            constants.append((p.name, value))
+        else:
+            types.append((p.name, kind))
+    kinds = tuple(types), tuple(constants)
+    return Case(kernel_name(kernel), kernel, *kinds, programs=math.prod(grid), **options)
 
 
 def kernel_name(kernel: Any) -> str:
@@ -159,8 +160,8 @@ class Cost:
     serial: int = 0
 
 
-def compile_case(case: Case, arch: int) -> Cost:
-    """Build the case for `arch` (90 is sm_90) and read its cost."""
+def build(case: Case, arch: int) -> Any:
+    """Triton's compiled kernel for `arch` (90 is sm_90)."""
     types = dict(case.types)
     signature, attrs = {}, {}
     for i, name in enumerate(case.kernel.arg_names):
@@ -168,12 +169,16 @@ def compile_case(case: Case, arch: int) -> Cost:
         signature[name] = kind
         if kind.startswith("*") or divisor == "16":
             attrs[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, dict(case.constants), attrs)
-    compiled = triton.compile(
-        source,
+    return triton.compile(
+        ASTSource(case.kernel, signature, dict(case.constants), attrs),
         target=GPUTarget("cuda", arch, 32),
         options={name: getattr(case, name) for name in _OPTIONS},
     )
+
+
+def compile_case(case: Case, arch: int) -> Cost:
+    """Build the case and read its cost."""
+    compiled = build(case, arch)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
