@@ -18,7 +18,7 @@ Two kernels share the epilogues. `_gemm_tma_kernel` takes plain 16-bit operands 
 descriptors and is persistent. The epilogue of a tile takes about as many clocks as its products do
 at K = 768: issue slots, and the latency and bandwidth of memory. So a tile leaves no more than acc
 + bias, where its result goes and in that dtype (eager rounds there too), and the rest is done a few
-rows at a time beside the products of the next tile.
+rows at a time beside the products of the next tile ("residual" is not: its registers spill).
 `_gemm_kernel` loads through pointers: prologues, float32, few rows, operands that TMA cannot
 address (a base or a row stride that is no multiple of 16 bytes) and GPUs without TMA.
 Operands are multiplied in the compute dtype with float32 accumulation.
@@ -477,8 +477,7 @@ def parts_of(a: Tensor, b: Tensor) -> Tensor:
     N / P up.
     """
     config, _ = _config(a, b, plain=True)
-    width = config.BLOCK_N // (1 if _rows_beside(config, a, b) else config.SUBTILES)
-    pieces = cdiv(b.shape[1], width)
+    pieces = cdiv(b.shape[1], config.BLOCK_N // config.SUBTILES)
     return torch.empty((pieces, 2, len(a)), dtype=torch.float32, device=a.device)
 
 
@@ -549,7 +548,7 @@ def gemm(
             EPILOGUE=epilogue,
             ACTIVATION=activation,
             B_TRANSPOSED=b_rows is not b,
-            BESIDE=0 if epilogue == "none" else _rows_beside(config, a, b),
+            BESIDE=_rows_beside(config, a, b) if epilogue in ("gelu", "dgelu") else 0,
             **blocks,
         )
         return out
