@@ -271,9 +271,10 @@ def compile_line(report: dict) -> str:
     archs = ", ".join(f"sm_{a}" for a in sorted({r["arch"] for r in found}))
     spilled = sum(r["spills"] > 0 for r in found)
     wgmma = sum(r["hgmma"] > 0 for r in found if r["arch"] == 90)
+    serial = sum(r["serial"] > 0 for r in found)
     return (
         f"Of {len(found)} launches compiled for {archs} (triton {report['triton']}), {spilled} "
-        f"spill registers; {wgmma} on sm_90 hold wgmma instructions."
+        f"spill registers; {wgmma} on sm_90 hold wgmma instructions, {serial} wait for each alone."
     )
 
 

@@ -1,17 +1,19 @@
 """Device, poison and seeds for every test; the interpreter stands in where there is no GPU."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torchvision_shim
 from interpreter import round_to_bfloat16_as_a_gpu_does
 
+PTX_MACHINE = os.environ.get("PTX_MACHINE")
 # cuBLAS, as the yardstick, is deterministic only with a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     # Read when triton is first imported, so it must be set before any kernel module is.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "0" if PTX_MACHINE else "1")
     torch.set_num_threads(1)
 torchvision_shim.install()
 round_to_bfloat16_as_a_gpu_does()
@@ -21,6 +23,19 @@ round_to_bfloat16_as_a_gpu_does()
 def device() -> torch.device:
     """The GPU where there is one, else the CPU with Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ptx_machine() -> Iterator[None]:
+    """PTX_MACHINE=90 or 90-late: kernels run as compiled, on the CPU; see `ptx_machine`."""
+    if PTX_MACHINE is None:
+        yield
+        return
+    import ptx_machine
+
+    arch, _, late = PTX_MACHINE.partition("-")
+    with ptx_machine.running(int(arch), late == "late"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -280,6 +280,13 @@ def test_search_climbs_resumes_and_keeps_to_its_time() -> None:
     assert len(calls) == done
 
 
+def test_a_product_through_tma_meets_its_rivals() -> None:
+    line = tune.Line("GEMM", 90, "tma_wide")
+    around = tune.neighbours(line, line.config)
+    assert set(tune.RIVALS["tma_wide"]) < set(around)
+    assert {c.BESIDE for c in around if c.CTAS == 1} == {0, 8, 16, 32}
+
+
 @pytest.mark.parametrize("config", [LINE.config, tune.Config(64, 32, 16, 8, 3, SUBTILES=2)])
 def test_a_line_is_printed_as_it_is_written(config: tune.Config) -> None:
     assert tune.parse(tune.literal(config)) == config

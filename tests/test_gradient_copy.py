@@ -1,4 +1,4 @@
-"""Under autocast a float32 gradient carries its 16-bit copy between ops: used, and never stale."""
+"""A gradient carries the branch's part of it between ops: used, and never stale."""
 
 from collections.abc import Callable, Iterator
 
@@ -19,9 +19,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     found: list[bool] = []
     carried = gradient_copy.carried
 
-    def watch(grad: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-        copy = carried(grad, dtype)
-        if dtype is not None:
+    def watch(grad: Tensor, wish: gradient_copy.Wanted | None) -> Tensor | None:
+        copy = carried(grad, wish)
+        if wish is not None:
             found.append(copy is not None)
         return copy
 
@@ -71,18 +71,40 @@ def test_every_op_of_the_body_takes_one(taken: list[bool], device: torch.device)
     assert taken == [False, *[True] * 5]
 
 
-def test_drop_path_takes_one_and_layer_scale_none(taken: list[bool], device: torch.device) -> None:
-    gradients(model(drop_path=0.5).train(), device, "triton", torch.float32, True)
+def test_layer_scale_and_drop_path(taken: list[bool], device: torch.device) -> None:
+    check_model(lambda: model(layer_scale=0.5), device)
     assert taken == [False, *[True] * 5]
     taken.clear()
-    check_model(lambda: model(layer_scale=0.5), device)
-    assert taken == []
+    check_model(lambda: model(layer_scale=0.5, drop_path=0.5).train(), device)
+    assert taken == [False, *[True] * 5]
 
 
-def test_none_in_one_dtype(taken: list[bool], device: torch.device) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        gradients(model(), device, "triton", dtype, False)
-    assert not any(taken)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_one_dtype_drop_path_alone(
+    dtype: torch.dtype, taken: list[bool], device: torch.device
+) -> None:
+    gradients(model(layer_scale=0.5), device, "triton", dtype, False)
+    assert not taken
+
+    def build() -> fastvit.ViT:
+        return model(drop_path=0.5).train()
+
+    got, eager = (gradients(build(), device, b, dtype, False) for b in ("triton", "reference"))
+    truth = gradients(build(), device, "reference", torch.float64, False)
+    # The first block drops nothing.
+    assert taken == [False, *[True] * 3]
+    for name, grad in got.items():
+        check(name, grad, eager[name], truth[name])
+
+
+def test_the_copy_of_another_wish_is_not_taken() -> None:
+    wish = gradient_copy.Wanted(torch.bfloat16, torch.ones(2))
+    other = gradient_copy.Wanted(torch.bfloat16, torch.zeros(2))
+    grad = torch.randn(2, 3, 4)
+    gradient_copy.carry(grad, grad.bfloat16(), wish)
+    assert gradient_copy.carried(grad, other) is None
+    assert gradient_copy.carried(grad, wish) is not None
+    assert not gradient_copy.branch(grad, other, torch.bfloat16, other.path_scale).any()
 
 
 def edit_output(edit: Callable[[Tensor], Tensor | None]) -> Callable[[], fastvit.ViT]:

@@ -112,7 +112,7 @@ print(json.dumps(found))"""
     norm_rows = 2 * 4 * C * -(-M // 128)
     moved = 2 * M * (4 * C + 3 * F) + weights + 2 * 2 * C + stats + norm_rows
     assert backward[0] == ["mlp_narrow_bwd", moved, products]
-    assert [name for name, *_ in backward[1:]] == ["gemm_dw_tma", "gemm_dw_tma", "reduce_slabs"]
+    assert [name for name, *_ in backward[1:]] == ["gemm_dw", "gemm_dw", "reduce_slabs"]
 
 
 def test_eager_is_timms_block() -> None:

@@ -98,26 +98,27 @@ def record(arch: int) -> Iterator[list[Case]]:
     """Collect the launches that the body would make on a GPU of `arch`."""
     cases: list[Case] = []
 
-    def keep(
-        kernel: Any,
-        values: dict[str, Any],
-        options: dict[str, Any],
-        grid: tuple[int, ...],
-    ) -> None:
-        types, constants = [], []
-        for p in kernel.params:
-            value = values[p.name]
-            kind = None if p.is_constexpr else _type(value, not p.do_not_specialize)
-            if kind is None:
-                constants.append((p.name, value))
-            else:
-                types.append((p.name, kind))
-        name = kernel_name(kernel)
-        types, constants = tuple(types), tuple(constants)
-        cases.append(Case(name, kernel, types, constants, programs=math.prod(grid), **options))
+    def keep(*launch: Any) -> None:
+        cases.append(case_of(*launch))
 
     with intercept(arch, keep):
         yield cases
+
+
+def case_of(
+    kernel: Any, values: dict[str, Any], options: dict[str, Any], grid: tuple[int, ...]
+) -> Case:
+    """What `intercept` hands over, as a case."""
+    types, constants = [], []
+    for p in kernel.params:
+        value = values[p.name]
+        kind = None if p.is_constexpr else _type(value, not p.do_not_specialize)
+        if kind is None:
+            constants.append((p.name, value))
+        else:
+            types.append((p.name, kind))
+    kinds = tuple(types), tuple(constants)
+    return Case(kernel_name(kernel), kernel, *kinds, programs=math.prod(grid), **options)
 
 
 def kernel_name(kernel: Any) -> str:
@@ -141,7 +142,10 @@ def _type(value: Any, specialize: bool = True) -> str | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one compiled case costs; spills in bytes a thread, shared memory in bytes a CTA."""
+    """What one compiled case costs; spills in bytes a thread, shared memory in bytes a CTA.
+
+    serial: wgmma instructions that ptxas has made wait for one another, some three times slower.
+    """
 
     name: str
     arch: int
@@ -153,10 +157,11 @@ class Cost:
     hmma: int
     tma_loads: int
     tcgen05: int
+    serial: int = 0
 
 
-def compile_case(case: Case, arch: int) -> Cost:
-    """Build the case for `arch` (90 is sm_90) and read its cost."""
+def build(case: Case, arch: int) -> Any:
+    """Triton's compiled kernel for `arch` (90 is sm_90)."""
     types = dict(case.types)
     signature, attrs = {}, {}
     for i, name in enumerate(case.kernel.arg_names):
@@ -164,12 +169,16 @@ def compile_case(case: Case, arch: int) -> Cost:
         signature[name] = kind
         if kind.startswith("*") or divisor == "16":
             attrs[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, dict(case.constants), attrs)
-    compiled = triton.compile(
-        source,
+    return triton.compile(
+        ASTSource(case.kernel, signature, dict(case.constants), attrs),
         target=GPUTarget("cuda", arch, 32),
         options={name: getattr(case, name) for name in _OPTIONS},
     )
+
+
+def compile_case(case: Case, arch: int) -> Cost:
+    """Build the case and read its cost."""
+    compiled = build(case, arch)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -182,6 +191,8 @@ def compile_case(case: Case, arch: int) -> Cost:
     by_registers = limits.registers // (-(-registers * 32 // 256) * 256 * warps)
     by_shared = limits.shared_sm // (shared + 1024)
     by_threads = limits.threads // (32 * warps)
+    hgmma = len(re.findall(r"\bHGMMA\b", sass))
+    waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", sass))
     return Cost(
         case.name,
         arch,
@@ -189,10 +200,11 @@ def compile_case(case: Case, arch: int) -> Cost:
         stack,
         shared,
         min(by_registers, by_shared, by_threads),
-        len(re.findall(r"\bHGMMA\b", sass)),
+        hgmma,
         len(re.findall(r"\bHMMA\b", sass)),
         len(re.findall(r"\bUTMALDG\b", sass)),
         len(re.findall(r"\bUT[A-Z]*MMA\b", sass)),
+        hgmma if 2 < hgmma <= waits else 0,
     )
 
 

@@ -1,14 +1,15 @@
 """Scaled dot-product attention for ViT: short, dense rows; scores never reach memory.
 
-o = softmax(q k^T * scale) v; lse = log sum exp of each row of scaled scores, inside in base 2:
-p = exp2(q k^T * scale * log2(e) - lse2), so that p of backward is p of forward to the last bits
+o = softmax(q k^T * scale) v; lse = log sum exp of each row of scaled scores, over scale: so that
+p = exp2((q k^T - lse) * scale * log2(e)) is right however large the scores: in forward, with their
+maximum for lse, the largest p is 1 exactly, which a product fused into the difference would round
 ds = p * (do v^T - delta), delta = rowsum(o * do)
 dv = p^T do;  dk = scale ds^T q;  dq = scale ds k
 
 q, k, v: (B, N, H, D), any strides, or packed (B, N, 3, H, D) and, for images of different sizes,
 (total, 3, H, D); D a multiple of 8 in 16..128; float32, float16 or bfloat16. o: (B, N, H, D)
 contiguous; lse: (B, H, N) float32.
-Saved for backward: q, k, v (or qkv), o and lse2. p is computed again, from lse, in backward.
+Saved for backward: q, k, v (or qkv), o and lse. p is computed again, from lse, in backward.
 Forward: one launch, all keys held at once up to 256 of them (`attention_resident`), else an online
 softmax (`attention_long`). Backward: one launch, with a program a head up to 128 keys where heads
 are many (`attention_resident`), with programs for dQ and for dK, dV side by side up to 384 keys
@@ -42,7 +43,7 @@ from fastvit_kernels.attention_resident import (
 from fastvit_kernels.gemm import precision
 from fastvit_kernels.launch import cdiv, launch
 
-_LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
+_LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -252,29 +253,29 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:
     B, N, H, D = q.shape
     o = q.new_empty((B, N, H, D))
-    lse2 = q.new_empty((B, H, N), dtype=torch.float32)
+    lse = q.new_empty((B, H, N), dtype=torch.float32)
     if q.numel() == 0:
-        return o, lse2
+        return o, lse
     at = _layout(q, lengths, cu_seqlens, max_seqlen)
     plan = plan_fwd(*_plan_facts(q, at, dropout))
     strides = (*at.strides(q), *at.strides(k), *at.strides(v))
     constants = _constants(q, k, v)
     if plan.kernel is _attention_fwd_resident_kernel:
-        plan(H, B, q, k, v, o, lse2, *strides, H, N, scale * _LOG2E, **constants)
-        return o, lse2
+        plan(H, B, q, k, v, o, lse, *strides, H, N, scale * _LOG2E, **constants)
+        return o, lse
     plan(
         H,
         at.batch,
-        *(q, k, v, o, lse2, cu_seqlens, lengths, seed),
+        *(q, k, v, o, lse, cu_seqlens, lengths, seed),
         *strides,
         at.outer(o.stride(0)),
-        at.outer(lse2.stride(0)),
-        lse2.stride(1),
+        at.outer(lse.stride(0)),
+        lse.stride(1),
         *(H, at.longest, scale * _LOG2E, *_dropout_args(dropout)),
         **at.constants,
         **constants,
     )
-    return o, lse2
+    return o, lse
 
 
 def _fwd_fake(q, k, v, scale, lengths=None, cu_seqlens=None, max_seqlen=0, dropout=0.0, seed=None):
@@ -291,7 +292,7 @@ def _bwd_into(
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    lse2: Tensor,
+    lse: Tensor,
     scale: float,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -311,11 +312,11 @@ def _bwd_into(
     dq_strides = (at.outer(dq.stride(0)), dq.stride(1))
     sizes = (H, at.longest, scale, scale * _LOG2E)
     if plans[0].kernel is _attention_bwd_resident_kernel:
-        args = (q, k, v, o, do, lse2, dq, dk, dv, *strides, *dq_strides, *sizes)
+        args = (q, k, v, o, do, lse, dq, dk, dv, *strides, *dq_strides, *sizes)
         plans[0](H, at.batch, *args, **constants)
         return
-    delta = torch.empty_like(lse2) if len(plans) > 1 else None
-    strides += [at.outer(o.stride(0)), *dq_strides, at.outer(lse2.stride(0)), lse2.stride(1)]
+    delta = torch.empty_like(lse) if len(plans) > 1 else None
+    strides += [at.outer(o.stride(0)), *dq_strides, at.outer(lse.stride(0)), lse.stride(1)]
     sequences = (cu_seqlens, lengths, seed)
     sizes += _dropout_args(dropout)
     for plan in plans:
@@ -324,7 +325,7 @@ def _bwd_into(
         own_o = None if part == "dkv" else o
         own_dq = None if part == "dkv" else dq
         own_dk, own_dv = (None, None) if part == "dq" else (dk, dv)
-        args = (q, k, v, own_o, do, lse2, delta, own_dq, own_dk, own_dv, *sequences)
+        args = (q, k, v, own_o, do, lse, delta, own_dq, own_dk, own_dv, *sequences)
         plan(H, at.batch, *args, *strides, *sizes, **at.constants, **constants)
 
 
@@ -334,7 +335,7 @@ def _bwd(
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    lse2: Tensor,
+    lse: Tensor,
     scale: float,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -343,7 +344,7 @@ def _bwd(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    args = (do, q, k, v, o, lse2, scale, lengths, cu_seqlens, max_seqlen, dropout, seed)
+    args = (do, q, k, v, o, lse, scale, lengths, cu_seqlens, max_seqlen, dropout, seed)
     _bwd_into(dq, dk, dv, *args)
     return dq, dk, dv
 
@@ -356,7 +357,7 @@ def _bwd_qkv(
     do: Tensor,
     qkv: Tensor,
     o: Tensor,
-    lse2: Tensor,
+    lse: Tensor,
     scale: float,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -365,7 +366,7 @@ def _bwd_qkv(
     seed: Tensor | None = None,
 ) -> Tensor:
     dqkv = qkv.new_empty(qkv.shape)
-    args = (o, lse2, scale, lengths, cu_seqlens, max_seqlen, dropout, seed)
+    args = (o, lse, scale, lengths, cu_seqlens, max_seqlen, dropout, seed)
     _bwd_into(*dqkv.unbind(2), do, *qkv.unbind(2), *args)
     return dqkv
 
@@ -391,8 +392,8 @@ class AttentionFunction(torch.autograd.Function):
         dropout: float,
         seed: Tensor | None,
     ) -> Tensor:
-        o, lse2 = attention_fwd(q, k, v, scale, lengths, None, 0, dropout, seed)
-        ctx.save_for_backward(q, k, v, o, lse2, lengths, seed)
+        o, lse = attention_fwd(q, k, v, scale, lengths, None, 0, dropout, seed)
+        ctx.save_for_backward(q, k, v, o, lse, lengths, seed)
         ctx.scale, ctx.dropout = scale, dropout
         return o
 
@@ -417,8 +418,8 @@ class AttentionQKVFunction(torch.autograd.Function):
         seed: Tensor | None,
     ) -> Tensor:
         sequences = (lengths, cu_seqlens, max_seqlen)
-        o, lse2 = attention_fwd(*qkv.unbind(2), scale, *sequences, dropout, seed)
-        ctx.save_for_backward(qkv, o, lse2, lengths, cu_seqlens, seed)
+        o, lse = attention_fwd(*qkv.unbind(2), scale, *sequences, dropout, seed)
+        ctx.save_for_backward(qkv, o, lse, lengths, cu_seqlens, seed)
         ctx.scale, ctx.max_seqlen, ctx.dropout = scale, max_seqlen, dropout
         return o
 
@@ -485,7 +486,8 @@ def attention_lse(
 ) -> Tensor:
     """log sum exp of each row of q k^T * scale: (B, H, N) float32, without a gradient."""
     q, k = q.detach(), k.detach()
-    return attention_fwd(q, k, k, _scale(q, scale), lengths)[1] * _LN2
+    scale = _scale(q, scale)
+    return attention_fwd(q, k, k, scale, lengths)[1] * scale
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -54,17 +54,17 @@ def _fwd_keys(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The online softmax over keys n .. n + BLOCK_N; shift is the running maximum in log2 units."""
+    """The online softmax over keys n .. n + BLOCK_N; shift is the running maximum."""
     offs_n = n + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, keys, MASK_N, D, ALIGN)
     s = dot_rows(q, k, PRECISION, T)
     if MASK_N:
         s = tl.where(spread(offs_n < keys, not T), s, float("-inf"))
-    new_shift = tl.maximum(shift, tl.max(s, axis=0 if T else 1) * scale_log2)
+    new_shift = tl.maximum(shift, tl.max(s, axis=0 if T else 1))
     # A row whose scores are all -inf so far must not meet -inf - -inf.
     finite = tl.where(new_shift == float("-inf"), 0.0, new_shift)
-    p = exp2(s * scale_log2 - spread(finite, T))
-    alpha = exp2(shift - finite)
+    p = exp2((s - spread(finite, T)) * scale_log2)
+    alpha = exp2((shift - finite) * scale_log2)
     row_sum = row_sum * alpha + tl.sum(p, axis=0 if T else 1)
     if len(drop):
         p = tl.where(keep_mask(drop, offs_m, n, BLOCK_N, T), p, 0.0)
@@ -130,7 +130,8 @@ def _fwd_rows(
         inverse *= drop[2]
     acc = finish_tile(acc, spread(inverse, T), T)
     store_tile(o_rows, acc, offs_m, N, MASK_M, D, ALIGN)
-    tl.store(lse_ptr + offs_m, shift + tl.log2(row_sum), mask=offs_m < N)
+    lse = shift + tl.log2(row_sum) / scale_log2
+    tl.store(lse_ptr + offs_m, lse, mask=offs_m < N)
 
 
 @triton.jit(do_not_specialize=["H", "N", "stride_lseb", "stride_lseh"])

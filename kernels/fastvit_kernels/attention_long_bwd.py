@@ -34,7 +34,7 @@ from fastvit_kernels.attention_tiles import (
     store_tile,
     zero_tile,
 )
-from fastvit_kernels.common import exp2, mul_rn
+from fastvit_kernels.common import exp2
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _dq_keys(
     offs_n = n + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, keys, MASK_N, D, ALIGN)
     v = load_tile(v_rows, offs_n, keys, MASK_N, D, ALIGN)
-    p = exp2(mul_rn(dot_rows(q, k, PRECISION, T), scale_log2) - spread(lse, T))
+    p = exp2((dot_rows(q, k, PRECISION, T) - spread(lse, T)) * scale_log2)
     if MASK_N:
         p = tl.where(spread(offs_n < keys, not T), p, 0.0)
     dp = dot_rows(do, v, PRECISION, T)
@@ -158,7 +158,7 @@ def _dkv_rows(
     else:
         delta = row_dots(load_tile(o_rows, offs_m, N, MASK_M, D, ALIGN), do)
     # Keys x queries: p and ds are then the left operands of dV and dK, still in registers.
-    p = exp2(mul_rn(dot_rows(k, q, PRECISION, T), scale_log2) - spread(lse, not T))
+    p = exp2((dot_rows(k, q, PRECISION, T) - spread(lse, not T)) * scale_log2)
     if MASK_N:
         p = tl.where(spread(mask_n, T), p, 0.0)
     kept = p

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvit_kernels import library, tuned
 from fastvit_kernels.attention import strides_divisor
 from fastvit_kernels.attention_tiles import dot_rows, load_tile, rows_of
-from fastvit_kernels.common import LOG2E, exp2, mul_rn
+from fastvit_kernels.common import LOG2E, exp2
 from fastvit_kernels.gemm import precision
 from fastvit_kernels.launch import cdiv, launch
 
@@ -28,7 +28,6 @@ def _scores(
     q,
     k_rows,
     N,
-    scale_log2,
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -36,7 +35,7 @@ def _scores(
 ):
     """Keys n .. n + BLOCK_N x rows, as elsewhere: the keys are the side with 64 of them."""
     k = load_tile(k_rows, n + tl.arange(0, BLOCK_N), N, True, D, ALIGN)
-    return mul_rn(dot_rows(k, q, PRECISION), scale_log2)
+    return dot_rows(k, q, PRECISION)
 
 
 @triton.jit(do_not_specialize=["H", "N", "R"])
@@ -77,22 +76,23 @@ def _attention_maps_kernel(
         shift = tl.full([BLOCK_R], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_R], tl.float32)
         for n in range(0, N, BLOCK_N):
-            s = _scores(n, q, k_rows, N, scale_log2, BLOCK_N, D, ALIGN, PRECISION)
+            s = _scores(n, q, k_rows, N, BLOCK_N, D, ALIGN, PRECISION)
             s = tl.where((n + tl.arange(0, BLOCK_N) < N)[:, None], s, float("-inf"))
             new_shift = tl.maximum(shift, tl.max(s, axis=0))
             # A row whose scores are all -inf so far must not meet -inf - -inf.
             finite = tl.where(new_shift == float("-inf"), 0.0, new_shift)
-            total = total * exp2(shift - finite) + tl.sum(exp2(s - finite[None, :]), axis=0)
+            total *= exp2((shift - finite) * scale_log2)
+            total += tl.sum(exp2((s - finite[None, :]) * scale_log2), axis=0)
             shift = new_shift
-        lse = shift + tl.log2(total)
+        lse = shift + tl.log2(total) / scale_log2
     else:
-        lse = tl.load(lse_ptr + pid_bh * N + rows) * LOG2E
+        lse = tl.load(lse_ptr + pid_bh * N + rows) * LOG2E / scale_log2
     for n in range(pid_s * BLOCK_N, N, SPLITS * BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
-        s = _scores(n, q, k_rows, N, scale_log2, BLOCK_N, D, ALIGN, PRECISION)
+        s = _scores(n, q, k_rows, N, BLOCK_N, D, ALIGN, PRECISION)
         offs = (pid_bh * R + offs_r)[None, :] * N + offs_n[:, None]
         mask = (offs_n < N)[:, None] & mask_r[None, :]
-        tl.store(maps_ptr + offs, exp2(s - lse[None, :]), mask=mask)
+        tl.store(maps_ptr + offs, exp2((s - lse[None, :]) * scale_log2), mask=mask)
 
 
 def _maps(q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float) -> Tensor:

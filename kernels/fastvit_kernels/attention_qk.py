@@ -364,7 +364,7 @@ def _bwd(
     qkv: Tensor,
     qk: Tensor,
     o: Tensor,
-    lse2: Tensor,
+    lse: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     cos: Tensor | None,
@@ -382,7 +382,7 @@ def _bwd(
     """dqkv, and what `_bwd_in_place` returns."""
     dqkv = qkv.new_empty(qkv.shape)
     q, k = qk.unbind(2)
-    args = (o, lse2, scale, lengths, cu_seqlens, max_seqlen, dropout, seed)
+    args = (o, lse, scale, lengths, cu_seqlens, max_seqlen, dropout, seed)
     _bwd_into(*dqkv.unbind(2), do, q, k, qkv.select(2, 2), *args)
     params = (q_weight, k_weight, cos, sin, eps, norm, interleaved)
     return dqkv, _bwd_in_place(dqkv, qkv, *params)
@@ -398,7 +398,7 @@ attention_qk_bwd = library.register("attention_qk_bwd", _bwd_fake)(_bwd)
 
 
 class AttentionQKFunction(torch.autograd.Function):
-    """Saved for backward: qkv, q' and k', o, lse2, and the weights and tables."""
+    """Saved for backward: qkv, q' and k', o, lse, and the weights and tables."""
 
     @staticmethod
     def forward(
@@ -424,9 +424,9 @@ class AttentionQKFunction(torch.autograd.Function):
         qk = attention_qk_fwd(qkv, *params, cos, sin, eps, norm, interleaved)
         q, k = qk.unbind(2)
         sequences = (lengths, cu_seqlens, max_seqlen)
-        o, lse2 = attention_fwd(q, k, qkv.select(2, 2), scale, *sequences, dropout, seed)
+        o, lse = attention_fwd(q, k, qkv.select(2, 2), scale, *sequences, dropout, seed)
         tensors = (q_weight, k_weight, cos, sin, lengths, cu_seqlens, seed)
-        ctx.save_for_backward(qkv, qk, o, lse2, *tensors)
+        ctx.save_for_backward(qkv, qk, o, lse, *tensors)
         ctx.options = (scale, max_seqlen, dropout, eps, norm, interleaved)
         ctx.dtypes = [None if p is None else p.dtype for p in params]
         return o

@@ -26,7 +26,7 @@ from fastvit_kernels.attention_tiles import (
     store_tile,
     zero_tile,
 )
-from fastvit_kernels.common import exp2, mul_rn
+from fastvit_kernels.common import exp2
 
 
 @triton.jit
@@ -68,16 +68,16 @@ def _fwd_rows(
             s = tl.where(spread(piece_offsets(KEYS, 128, i) < N, not T), s, float("-inf"))
         scores = scores + (s,)
         row_max = tl.maximum(row_max, tl.max(s, axis=0 if T else 1))
-    shift = row_max * scale_log2
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = zero_tile(BLOCK_M, D, T)
     for i in tl.static_range(len(k)):
-        p = exp2(scores[i] * scale_log2 - spread(shift, T))
+        p = exp2((scores[i] - spread(row_max, T)) * scale_log2)
         row_sum += tl.sum(p, axis=0 if T else 1)
         acc = dot_tile(acc, p, v[i], PRECISION, T)
     acc = finish_tile(acc, spread(1.0 / row_sum, T), T)
     store_tile(o_rows, acc, offs_m, N, MASK_M, D, ALIGN)
-    tl.store(lse_ptr + offs_m, shift + tl.log2(row_sum), mask=offs_m < N)
+    lse = row_max + tl.log2(row_sum) / scale_log2
+    tl.store(lse_ptr + offs_m, lse, mask=offs_m < N)
 
 
 @triton.jit(do_not_specialize=["H", "N"])
@@ -151,7 +151,7 @@ def _bwd_tile(
 ):
     """dk, dv and dq with the part of one query tile and one key tile added."""
     # Keys x queries: p and ds are then the left operands of dV and dK, still in registers.
-    p = exp2(mul_rn(dot_rows(k, q, PRECISION, T), scale_log2) - spread(lse, not T))
+    p = exp2((dot_rows(k, q, PRECISION, T) - spread(lse, not T)) * scale_log2)
     if MASK_N:
         p = tl.where(spread(mask_n, T), p, 0.0)
     dv = dot_tile(dv, p, do, PRECISION, T)

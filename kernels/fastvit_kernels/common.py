@@ -5,7 +5,6 @@ import triton.language as tl
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -25,16 +24,6 @@ def exp2(x):
         return tl.exp2(x)
     return tl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def mul_rn(x, y):
-    """x * y, rounded: never contracted with a following addition."""
-    if INTERPRET:
-        return x * y
-    return tl.inline_asm_elementwise(
-        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
     )
 
 
@@ -61,24 +50,23 @@ def tanh(x):
 
 
 @triton.jit
-def _normal_cdf_pdf(x, EXACT: tl.constexpr):
-    """Phi(x) and phi(x) of the standard normal.
+def _half_erf_bell(x, EXACT: tl.constexpr):
+    """erf(|x| / sqrt(2)) / 2 and exp(-x^2 / 2).
 
-    EXACT takes tl.erf. Else erfc is Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7, far under
-    a 16-bit rounding), whose exponential is phi's too: one MUFU.EX2, one MUFU.RCP.
+    EXACT takes tl.erf. Else erf is Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7, far under
+    a 16-bit rounding), whose exponential is the other result: one MUFU.EX2, one MUFU.RCP.
     """
     bell = exp2(x * x * -0.7213475204444817)  # -log2(e) / 2
     if EXACT:
-        cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        half = 0.5 * tl.erf(tl.abs(x) * 0.7071067811865476)
     else:
         t = reciprocal(1.0 + 0.23164189 * tl.abs(x))
-        tail = 1.061405429 * t - 1.453152027
-        tail = tail * t + 1.421413741
-        tail = tail * t - 0.284496736
-        tail = tail * t + 0.254829592
-        tail = 0.5 * t * tail * bell
-        cdf = tl.where(x > 0, 1.0 - tail, tail)
-    return cdf, 0.3989422804014327 * bell
+        tail = 0.5307027145 * t - 0.7265760135
+        tail = tail * t + 0.7107068705
+        tail = tail * t - 0.142248368
+        tail = tail * t + 0.127414796
+        half = 0.5 - tail * t * bell
+    return half, bell
 
 
 @triton.jit
@@ -91,8 +79,8 @@ def gelu(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
     if ACTIVATION == "quick_gelu":
         return x * sigmoid(1.702 * x)
-    cdf, _ = _normal_cdf_pdf(x, EXACT)
-    return x * cdf
+    half, _ = _half_erf_bell(x, EXACT)
+    return 0.5 * x + tl.abs(x) * half
 
 
 @triton.jit
@@ -105,8 +93,8 @@ def dgelu(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     if ACTIVATION == "quick_gelu":
         s = sigmoid(1.702 * x)
         return s + 1.702 * x * s * (1.0 - s)
-    cdf, pdf = _normal_cdf_pdf(x, EXACT)
-    return cdf + x * pdf
+    half, bell = _half_erf_bell(x, EXACT)
+    return 0.5 + tl.where(x > 0, half, -half) + x * 0.3989422804014327 * bell
 
 
 @triton.jit
@@ -116,3 +104,35 @@ def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
     first_m = (pid // width) * GROUP_M
     rows = tl.minimum(num_m - first_m, GROUP_M)
     return first_m + (pid % width) % rows, (pid % width) // rows
+
+
+@triton.jit
+def barrier():
+    """Let every thread of the program see what the others wrote. Unlike tl.debug_barrier it leaves
+    the loop around it to the software pipeliner.
+    """
+    if not INTERPRET:
+        tl.inline_asm_elementwise(
+            "bar.sync 0; mov.b32 $0, $1;",
+            "=r,r,~{memory}",
+            [tl.arange(0, 32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def wait_for_products():
+    """sm_90 alone: let products end that Triton leaves to run into the next round of a loop. ptxas
+    would else wait for each one of them, where the next round begins with new accumulators.
+    """
+    if not INTERPRET:
+        tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;",
+            "=r,r,~{memory}",
+            [tl.arange(0, 32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -5,7 +5,6 @@
 Prologues act on the A tile between its load and the product:
     "none"       a
     "layernorm"  (a - mean) * rstd * norm_weight + norm_bias, statistics read, not recomputed
-    "branch"     a * layer_scale[k] * path_scale[sample]: the gradient that enters a residual branch
 Epilogues act on the float32 accumulator:
     "none"       acc + bias; with `fold`, here and below, scale * (acc - shift * s) + bias: what
                  `layernorm_fold` leaves of a LayerNorm to do
@@ -16,7 +15,10 @@ Epilogues act on the float32 accumulator:
                  columns, and a 16-bit copy of float32 rows (`row_statistics`)
 
 Two kernels share the epilogues. `_gemm_tma_kernel` takes plain 16-bit operands from TMA
-descriptors and is persistent, so that one tile's epilogue runs beside the next one's loads.
+descriptors and is persistent. The epilogue of a tile takes about as many clocks as its products do
+at K = 768: issue slots, and the latency and bandwidth of memory. So a tile leaves no more than acc
++ bias, where its result goes and in that dtype (eager rounds there too), and the rest is done a few
+rows at a time beside the products of the next tile ("residual" is not: its registers spill).
 `_gemm_kernel` loads through pointers: prologues, float32, few rows, operands that TMA cannot
 address (a base or a row stride that is no multiple of 16 bytes) and GPUs without TMA.
 Operands are multiplied in the compute dtype with float32 accumulation.
@@ -32,7 +34,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit_kernels import tuned
-from fastvit_kernels.common import dgelu, dot, gelu, tile_order
+from fastvit_kernels.common import barrier, dgelu, dot, gelu, tile_order
 from fastvit_kernels.launch import cdiv, launch
 
 
@@ -51,34 +53,68 @@ def _epilogue(
     WIDTH: tl.constexpr,
 ):
     matrices, vectors = out
-    c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr = matrices
-    bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr = vectors
+    bias_ptr, sums_ptr = vectors[0], vectors[3]
     path_scale, mean, rstd = row_values
     offs_n = first_n + tl.arange(0, WIDTH)
-    mask_n = offs_n < N
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
-    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     if sums_ptr is not None:
-        sums = tl.load(sums_ptr + offs_n, mask=mask_n, other=0.0)
+        sums = tl.load(sums_ptr + offs_n, mask=offs_n < N, other=0.0)
         acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == "gelu":
-        if u_ptr is not None:
-            tl.store(u_ptr + offs, acc.to(u_ptr.dtype.element_ty), mask=mask)
+        if matrices[1] is not None:
+            offs, mask = _place(offs_m, offs_n, M, N)
+            tl.store(matrices[1] + offs, acc.to(matrices[1].dtype.element_ty), mask=mask)
+    other = acc
+    if EPILOGUE == "dgelu" or EPILOGUE == "residual":
+        offs, mask = _place(offs_m, offs_n, M, N)
+        other_ptr = matrices[1] if EPILOGUE == "dgelu" else matrices[3]
+        other = tl.load(other_ptr + offs, mask=mask, other=0.0)
+    sizes = (M, N)
+    _write(acc, other, out, offs_m, first_n, path_scale, *sizes, EPILOGUE, ACTIVATION, EXACT, WIDTH)
+
+
+@triton.jit
+def _place(offs_m, offs_n, M, N):
+    """Where rows and columns lie in an (M, N) matrix, and which of them do."""
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    return offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], mask
+
+
+@triton.jit
+def _write(
+    acc,
+    other,
+    out,
+    offs_m,
+    first_n,
+    path_scale,
+    M,
+    N,
+    EPILOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The epilogue beyond acc + bias. other: u of "dgelu", the residual of "residual"."""
+    matrices, vectors = out
+    c_ptr, _, h_ptr, _, copy_ptr, parts_ptr = matrices
+    offs_n = first_n + tl.arange(0, WIDTH)
+    offs, mask = _place(offs_m, offs_n, M, N)
+    if EPILOGUE == "gelu":
         acc = gelu(acc, ACTIVATION, EXACT)
     elif EPILOGUE == "dgelu":
-        u = tl.load(u_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        u = other.to(tl.float32)
         acc = acc * dgelu(u, ACTIVATION, EXACT)
         if h_ptr is not None:
             tl.store(h_ptr + offs, gelu(u, ACTIVATION, EXACT).to(h_ptr.dtype.element_ty), mask=mask)
     elif EPILOGUE == "residual":
-        if layer_scale_ptr is not None:
-            w = tl.load(layer_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if vectors[1] is not None:
+            w = tl.load(vectors[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
             acc = acc * w[None, :]
-        if path_scale_ptr is not None:
+        if vectors[2] is not None:
             acc = acc * path_scale[:, None]
-        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        acc += other.to(tl.float32)
     c = acc.to(c_ptr.dtype.element_ty)
     tl.store(c_ptr + offs, c, mask=mask)
     if copy_ptr is not None:
@@ -147,7 +183,6 @@ def _gemm_kernel(
     c_ptr,
     u_ptr,
     h_ptr,
-    g_ptr,
     residual_ptr,
     copy_ptr,
     parts_ptr,
@@ -178,7 +213,6 @@ def _gemm_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):
-    """g, if given, takes path_scale * a in the compute dtype: what dW is then made of."""
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = tile_order(tl.program_id(0), num_m, num_n, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -216,17 +250,6 @@ def _gemm_kernel(
             if norm_bias_ptr is not None:
                 w = tl.load(norm_bias_ptr + k + offs_k, mask=mask_k, other=0.0)
                 a += w.to(tl.float32)[None, :]
-        elif PROLOGUE == "branch":
-            if path_scale_ptr is not None:
-                a = a.to(tl.float32) * path_scale[:, None]
-            if g_ptr is not None:
-                if pid_n == 0:
-                    g_ptrs = g_ptr + rows[:, None] * K + (k + offs_k)[None, :]
-                    mask = (offs_m < M)[:, None] & mask_k[None, :]
-                    tl.store(g_ptrs, a.to(g_ptr.dtype.element_ty), mask=mask)
-            if layer_scale_ptr is not None:
-                w = tl.load(layer_scale_ptr + k + offs_k, mask=mask_k, other=0.0)
-                a = a.to(tl.float32) * w.to(tl.float32)[None, :]
         acc = dot(a.to(b.dtype), b, acc, PRECISION)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * stride_bk
@@ -248,6 +271,55 @@ def _gemm_kernel(
         BLOCK_N,
         SUBTILES,
     )
+
+
+@triton.jit
+def _load_rows(
+    tile_m,
+    tile_n,
+    i,
+    left,
+    EPILOGUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BESIDE: tl.constexpr,
+):
+    """Of the tile at (tile_m, tile_n) the i-th BESIDE rows, if there are: acc + bias as the tile
+    left it, and what else its epilogue reads.
+    """
+    raw_ptr, out, M, N, _ = left
+    offs_m = tile_m + i * BESIDE + tl.arange(0, BESIDE)
+    offs, mask = _place(offs_m, tile_n + tl.arange(0, BLOCK_N), M, N)
+    mask &= i < BLOCK_M // BESIDE
+    raw = tl.load(raw_ptr + offs, mask=mask, other=0.0)
+    other = raw
+    if EPILOGUE == "dgelu":
+        other = tl.load(out[0][1] + offs, mask=mask, other=0.0)
+    elif EPILOGUE == "residual":
+        other = tl.load(out[0][3] + offs, mask=mask, other=0.0)
+    return raw, other
+
+
+@triton.jit
+def _finish_rows(
+    tile_m,
+    tile_n,
+    i,
+    rows,
+    left,
+    EPILOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BESIDE: tl.constexpr,
+):
+    """The epilogue of what _load_rows loaded."""
+    _, out, M, N, tokens = left
+    offs_m = tile_m + i * BESIDE + tl.arange(0, BESIDE)
+    path_scale = tl.zeros([BESIDE], tl.float32)
+    if out[1][2] is not None:
+        path_scale = tl.load(out[1][2] + tl.minimum(offs_m, M - 1) // tokens).to(tl.float32)
+    at = (offs_m, tile_n, path_scale, M, N)
+    _write(rows[0].to(tl.float32), rows[1], out, *at, EPILOGUE, ACTIVATION, False, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
@@ -278,14 +350,26 @@ def _gemm_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     """B_TRANSPOSED: b lies in memory as (N, K), as a weight does in forward. TMA gives zeros past
-    the edges.
+    the edges. BESIDE: rows of the tile before that each step along K finishes; 0: every tile
+    finishes itself.
     """
     tl.assume(K > 0)  # else the flattened loop is compiled twice, once for no K at all
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     matrices = (c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr)
     out = (matrices, (bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr))
+    FIRST: tl.constexpr = EPILOGUE if BESIDE == 0 else "none"
+    first = out
+    if BESIDE:
+        raw_ptr = c_ptr
+        if EPILOGUE == "gelu" and u_ptr is not None:
+            raw_ptr = u_ptr
+        first = ((raw_ptr, None, None, None, None, None), (bias_ptr, None, None, sums_ptr))
+        left = (raw_ptr, out, M, N, tokens)
+        before_m, before_n = M, N  # none yet: past the edges
+        rows = _load_rows(M, N, 0, left, EPILOGUE, BLOCK_M, BLOCK_N, BESIDE)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -296,11 +380,19 @@ def _gemm_tma_kernel(
             else:
                 b = b_desc.load([k, pid_n * BLOCK_N])
             acc = dot(a, b, acc, "ieee")
+            if BESIDE:
+                i = k // BLOCK_K
+                if i < BLOCK_M // BESIDE:
+                    # The next rows are on their way while these are finished.
+                    now, at = rows, (before_m, before_n, i + 1)
+                    rows = _load_rows(*at, left, EPILOGUE, BLOCK_M, BLOCK_N, BESIDE)
+                    done = (before_m, before_n, i, now, left)
+                    _finish_rows(*done, EPILOGUE, ACTIVATION, BLOCK_N, BESIDE)
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         path_scale = tl.zeros([BLOCK_M], tl.float32)
         mean = path_scale
         rstd = path_scale
-        if path_scale_ptr is not None:
+        if first[1][2] is not None:
             sample = tl.minimum(offs_m, M - 1) // tokens
             path_scale = tl.load(path_scale_ptr + sample).to(tl.float32)
         if mean_ptr is not None:
@@ -308,19 +400,28 @@ def _gemm_tma_kernel(
             rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
         _finish(
             acc,
-            out,
+            first,
             offs_m,
             pid_n * BLOCK_N,
             (path_scale, mean, rstd),
             M,
             N,
-            EPILOGUE,
+            FIRST,
             ACTIVATION,
             False,
             BLOCK_M,
             BLOCK_N,
             SUBTILES,
         )
+        if BESIDE:
+            before_m, before_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+            barrier()
+            rows = _load_rows(before_m, before_n, 0, left, EPILOGUE, BLOCK_M, BLOCK_N, BESIDE)
+    if BESIDE:
+        for i in range(BLOCK_M // BESIDE):
+            rows = _load_rows(before_m, before_n, i, left, EPILOGUE, BLOCK_M, BLOCK_N, BESIDE)
+            args = (before_m, before_n, i, rows, left)
+            _finish_rows(*args, EPILOGUE, ACTIVATION, BLOCK_N, BESIDE)
 
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -360,6 +461,16 @@ def _config(a: Tensor, b: Tensor, plain: bool) -> tuple[tuned.Config, Tensor]:
     return tuned.gemm(len(a), b.shape[1], b.dtype, a.device.index, tma), b_rows
 
 
+def _programs(config: tuned.Config, a: Tensor, b: Tensor) -> tuple[int, int]:
+    """Tiles, and programs of a persistent kernel that share them."""
+    tiles = cdiv(len(a), config.BLOCK_M) * cdiv(b.shape[1], config.BLOCK_N)
+    return tiles, min(tiles, config.CTAS * tuned.num_sms(a.device.index))
+
+
+def _rows_beside(config: tuned.Config, a: Tensor, b: Tensor) -> int:
+    return tuned.rows_beside(config, a.shape[1], *_programs(config, a, b)) if config.tma else 0
+
+
 def parts_of(a: Tensor, b: Tensor) -> Tensor:
     """Room for what epilogue "residual" of gemm(a, b) tells of each row by pieces of columns: the
     mean and the sum of squared deviations, (P, 2, M) float32. A piece has the power of two from
@@ -382,7 +493,6 @@ def gemm(
     fold: tuple[Tensor, Tensor, Tensor] | None = None,
     u: Tensor | None = None,
     h: Tensor | None = None,
-    g: Tensor | None = None,
     residual: Tensor | None = None,
     copy: Tensor | None = None,
     parts: Tensor | None = None,
@@ -396,18 +506,16 @@ def gemm(
     b's dtype is the compute dtype. norm: (norm_weight, norm_bias, mean, rstd); fold: (shift,
     scale, s), float32, of `layernorm_fold`, whose W' is b and whose b' is bias. u: (M, N), read by
     epilogue "dgelu" and written, if given, by "gelu"; h: (M, N), GELU(u), written by "dgelu", if
-    given; g: (M, K), written by prologue "branch", if given; copy: (M, N) and parts of `parts_of`,
-    written by "residual", if given. tokens: rows per sample, for path_scale (B,).
+    given; copy: (M, N) and parts of `parts_of`, written by "residual", if given. tokens: rows per
+    sample, for path_scale (B,).
     """
     (M, K), N = a.shape, b.shape[1]
     if M == 0:
         return out
     if residual is not None:
         residual = residual.contiguous()
-    plain = prologue == "none" or (prologue == "branch" and a.dtype == b.dtype)
-    plain = plain and (prologue == "none" or (layer_scale is None and path_scale is None))
-    config, b_rows = _config(a, b, plain)
-    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
+    config, b_rows = _config(a, b, plain=prologue == "none")
+    tiles, programs = _programs(config, a, b)
     outputs = (out, u, h), (residual, copy, parts, bias)
     scales = (layer_scale, path_scale)
     norm_params, statistics = (None, None), fold or (None, None, None)
@@ -426,7 +534,7 @@ def gemm(
         b_block = [config.BLOCK_K, config.BLOCK_N]
         launch(
             _gemm_tma_kernel,
-            (min(tiles, config.CTAS * tuned.num_sms(a.device.index)),),
+            (programs,),
             descriptor(a, [config.BLOCK_M, config.BLOCK_K]),
             descriptor(b_rows, b_block if b_rows is b else b_block[::-1]),
             *outputs[0],
@@ -440,6 +548,7 @@ def gemm(
             EPILOGUE=epilogue,
             ACTIVATION=activation,
             B_TRANSPOSED=b_rows is not b,
+            BESIDE=_rows_beside(config, a, b) if epilogue in ("gelu", "dgelu") else 0,
             **blocks,
         )
         return out
@@ -449,7 +558,6 @@ def gemm(
         a,
         b,
         *outputs[0],
-        g,
         *outputs[1],
         *norm_params,
         *statistics,

@@ -24,21 +24,96 @@ _PLAN = ("tiles", "steps", "programs", "chunks", "share", "chunks2")
 
 
 @triton.jit
+def add_sums(sums, g):
+    """sums (BLOCK_N, 16) and the column sums of g (BLOCK_M, BLOCK_N), every column alike.
+
+    Of 16 bits they are a product with ones. For where a tile is both read here and an operand of
+    wgmma, the pipeliner takes its memory for free as soon as it was read here, and loads the next
+    one into it, while wgmma still runs. So a g of TF32 is one that was loaded for this alone.
+    """
+    if g.dtype == tl.float32:
+        return sums + tl.sum(g, axis=0)[:, None]
+    ones = tl.full([g.shape[0], 16], 1.0, tl.float32)  # the interpreter has no constants of bf16
+    return dot(tl.trans(g), ones.to(g.dtype), sums)
+
+
+@triton.jit
 def store_slab(
-    slabs_ptr, db_slabs_ptr, acc, db, slab, pid_k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    slabs_ptr,
+    db_slabs_ptr,
+    acc,
+    sums,
+    slab,
+    has_sums,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Whole tiles, columns past dW's edges too: nobody reads those."""
     offs_n = tl.arange(0, BLOCK_N)
     offs = offs_n[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     tl.store(slabs_ptr + slab.to(tl.int64) * (BLOCK_N * BLOCK_K) + offs, acc)
-    if pid_k == 0:
-        tl.store(db_slabs_ptr + slab * BLOCK_N + offs_n, db)
+    if has_sums:
+        tl.store(db_slabs_ptr + slab * BLOCK_N + offs_n, tl.sum(sums, axis=1) / 16)
+
+
+@triton.jit
+def _stretch(
+    g,
+    x,
+    tile,
+    first,
+    end,
+    M,
+    N,
+    K,
+    num_n,
+    strides,
+    slabs_ptr,
+    db_slabs_ptr,
+    slab,
+    TMA: tl.constexpr,
+    SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Store what steps first .. end add to a tile of dW, and with SUMS to db.
+
+    g, x: TMA descriptors, or pointers to rows at these strides.
+    """
+    pid_n, pid_k = tile % num_n, tile // num_n
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    sums = tl.zeros([BLOCK_N, 16], tl.float32)
+    if not TMA:
+        cols_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
+        cols_k = (pid_k * BLOCK_K + tl.arange(0, BLOCK_K)) % K
+        g += tl.max_contiguous(tl.multiple_of(cols_n, 8), 8)[None, :]
+        x += tl.max_contiguous(tl.multiple_of(cols_k, 8), 8)[None, :]
+    for m in range(first * BLOCK_M, end * BLOCK_M, BLOCK_M):
+        if TMA:
+            # Zeros past row M: stretches are whole blocks of rows.
+            g_tile = g.load([m, pid_n * BLOCK_N])
+            x_tile = x.load([m, pid_k * BLOCK_K])
+        else:
+            offs_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+            g_ptrs = g + offs_m * strides[0]
+            g_tile = tl.load(g_ptrs, mask=offs_m < M, other=0.0)
+            x_tile = tl.load(x + offs_m * strides[1], mask=offs_m < M, other=0.0)
+        if SUMS:
+            if PRECISION == "tf32":
+                again = tl.load(g_ptrs, mask=offs_m < M, other=0.0, eviction_policy="evict_first")
+                sums = add_sums(sums, again)
+            else:
+                sums = add_sums(sums, g_tile)
+        acc = dot(tl.trans(g_tile), x_tile, acc, PRECISION)
+    store_slab(slabs_ptr, db_slabs_ptr, acc, sums, slab, SUMS, BLOCK_N, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["M", *_PLAN])
 def _gemm_dw_kernel(
-    g_ptr,
-    x_ptr,
+    g,
+    x,
     slabs_ptr,
     db_slabs_ptr,
     M,
@@ -52,65 +127,23 @@ def _gemm_dw_kernel(
     chunks2,
     stride_gm,
     stride_xm,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    sizes = (M, N, K, num_n, (stride_gm, stride_xm))
     for i in range(num_segments(pid, tiles, steps, programs, chunks, share, chunks2)):
         tile, first, end, slab = segment(pid, i, tiles, steps, programs, chunks, share, chunks2)
-        pid_n, pid_k = tile % num_n, tile // num_n
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        cols_n = tl.max_contiguous(tl.multiple_of(offs_n % N, 8), 8)
-        cols_k = tl.max_contiguous(tl.multiple_of(offs_k % K, 8), 8)
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        db = tl.zeros([BLOCK_N], tl.float32)
-        for m in range(first * BLOCK_M, end * BLOCK_M, BLOCK_M):
-            offs_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
-            mask = (offs_m < M)[:, None]
-            g = tl.load(g_ptr + offs_m[:, None] * stride_gm + cols_n[None, :], mask=mask, other=0.0)
-            x = tl.load(x_ptr + offs_m[:, None] * stride_xm + cols_k[None, :], mask=mask, other=0.0)
-            if pid_k == 0:
-                db += tl.sum(g.to(tl.float32), axis=0)
-            acc = dot(tl.trans(g), x, acc, PRECISION)
-        store_slab(slabs_ptr, db_slabs_ptr, acc, db, slab, pid_k, BLOCK_N, BLOCK_K)
-
-
-@triton.jit(do_not_specialize=["M", *_PLAN])
-def _gemm_dw_tma_kernel(
-    g_desc,
-    x_desc,
-    slabs_ptr,
-    db_slabs_ptr,
-    M,
-    N,
-    K,
-    tiles,
-    steps,
-    programs,
-    chunks,
-    share,
-    chunks2,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Stretches are whole blocks of rows: the zeros that TMA gives past row M are all it takes."""
-    pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
-    for i in range(num_segments(pid, tiles, steps, programs, chunks, share, chunks2)):
-        tile, first, end, slab = segment(pid, i, tiles, steps, programs, chunks, share, chunks2)
-        pid_n, pid_k = tile % num_n, tile // num_n
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        db = tl.zeros([BLOCK_N], tl.float32)
-        for m in range(first * BLOCK_M, end * BLOCK_M, BLOCK_M):
-            g = g_desc.load([m, pid_n * BLOCK_N])
-            x = x_desc.load([m, pid_k * BLOCK_K])
-            if pid_k == 0:
-                db += tl.sum(g.to(tl.float32), axis=0)
-            acc = dot(tl.trans(g), x, acc, "ieee")
-        store_slab(slabs_ptr, db_slabs_ptr, acc, db, slab, pid_k, BLOCK_N, BLOCK_K)
+        part = (g, x, tile, first, end)
+        out = (slabs_ptr, db_slabs_ptr, slab)
+        # db is summed beside the first column of tiles alone.
+        if tile < num_n:
+            _stretch(*part, *sizes, *out, TMA, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        else:
+            _stretch(*part, *sizes, *out, TMA, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -317,33 +350,14 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
     tma = gemm.tma_takes(g, x)
     config, plan = tuned.gemm_dw(M, N, K, x.dtype, g.device.index, tma)
     slabs = new_slabs(config, plan, N, K, g.device)
-    blocks = {
-        "BLOCK_M": config.BLOCK_M,
-        "BLOCK_N": config.BLOCK_N,
-        "BLOCK_K": config.BLOCK_K,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    operands: tuple = (g, x)
     if config.tma:
-        launch(
-            _gemm_dw_tma_kernel,
-            (plan.programs,),
-            gemm.descriptor(g, [config.BLOCK_M, config.BLOCK_N]),
-            gemm.descriptor(x, [config.BLOCK_M, config.BLOCK_K]),
-            slabs.dw,
-            slabs.db,
-            M,
-            N,
-            K,
-            *plan.arguments,
-            **blocks,
-        )
-        return slabs
+        blocks = [config.BLOCK_M, config.BLOCK_N], [config.BLOCK_M, config.BLOCK_K]
+        operands = gemm.descriptor(g, blocks[0]), gemm.descriptor(x, blocks[1])
     launch(
         _gemm_dw_kernel,
         (plan.programs,),
-        g,
-        x,
+        *operands,
         slabs.dw,
         slabs.db,
         M,
@@ -352,8 +366,13 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
         *plan.arguments,
         g.stride(0),
         x.stride(0),
+        TMA=config.tma,
         PRECISION=gemm.precision(x.dtype),
-        **blocks,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return slabs
 

@@ -1,36 +1,59 @@
-"""A float32 gradient's 16-bit copy, handed from one op's backward to the next.
+"""The gradient of a residual branch, handed from one op's backward to the next.
 
-Under autocast the residual stream and its gradient are float32, and every product of the backward
-that comes next reads that gradient in 16 bits. The kernel that writes it has it in registers: it
-writes the copy beside it, which spares the next kernels a pass over float32 and a cast, and lets
-TMA feed them. The copy travels on the gradient itself: whatever replaces that tensor (a hook that
+A branch that was added to x as path_scale * y gets g = path_scale * dx in the compute dtype: what
+both products of its backward take, through TMA. Under autocast dx is float32, and with drop path it
+is not g: the kernel that writes dx has its rows in registers, and writes g beside them. That spares
+a pass over dx. The copy travels on the gradient itself: whatever replaces that tensor (a hook that
 returns another, a sum of two gradients) leaves the copy behind, and a change in place shows in the
 tensor's version. Compilers see no copies.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def is_wanted(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the backward that x's gradient goes to takes a copy of it in `dtype`: its context
-    says so by `reads_copy_in`.
-    """
-    if torch.compiler.is_compiling() or x.dtype == dtype:
-        return False
-    return getattr(x.grad_fn, "reads_copy_in", None) == dtype
+class Wanted(NamedTuple):
+    """A backward's wish, which it keeps as `wants` in its context; path_scale: (B,)."""
+
+    dtype: torch.dtype
+    path_scale: Tensor | None
 
 
-def carry(grad: Tensor, copy: Tensor) -> None:
-    """Let grad carry its copy, of the same elements in the same order."""
-    grad._fastvit_copy = copy, grad._version  # type: ignore[attr-defined]
+def want(x: Tensor, dtype: torch.dtype, path_scale: Tensor | None) -> Wanted | None:
+    """What the branch that ends in x wants beside x's gradient; None where that itself is g."""
+    return None if x.dtype == dtype and path_scale is None else Wanted(dtype, path_scale)
 
 
-def carried(grad: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """grad's copy in `dtype`, in grad's shape; None where there is none of what grad holds now."""
-    if dtype is None or torch.compiler.is_compiling():
+def wanted(x: Tensor, dtype: torch.dtype) -> Wanted | None:
+    """What the backward that x's gradient goes to wants, if it is of `dtype`."""
+    if torch.compiler.is_compiling():
         return None
-    copy, version = getattr(grad, "_fastvit_copy", (None, 0))
-    if copy is None or copy.dtype != dtype or version != grad._version:
+    found = getattr(x.grad_fn, "wants", None)
+    return found if found is not None and found.dtype == dtype else None
+
+
+def carry(grad: Tensor, copy: Tensor, wish: Any) -> None:
+    """Let grad carry the copy that was wished for, of the same elements in the same order."""
+    grad._fastvit_copy = copy, wish, grad._version  # type: ignore[attr-defined]
+
+
+def carried(grad: Tensor, wish: Wanted | None) -> Tensor | None:
+    """What grad carries of this very wish; None where there is none of what grad holds now."""
+    if wish is None or torch.compiler.is_compiling():
+        return None
+    copy, granted, version = getattr(grad, "_fastvit_copy", (None, None, 0))
+    if copy is None or granted is not wish or version != grad._version:
         return None
     return copy.view(grad.shape)
+
+
+def branch(
+    grad: Tensor, wish: Wanted | None, dtype: torch.dtype, path_scale: Tensor | None
+) -> Tensor:
+    """g of grad (B, N, C): carried by it, or else made here."""
+    g = carried(grad, wish)
+    if g is None:
+        g = grad if path_scale is None else grad * path_scale[:, None, None]
+    return g.to(dtype)

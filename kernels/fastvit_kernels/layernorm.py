@@ -4,8 +4,8 @@ forward   mean, rstd = 1 / sqrt(var + eps) and, where the product that follows d
           norm itself, y = xhat w + b
 backward  dx = rstd * (dy w - mean(dy w) - xhat mean(dy w xhat)) + dresidual, and y once more, for
           the dW of that product; sums of dy xhat (for w) and of dy (for b) over runs of rows, which
-          `gemm_dw.reduce_slabs` adds in order; a float32 dx in the compute dtype too, for the
-          backward that comes next (`gradient_copy`)
+          `gemm_dw.reduce_slabs` adds in order; the branch's part of dx in the compute dtype too,
+          for the backward that comes next (`gradient_copy`)
 RMSNorm is the same with mean = 0 and var = mean(x^2), and without mean(dy w) in dx.
 Bytes: x read, y written; then dy, x, dresidual read, dx, its copy and y written, once each.
 """
@@ -79,7 +79,7 @@ def _layernorm_fwd_kernel(
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_program"])
+@triton.jit(do_not_specialize=["M", "rows_per_program", "tokens"])
 def _layernorm_bwd_kernel(
     dy_ptr,
     x_ptr,
@@ -90,11 +90,13 @@ def _layernorm_bwd_kernel(
     norm_bias_ptr,
     dx_ptr,
     copy_ptr,
+    path_scale_ptr,
     y_ptr,
     norm_rows_ptr,
     M,
     C,
     rows_per_program,
+    tokens,
     stride_xm,
     RMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -135,6 +137,9 @@ def _layernorm_bwd_kernel(
             dx += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if copy_ptr is not None:
+            if path_scale_ptr is not None:
+                sample = tl.minimum(offs_m, M - 1) // tokens
+                dx *= tl.load(path_scale_ptr + sample).to(tl.float32)[:, None]
             tl.store(copy_ptr + offs, dx.to(copy_ptr.dtype.element_ty), mask=mask)
     if norm_rows_ptr is not None:
         tl.store(norm_rows_ptr + pid * 2 * C + offs_c, dw, mask=mask_c)
@@ -191,10 +196,11 @@ def layernorm_bwd(
     residual: Tensor | None = None,
     y_dtype: torch.dtype | None = None,
     copy_dtype: torch.dtype | None = None,
+    path_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (+ residual, the gradient that bypasses the norm), its copy in copy_dtype, y in y_dtype
-    (None: not written), and the rows (R, 2, C) that add up to dnorm_weight and dnorm_bias (None
-    without either).
+    """dx (+ residual, the gradient that bypasses the norm), path_scale * dx in copy_dtype, y in
+    y_dtype (None: not written), and the rows (R, 2, C) that add up to dnorm_weight and dnorm_bias
+    (None without either).
 
     dy: (M, C) contiguous; x: (M, C) rows; residual: (M, C) contiguous. dx has x's dtype.
     """
@@ -219,11 +225,13 @@ def layernorm_bwd(
         norm_bias,
         dx,
         copy,
+        path_scale,
         y,
         norm_rows,
         M,
         C,
         rows_per_program,
+        1 if path_scale is None else M // len(path_scale),
         x.stride(0),
         RMS=rms,
         BLOCK_M=config.BLOCK_M,

@@ -14,9 +14,11 @@ A float32 x, as under autocast, is rounded to z in 16 bits. Where that would cos
 float16's range, rows whose mean is over half a deviation from zero or whose deviation is beyond
 2^-10 .. 2^9, z is the norm itself.
 The op that made x mostly knows its rows already (`row_statistics`): then x itself is read only for
-rows to be rounded again. One launch does it all, and W', s and b'.
+rows to be rounded again. One launch does it all, and W', s and b', and casts the weights that the
+op needs as they are.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -200,6 +202,13 @@ def _merge_rows(
                 tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _cast(block, from_ptr, to_ptr, size, BLOCK: tl.constexpr):
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(from_ptr + offs, mask=offs < size, other=0.0)
+    tl.store(to_ptr + offs, value.to(to_ptr.dtype.element_ty), mask=offs < size)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _layernorm_fold_kernel(
     x_ptr,
@@ -216,9 +225,15 @@ def _layernorm_fold_kernel(
     folded_ptr,
     sums_ptr,
     folded_bias_ptr,
+    from1_ptr,
+    to1_ptr,
+    from2_ptr,
+    to2_ptr,
     M,
     C,
     N,
+    size1,
+    size2,
     stride_xm,
     stride_wn,
     eps,
@@ -230,8 +245,11 @@ def _layernorm_fold_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The first programs take rows of the weight, the others rows of x."""
+    """The first programs take rows of the weight, some cast, the others take rows of x."""
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_M)
+    BLOCK: tl.constexpr = BLOCK_M * BLOCK_C
+    first2 = num_n + tl.cdiv(size1, BLOCK)
+    first_row = first2 + tl.cdiv(size2, BLOCK)
     if pid < num_n:
         _fold_weight(
             pid * BLOCK_M + tl.arange(0, BLOCK_M),
@@ -248,13 +266,19 @@ def _layernorm_fold_kernel(
             BLOCK_M,
             BLOCK_C,
         )
+    elif pid < first2:
+        if from1_ptr is not None:
+            _cast(pid - num_n, from1_ptr, to1_ptr, size1, BLOCK)
+    elif pid < first_row:
+        if from2_ptr is not None:
+            _cast(pid - first2, from2_ptr, to2_ptr, size2, BLOCK)
     elif parts_ptr is not None:
         stats = (parts_ptr, mean_ptr, rstd_ptr)
-        rows = ((pid - num_n) * ROWS, M, C, stride_xm, eps)
+        rows = ((pid - first_row) * ROWS, M, C, stride_xm, eps)
         _merge_rows(x_ptr, z_ptr, shift_ptr, scale_ptr, *stats, *rows, RMS, PIECES, WIDTH, ROWS)
     else:
         stats = (mean_ptr, rstd_ptr)
-        rows = ((pid - num_n) * BLOCK_M, M, C, stride_xm, eps)
+        rows = ((pid - first_row) * BLOCK_M, M, C, stride_xm, eps)
         _round_rows(x_ptr, z_ptr, shift_ptr, scale_ptr, *stats, *rows, RMS, KNOWN, BLOCK_M, BLOCK_C)
 
 
@@ -270,12 +294,13 @@ def layernorm_fold(
     parts: Tensor | None = None,
     z: Tensor | None = None,
     known: tuple[Tensor, Tensor] | None = None,
+    casts: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Folded:
     """W' (N, C) and z (M, C) in `dtype`; s, b' (N,), shift, scale, mean and rstd (M,), float32.
 
     x: (M, C) rows; weight: (N, C) in `dtype` or wider; parts: of x, by `gemm.parts_of`, and z, a
     float32 x in `dtype`, which is written to where rows are far; known: mean and rstd, if x has
-    them already.
+    them already; casts: at most two contiguous tensors, each with the one to write it to.
     """
     (M, C), N = x.shape, len(weight)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
@@ -290,11 +315,14 @@ def layernorm_fold(
         z = torch.empty((M, C), dtype=dtype, device=x.device) if z is None else z
         shift = torch.empty_like(mean)
     config = tuned.layernorm_fwd(C)
+    casts = [(a.contiguous(), b) for a, b in casts]
+    sizes = [*(a.numel() for a, _ in casts), 0, 0][:2]
+    block = config.BLOCK_M * config.BLOCK_N
     pieces = 0 if parts is None else len(parts)
     rows = config.BLOCK_M if parts is None else ROWS
     launch(
         _layernorm_fold_kernel,
-        (cdiv(N, config.BLOCK_M) + cdiv(M, rows),),
+        (cdiv(N, config.BLOCK_M) + sum(cdiv(n, block) for n in sizes) + cdiv(M, rows),),
         x,
         z,
         shift if rounds else None,
@@ -309,9 +337,11 @@ def layernorm_fold(
         folded,
         sums,
         folded_bias,
+        *[*(t for pair in casts for t in pair), *[None] * 4][:4],
         M,
         C,
         N,
+        *sizes,
         x.stride(0),
         weight.stride(0),
         eps,

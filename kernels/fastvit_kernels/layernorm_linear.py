@@ -4,13 +4,15 @@ x: (..., C); weight: (O, C) -> (..., O) in the compute dtype. RMSNorm likewise.
 The norm is folded into the product's weight and epilogue where rows are many, applied as tiles of x
 are loaded in float32, else by the row kernel that makes the statistics (`tuned.norm_way` says why).
 Saved for backward: x, mean and rstd (float32, one pair a row), weight in the compute dtype.
-Launches: 2 forward (norm, product); 4 backward (dh product, norm, dW, the sum of all parts). The
-residual's gradient is added where the norm's backward writes dx, and dx's copy (`gradient_copy`).
+Launches: 2 forward (norm and casts, product); 4 backward (dh product, norm, dW, the sum of all
+parts). The residual's gradient is added where the norm's backward writes dx, and dx's copy
+(`gradient_copy`).
 Bytes: x twice, or once where its rows are known (`row_statistics`), and y once (by the row kernel
 the norm once more, a folded float32 x in 16 bits once more); backward dy twice, x once, dh
 twice, dx once, the norm twice, and the dW slabs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,47 +34,80 @@ def _fwd(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    weight: Tensor,
     param: Tensor,
     bias: Tensor | None,
     parts: Tensor | None,
     copy: Tensor | None,
     eps: float,
     rms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """param: weight in its own dtype; parts and copy of x: `row_statistics`."""
-    out = weight.new_empty((len(x), len(weight)))
+    dtype: torch.dtype,
+    keeps_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, mean, rstd and, with keeps_weight, what param is cast to (empty where it is of `dtype`).
+
+    parts and copy of x: `row_statistics`.
+    """
+    needed = keeps_weight or not folds(x, param, dtype)
+    weight, casts = cast(param, dtype, needed)
+    out = param.new_empty((len(x), len(param)), dtype=dtype)
     norm, rows = (norm_weight, norm_bias), (parts, copy)
-    mean, rstd = norm_gemm(x, *norm, weight, out, eps, rms, param, rows, bias=bias)
-    return out, mean, rstd
+    mean, rstd = norm_gemm(x, *norm, weight, out, eps, rms, param, rows, casts=casts, bias=bias)
+    return out, mean, rstd, kept(weight, param, keeps_weight)
+
+
+def folds(x: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
+    """Whether norm_gemm takes param alone, and leaves its weight unread."""
+    return len(x) > 0 and tuned.norm_way(len(x), len(param), dtype) == "fold"
+
+
+def cast(
+    param: Tensor, dtype: torch.dtype, needed: bool = True
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """param in `dtype`, if it is needed, and what is yet to be cast into what for it."""
+    if param.dtype == dtype:
+        return param, []
+    if not needed:
+        return None, []
+    weight = torch.empty(param.shape, dtype=dtype, device=param.device)
+    return weight, [(param, weight)]
+
+
+def kept(weight: Tensor | None, param: Tensor, keeps: bool) -> Tensor:
+    """weight as an op may return it: an op's argument is no result of it."""
+    return param.new_empty(0) if weight is None or weight is param or not keeps else weight
 
 
 def norm_gemm(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     out: Tensor,
     eps: float,
     rms: bool,
     param: Tensor,
     rows: tuple[Tensor | None, Tensor | None] = (None, None),
     known: tuple[Tensor, Tensor] | None = None,
+    casts: Sequence[tuple[Tensor, Tensor]] = (),
     **epilogue: Any,
 ) -> tuple[Tensor, Tensor]:
     """out = epilogue(norm(x) weight^T); returns mean and rstd, which are `known` when this is done
-    for the second time. param: weight in its own dtype; rows: parts and copy of x.
+    for the second time. param: weight in its own dtype; rows: parts and copy of x; casts: made
+    before or beside.
     """
-    way = tuned.norm_way(len(x), len(weight), weight.dtype)
-    if way == "fold" and len(x):
+    if folds(x, param, out.dtype):
         norm, bias = (norm_weight, norm_bias), epilogue.pop("bias", None)
         folded = layernorm_fold.layernorm_fold(
-            x, *norm, param, bias, eps, rms, weight.dtype, *rows, known
+            x, *norm, param, bias, eps, rms, out.dtype, *rows, known, casts
         )
         fold = (folded.shift, folded.scale, folded.sums)
         gemm.gemm(folded.z, folded.weight.t(), out, fold=fold, bias=folded.bias, **epilogue)
         return folded.mean, folded.rstd
-    y_dtype = None if way == "load" else weight.dtype
+    for source, copy in casts:
+        copy.copy_(source)
+    assert weight is not None
+    loads = tuned.norm_way(len(x), len(param), out.dtype) == "load"
+    y_dtype = None if loads else out.dtype
     y, mean, rstd = layernorm.layernorm_fwd(x, norm_weight, norm_bias, eps, rms, y_dtype)
     if y is None:
         norm = (norm_weight, norm_bias, mean, rstd)
@@ -82,9 +117,11 @@ def norm_gemm(
     return mean, rstd
 
 
-def _fwd_fake(x, norm_weight, norm_bias, weight, param, bias, parts, copy, eps, rms):
+def _fwd_fake(x, norm_weight, norm_bias, param, bias, parts, copy, eps, rms, dtype, keeps_weight):
+    out = param.new_empty((x.shape[0], len(param)), dtype=dtype)
     stats = x.new_empty(x.shape[0], dtype=torch.float32)
-    return weight.new_empty((x.shape[0], len(weight))), stats, torch.empty_like(stats)
+    weight, _ = cast(param, dtype, keeps_weight)
+    return out, stats, torch.empty_like(stats), kept(weight, param, keeps_weight)
 
 
 def _bwd(
@@ -101,8 +138,9 @@ def _bwd(
     rms: bool,
     needs_params: bool,
     copies: bool,
+    path_scale: Tensor | None,
 ) -> list[Tensor]:
-    """dx, its copy in the compute dtype if it is wanted, then the gradients of norm_weight,
+    """dx, with `copies` path_scale * dx in the compute dtype, then the gradients of norm_weight,
     norm_bias, weight and bias, if they are needed.
     """
     params = (norm_weight, norm_bias, param, bias)
@@ -113,7 +151,7 @@ def _bwd(
     y_dtype = weight.dtype if needs_params else None
     copy_dtype = weight.dtype if copies else None
     dx, copy, y, norm_rows = layernorm.layernorm_bwd(
-        dh, x, *norm, rms, dx_residual, y_dtype, copy_dtype
+        dh, x, *norm, rms, dx_residual, y_dtype, copy_dtype, path_scale
     )
     dxs = [dx] if copy is None else [dx, copy]
     if y is None:
@@ -137,6 +175,7 @@ def _bwd_fake(
     rms,
     needs_params,
     copies,
+    path_scale,
 ):
     params = (norm_weight, norm_bias, param, bias) if needs_params else ()
     dxs = [x.new_empty(x.shape), *([weight.new_empty(x.shape)] if copies else [])]
@@ -161,12 +200,15 @@ class LayerNormLinearFunction(torch.autograd.Function):
         eps: float,
         rms: bool,
         dtype: torch.dtype,
+        keeps_weight: bool,
     ) -> tuple[Tensor, Tensor]:
-        x2, w = gemm.rows(x), weight.to(dtype)
-        norm, rows = (norm_weight, norm_bias), (parts, copy)
-        out, mean, rstd = layernorm_linear_fwd(x2, *norm, w, weight, bias, *rows, eps, rms)
+        x2, norm, rows = gemm.rows(x), (norm_weight, norm_bias), (parts, copy)
+        out, mean, rstd, w = layernorm_linear_fwd(
+            x2, *norm, weight, bias, *rows, eps, rms, dtype, keeps_weight
+        )
+        w = weight if weight.dtype == dtype else w
         ctx.save_for_backward(x2, mean, rstd, norm_weight, norm_bias, w, weight, bias)
-        ctx.rms, ctx.copies = rms, gradient_copy.is_wanted(x, dtype)
+        ctx.rms, ctx.wanted = rms, gradient_copy.wanted(x, dtype)
         ctx.set_materialize_grads(False)
         return out.view(*x.shape[:-1], len(weight)), x
 
@@ -174,19 +216,19 @@ class LayerNormLinearFunction(torch.autograd.Function):
     @library.first_order
     def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
         if dy is None:
-            return dx, *(None,) * 9
+            return dx, *(None,) * 10
         saved = ctx.saved_tensors
         x2, norm_weight, norm_bias, weight, bias = saved[0], *saved[3:5], *saved[6:]
         params = (norm_weight, norm_bias, weight, bias)
         needed = any(ctx.needs_input_grad[1:5])
         residual = None if dx is None else gemm.rows(dx).contiguous()
-        dx2, *grads = layernorm_linear_bwd(
-            gemm.rows(dy), residual, *saved, ctx.rms, needed, ctx.copies
-        )
+        wish = ctx.wanted
+        copy = (wish is not None, None if wish is None else wish.path_scale)
+        dx2, *grads = layernorm_linear_bwd(gemm.rows(dy), residual, *saved, ctx.rms, needed, *copy)
         dx2 = dx2.view(*dy.shape[:-1], x2.shape[1])
-        if ctx.copies:
-            gradient_copy.carry(dx2, grads.pop(0))
-        return dx2, *library.spread(grads, params, needed), *(None,) * 5
+        if wish is not None:
+            gradient_copy.carry(dx2, grads.pop(0), wish)
+        return dx2, *library.spread(grads, params, needed), *(None,) * 6
 
 
 def layernorm_linear(
@@ -200,5 +242,6 @@ def layernorm_linear(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm(x) weight^T + bias in `dtype`, and x. x: (..., C); weight: (O, C) -> (..., O)."""
-    norm, rows = (norm_weight, norm_bias), row_statistics.take(x, dtype)
-    return library.apply(LayerNormLinearFunction, x, *norm, weight, bias, *rows, eps, rms, dtype)
+    args = (x, norm_weight, norm_bias, weight, bias)
+    options = (*row_statistics.take(x, dtype), eps, rms, dtype, library.wants_gradient(*args))
+    return library.apply(LayerNormLinearFunction, *args, *options)

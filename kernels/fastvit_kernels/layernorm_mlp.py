@@ -25,19 +25,19 @@ from fastvit_kernels import (
     library,
     mlp_narrow,
     row_statistics,
+    tuned,
 )
-from fastvit_kernels.layernorm_linear import norm_gemm
-from fastvit_kernels.linear_residual import branch_dtype, branch_gradient
+from fastvit_kernels.layernorm_linear import cast, folds, kept, norm_gemm
+from fastvit_kernels.linear_residual import branch_dtype, operands
 
 
 def _fwd(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    fc1_weight: Tensor,
     fc1_param: Tensor,
     fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
+    fc2_param: Tensor,
     fc2_bias: Tensor | None,
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
@@ -47,23 +47,39 @@ def _fwd(
     eps: float,
     rms: bool,
     activation: str,
+    dtype: torch.dtype,
     save_u: bool,
+    keeps_weights: bool,
     out_dtype: torch.dtype,
     keeps: bool,
 ) -> list[Tensor]:
-    """out, u (empty unless save_u), mean, rstd; with `keeps`, what `row_statistics` keeps of out.
+    """out, u (empty unless save_u), mean, rstd; with keeps_weights, what the parameters are cast to
+    (empty where they are of `dtype`); with `keeps`, what `row_statistics` keeps of out.
 
-    fc1_param: fc1_weight in its own dtype; parts and copy of x: `row_statistics`.
+    parts and copy of x: `row_statistics`.
     """
     out = row_statistics.empty(x.shape, out_dtype, x.device, keeps)
-    u = fc1_weight.new_empty((len(x), len(fc1_weight)) if save_u else (0, 0))
-    config = mlp_narrow.config("fwd", x, fc1_weight, fc2_weight)
+    u = x.new_empty((len(x), len(fc1_param)) if save_u else (0, 0), dtype=dtype)
+    narrow = tuned.mlp_narrow("fwd", *x.shape, dtype, x.device.index) is not None
+    needed = keeps_weights or narrow or not folds(x, fc1_param, dtype)
+    fc1_weight, casts1 = cast(fc1_param, dtype, needed)
+    fc2_weight, casts2 = cast(fc2_param, dtype)
+    casts = [*casts1, *casts2]
+    weights = [
+        kept(fc1_weight, fc1_param, keeps_weights),
+        kept(fc2_weight, fc2_param, keeps_weights),
+    ]
+    config = None
+    if narrow and fc1_weight is not None:
+        config = mlp_narrow.config("fwd", x, fc1_weight, fc2_weight)
     if config is not None:
+        for source, copy in casts:
+            copy.copy_(source)
         norm, fc = (norm_weight, norm_bias), (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         options = (layer_scale, path_scale, tokens, eps, rms, activation)
         stats = mlp_narrow.mlp_fwd(config, x, *norm, *fc, *options, out, u if save_u else None)
-        return [out, u, *stats]
-    hidden = fc1_weight.new_empty((len(x), len(fc1_weight)))
+        return [out, u, *stats, *weights]
+    hidden = x.new_empty((len(x), len(fc1_param)), dtype=dtype)
     mean, rstd = norm_gemm(
         x,
         norm_weight,
@@ -74,6 +90,7 @@ def _fwd(
         rms,
         fc1_param,
         (parts, copy),
+        casts=casts,
         epilogue="gelu",
         bias=fc1_bias,
         u=u if save_u else None,
@@ -93,17 +110,17 @@ def _fwd(
         path_scale=path_scale,
         tokens=tokens,
     )
-    return [t for t in (out, u, mean, rstd, out_parts, out_copy) if t is not None]
+    told = [t for t in (out_parts, out_copy) if t is not None]
+    return [out, u, mean, rstd, *weights, *told]
 
 
 def _fwd_fake(
     x,
     norm_weight,
     norm_bias,
-    fc1_weight,
     fc1_param,
     fc1_bias,
-    fc2_weight,
+    fc2_param,
     fc2_bias,
     layer_scale,
     path_scale,
@@ -113,18 +130,22 @@ def _fwd_fake(
     eps,
     rms,
     activation,
+    dtype,
     save_u,
+    keeps_weights,
     out_dtype,
     keeps,
 ):
     stats = x.new_empty(x.shape[0], dtype=torch.float32)
-    u = fc1_weight.new_empty((x.shape[0], len(fc1_weight)) if save_u else (0, 0))
-    return [x.new_empty(x.shape, dtype=out_dtype), u, stats, torch.empty_like(stats)]
+    u = x.new_empty((x.shape[0], len(fc1_param)) if save_u else (0, 0), dtype=dtype)
+    params = (fc1_param, fc2_param)
+    weights = [kept(cast(p, dtype)[0], p, keeps_weights) for p in params]
+    return [x.new_empty(x.shape, dtype=out_dtype), u, stats, torch.empty_like(stats), *weights]
 
 
 def _bwd(
     dout: Tensor,
-    dout_copy: Tensor | None,
+    g: Tensor,
     x: Tensor,
     u: Tensor,
     mean: Tensor,
@@ -138,30 +159,27 @@ def _bwd(
     fc2_param: Tensor,
     fc2_bias: Tensor | None,
     layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    tokens: int,
     eps: float,
     rms: bool,
     activation: str,
     needs_params: bool,
     copies: bool,
+    path_scale: Tensor | None,
 ) -> list[Tensor]:
-    """dx, its copy in the compute dtype if it is wanted, then the gradients of the parameters there
-    are, in the order of the arguments. dout_copy: dout in the compute dtype, if there is one.
+    """dx, with `copies` path_scale * dx in the compute dtype, then the gradients of the parameters
+    there are, in the order of the arguments. dout: of the residual, g: of the branch
+    (`gradient_copy`, as are copies and path_scale).
     """
     params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
     w_dtype = fc1_weight.dtype
     if len(x) == 0:
         return library.zeros(x, params if needs_params else (), w_dtype if copies else None)
-    branch = {"layer_scale": layer_scale, "path_scale": path_scale, "tokens": tokens}
-    dbranch = dout if dout_copy is None else dout_copy
-    g, unwritten = branch_gradient(dbranch, w_dtype, path_scale, needs_params)
     if u.numel() == 0:
         u = fc1_weight.new_empty((len(x), len(fc1_weight)))
         fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         config = mlp_narrow.config("fwd", x, fc1_weight, fc2_weight)
         if config is not None:
-            options = (None, None, tokens, eps, rms, activation, None, u)
+            options = (None, None, 1, eps, rms, activation, None, u)
             mlp_narrow.mlp_fwd(config, x, norm_weight, norm_bias, *fc, *options)
         else:
             norm, options = (norm_weight, norm_bias), (eps, rms, fc1_param)
@@ -170,30 +188,22 @@ def _bwd(
     norm = (mean, rstd, norm_weight, norm_bias)
     config = mlp_narrow.config("bwd", x, fc1_weight, fc2_weight)
     if config is not None:
-        fc, options = (fc1_weight, fc2_weight), (rms, activation, unwritten, needs_params, copies)
+        fc, options = (fc1_weight, fc2_weight), (rms, activation, needs_params, copies)
         dx, copy, y, norm_rows, du, h = mlp_narrow.mlp_bwd(
-            config, dout, dbranch, x, u, *norm, *fc, *branch.values(), *options
+            config, dout, g, x, u, *norm, *fc, layer_scale, *options, path_scale
         )
         parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
     else:
         du, h = torch.empty_like(u), torch.empty_like(u) if needs_params else None
-        gemm.gemm(
-            dbranch,
-            fc2_weight,
-            du,
-            prologue="branch",
-            epilogue="dgelu",
-            g=unwritten,
-            u=u,
-            h=h,
-            activation=activation,
-            **branch,
-        )
+        product = operands(g, fc2_weight, fc2_param, layer_scale)
+        gemm.gemm(*product, du, epilogue="dgelu", u=u, h=h, activation=activation)
         parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
-        del h, g, unwritten, dbranch, dout_copy
+        del h, g, product
         dh = gemm.gemm(du, fc1_weight, fc1_weight.new_empty(x.shape))
         dtypes = (w_dtype if wanted else None for wanted in (needs_params, copies))
-        dx, copy, y, norm_rows = layernorm.layernorm_bwd(dh, x, *norm, rms, dout, *dtypes)
+        dx, copy, y, norm_rows = layernorm.layernorm_bwd(
+            dh, x, *norm, rms, dout, *dtypes, path_scale
+        )
     dxs = [dx] if copy is None else [dx, copy]
     if y is None or du is None or parts2 is None:
         return dxs
@@ -206,7 +216,7 @@ def _bwd(
 
 def _bwd_fake(
     dout,
-    dout_copy,
+    g,
     x,
     u,
     mean,
@@ -220,13 +230,12 @@ def _bwd_fake(
     fc2_param,
     fc2_bias,
     layer_scale,
-    path_scale,
-    tokens,
     eps,
     rms,
     activation,
     needs_params,
     copies,
+    path_scale,
 ):
     params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
     params = params if needs_params else ()
@@ -258,39 +267,43 @@ class LayerNormMlpFunction(torch.autograd.Function):
         activation: str,
         save_u: bool,
         dtype: torch.dtype,
+        backward: bool,
     ) -> Tensor:
         x2, tokens = gemm.rows(x).contiguous(), x.shape[1]
-        w1, w2 = fc1_weight.to(dtype), fc2_weight.to(dtype)
         out_dtype = branch_dtype(x, layer_scale, dtype)
         norm, branch = (norm_weight, norm_bias), (layer_scale, path_scale)
-        fc1, fc2 = (w1, fc1_weight, fc1_bias), (w2, fc2_weight, fc2_bias)
-        options, keeps = (tokens, eps, rms, activation), row_statistics.are_wanted(x2, w2)
-        vectors = (*branch, parts, copy)
-        out, u, mean, rstd, *kept = layernorm_mlp_fwd(
-            x2, *norm, *fc1, w2, fc2_bias, *vectors, *options, save_u, out_dtype, keeps
+        fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        options, keeps = (eps, rms, activation), row_statistics.are_wanted(x2, fc2_weight, dtype)
+        vectors = (*branch, parts, copy, tokens)
+        saves = (dtype, save_u, backward, out_dtype, keeps)
+        out, u, mean, rstd, w1, w2, *told = layernorm_mlp_fwd(
+            x2, *norm, *fc, *vectors, *options, *saves
         )
+        w1, w2 = (p if p.dtype == dtype else w for p, w in ((fc1_weight, w1), (fc2_weight, w2)))
+        fc1, fc2 = (w1, fc1_weight, fc1_bias), (w2, fc2_weight, fc2_bias)
         ctx.save_for_backward(x2, u, mean, rstd, *norm, *fc1, *fc2, *branch)
-        ctx.options, ctx.copies = options, gradient_copy.is_wanted(x, dtype)
-        ctx.reads_copy_in = dtype if layer_scale is None else None
+        ctx.options, ctx.wanted = options, gradient_copy.wanted(x, dtype)
+        ctx.wants = gradient_copy.want(out, dtype, path_scale)
         out = out.view(x.shape)
-        if kept:
-            row_statistics.keep(out, *kept)
+        if told:
+            row_statistics.keep(out, *told)
         return out
 
     @staticmethod
     @library.first_order
     def backward(ctx: Any, dout: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        needed = any(ctx.needs_input_grad[1:8])
+        *saved, path_scale = ctx.saved_tensors
+        needed, wish = any(ctx.needs_input_grad[1:8]), ctx.wanted
+        g = gradient_copy.branch(dout, ctx.wants, saved[6].dtype, path_scale)
         dout2 = gemm.rows(dout).contiguous()
-        copy = gradient_copy.carried(dout, ctx.reads_copy_in)
-        copy = None if copy is None else gemm.rows(copy)
-        dx, *grads = layernorm_mlp_bwd(dout2, copy, *saved, *ctx.options, needed, ctx.copies)
+        g = dout2 if g is dout else gemm.rows(g).contiguous()
+        copy = (wish is not None, None if wish is None else wish.path_scale)
+        dx, *grads = layernorm_mlp_bwd(dout2, g, *saved, *ctx.options, needed, *copy)
         dx = dx.view(dout.shape)
-        if ctx.copies:
-            gradient_copy.carry(dx, grads.pop(0))
+        if wish is not None:
+            gradient_copy.carry(dx, grads.pop(0), wish)
         params = [*saved[4:6], *saved[7:9], *saved[10:13]]
-        return dx, *library.spread(grads, params, needed), *(None,) * 8
+        return dx, *library.spread(grads, params, needed), *(None,) * 9
 
 
 def layernorm_mlp(
@@ -333,4 +346,5 @@ def layernorm_mlp(
         activation,
         backward and not recompute,
         dtype,
+        backward,
     )

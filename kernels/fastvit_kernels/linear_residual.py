@@ -2,13 +2,11 @@
 
 x: (B, N, K); weight: (C, K); residual: (B, N, C); layer_scale: (C,); path_scale: (B,).
 Saved for backward: x and weight in the compute dtype. LayerScale's gradient needs nothing more:
-with G = (path_scale * dout)^T x, which dW needs anyway, it is
-<W[c], G[c]> + b[c] sum(path_scale * dout[:, c]).
-Launches: 1 forward; 3 backward (dX product, dW, its slab sum). The residual's gradient is dout.
-A float32 dout mostly comes with a copy in the compute dtype (`gradient_copy`). Without one, or with
-path_scale, the dX product writes path_scale * dout in the compute dtype on the way, for dW to read.
-Bytes: x, residual and out once, and what `row_statistics` keeps of out; backward dout twice, x and
-dx once, and the dW slabs.
+with G = g^T x, which dW needs anyway, it is <W[c], G[c]> + b[c] sum(g[:, c]).
+Launches: 1 forward; 3 backward (dX product, dW, its slab sum). The residual's gradient is dout, the
+branch's g = path_scale * dout in the compute dtype, which mostly comes with dout (`gradient_copy`).
+Bytes: x, residual and out once, and what `row_statistics` keeps of out; backward g twice, x and dx
+once, and the dW slabs.
 """
 
 from typing import Any
@@ -53,45 +51,42 @@ def _fwd_fake(x, weight, bias, residual, layer_scale, path_scale, tokens, out_dt
     return [x.new_empty((x.shape[0], len(weight)), dtype=out_dtype)]
 
 
-def branch_gradient(
-    dout: Tensor, dtype: torch.dtype, path_scale: Tensor | None, needs_params: bool
-) -> tuple[Tensor, Tensor | None]:
-    """What dW is made of, path_scale * dout in the compute dtype, and whether it is yet to be
-    written (by prologue "branch") or is dout itself.
+def operands(
+    g: Tensor, weight: Tensor, param: Tensor, layer_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What dX = (layer_scale * g) W is the product of: LayerScale goes into W, which is smaller
+    than g, but for float16, whose range may not hold layer_scale * W.
     """
-    if dout.dtype == dtype and path_scale is None:
-        return dout, None
-    g = torch.empty(dout.shape, dtype=dtype, device=dout.device) if needs_params else None
-    return dout if g is None else g, g
+    if layer_scale is None:
+        return g, weight
+    if weight.dtype == torch.float16:
+        return torch.mul(g, layer_scale, out=torch.empty_like(g)), weight
+    return g, torch.mul(param, layer_scale[:, None], out=torch.empty_like(weight))
 
 
 def _bwd(
-    dout: Tensor,
+    g: Tensor,
     x: Tensor,
     weight: Tensor,
     param: Tensor,
     bias: Tensor | None,
     layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    tokens: int,
     needs_params: bool,
 ) -> list[Tensor]:
     """dx, then the gradients of weight, bias and layer_scale, if they are needed."""
     if len(x) == 0:
         return library.zeros(x, (param, bias, layer_scale) if needs_params else ())
-    branch = {"path_scale": path_scale, "layer_scale": layer_scale, "tokens": tokens}
-    g, unwritten = branch_gradient(dout, weight.dtype, path_scale, needs_params)
-    dx = torch.empty((len(dout), weight.shape[1]), dtype=weight.dtype, device=dout.device)
-    gemm.gemm(dout, weight, dx, prologue="branch", g=unwritten, **branch)
+    dx = weight.new_empty((len(g), weight.shape[1]))
+    gemm.gemm(*operands(g, weight, param, layer_scale), dx)
     if not needs_params:
         return [dx]
     grads = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(g, x), param, bias, layer_scale)
     return [dx, *(grad for grad in grads if grad is not None)]
 
 
-def _bwd_fake(dout, x, weight, param, bias, layer_scale, path_scale, tokens, needs_params):
+def _bwd_fake(g, x, weight, param, bias, layer_scale, needs_params):
     params = (param, bias, layer_scale) if needs_params else ()
-    dx = weight.new_empty((dout.shape[0], weight.shape[1]))
+    dx = weight.new_empty((g.shape[0], weight.shape[1]))
     return [dx, *(p.new_empty(p.shape) for p in params if p is not None)]
 
 
@@ -121,12 +116,12 @@ class LinearResidualFunction(torch.autograd.Function):
         x2, w, tokens = gemm.rows(x.to(dtype)), weight.to(dtype), x.shape[1]
         out_dtype = branch_dtype(residual, layer_scale, dtype)
         residual2 = gemm.rows(residual).contiguous()
-        keeps = row_statistics.are_wanted(x2, w)
+        keeps = row_statistics.are_wanted(x2, weight, dtype)
         branch = (layer_scale, path_scale, tokens)
         out, *kept = linear_residual_fwd(x2, w, bias, residual2, *branch, out_dtype, keeps)
         ctx.save_for_backward(x2, w, weight, bias, layer_scale, path_scale)
-        ctx.tokens, ctx.x_dtype, ctx.residual_dtype = tokens, x.dtype, residual.dtype
-        ctx.reads_copy_in = dtype if layer_scale is None else None
+        ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
+        ctx.wants = gradient_copy.want(out, dtype, path_scale)
         out = out.view(residual.shape)
         if kept:
             row_statistics.keep(out, *kept)
@@ -135,11 +130,10 @@ class LinearResidualFunction(torch.autograd.Function):
     @staticmethod
     @library.first_order
     def backward(ctx: Any, dout: Tensor) -> Any:
-        saved = ctx.saved_tensors  # checkpointing allows one look
+        *saved, path_scale = ctx.saved_tensors  # checkpointing allows one look
         needed = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
-        copy = gradient_copy.carried(dout, ctx.reads_copy_in)
-        dbranch = gemm.rows(dout if copy is None else copy)
-        dx, *grads = linear_residual_bwd(dbranch, *saved, ctx.tokens, needed)
+        g = gradient_copy.branch(dout, ctx.wants, saved[1].dtype, path_scale)
+        dx, *grads = linear_residual_bwd(gemm.rows(g), *saved, needed)
         dweight, dbias, dscale = library.spread(grads, saved[2:5], needed)
         dx = dx.view(*dout.shape[:-1], dx.shape[1]).to(ctx.x_dtype)
         return dx, dweight, dbias, dout.to(ctx.residual_dtype), dscale, None, None

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import gemm, tuned
-from fastvit_kernels.common import dgelu, dot, gelu
+from fastvit_kernels.common import dgelu, dot, gelu, wait_for_products
 from fastvit_kernels.launch import cdiv, launch
 
 
@@ -243,6 +243,7 @@ def _mlp_narrow_fwd_kernel(
                 w = tl.trans(_load_w2(w2, f, i, F, C, BLOCK_C, BLOCK_F, TMA))
                 total = total + (dot(h, w, acc[i], "ieee"),)
             acc = total
+            wait_for_products()
 
     if out_ptr is None:
         return
@@ -263,7 +264,7 @@ def _mlp_narrow_fwd_kernel(
 
 @triton.jit(do_not_specialize=["M", "tokens"])
 def _mlp_narrow_bwd_kernel(
-    dbranch_ptr,
+    g_ptr,
     dout_ptr,
     x_ptr,
     u_ptr,
@@ -280,7 +281,6 @@ def _mlp_narrow_bwd_kernel(
     y_ptr,
     du_ptr,
     h_ptr,
-    g_ptr,
     norm_rows_ptr,
     M,
     F,
@@ -295,24 +295,16 @@ def _mlp_narrow_bwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dbranch: dout, or its copy in the compute dtype. y, du, h, g = path_scale * dbranch and
-    norm_rows, each if given, are what the parameters' gradients are made of; copy takes dx in the
-    compute dtype.
+    """g: of the branch, dout: of the residual. y, du, h and norm_rows, each if given, are what the
+    parameters' gradients are made of; copy takes path_scale * dx in the compute dtype.
     """
     pid = tl.program_id(0)
     first = pid.to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     mask_m = rows < M - first
-    path_scale = tl.zeros([BLOCK_M], tl.float32)
-    if path_scale_ptr is not None:
-        path_scale = _path_scale(path_scale_ptr, first + rows, M, tokens)
     a = ()
     for i in tl.static_range(num_pieces(C, BLOCK_K)):
-        g = _load_piece(dbranch_ptr, first, rows, mask_m, i, C, BLOCK_K, "")
-        if path_scale_ptr is not None:
-            g = g.to(tl.float32) * path_scale[:, None]
-        if g_ptr is not None:
-            _store_piece(g_ptr, g, first, rows, mask_m, i, C, BLOCK_K)
+        g = _load_piece(g_ptr, first, rows, mask_m, i, C, BLOCK_K, "")
         a = a + (_scaled(g, layer_scale_ptr, i, C, BLOCK_K).to(COMPUTE),)
     mean = tl.load(mean_ptr + first + rows, mask=mask_m, other=0.0)
     rstd = tl.load(rstd_ptr + first + rows, mask=mask_m, other=0.0)
@@ -337,6 +329,7 @@ def _mlp_narrow_bwd_kernel(
             w = _load_w1(w1, f, i, F, C, BLOCK_C, BLOCK_F, TMA)
             total = total + (dot(du, w, dy[i], "ieee"),)
         dy = total
+        wait_for_products()
 
     # x is read again for each of two passes: all of xhat beside all of dy is too much to hold.
     slope = tl.zeros([BLOCK_M], tl.float32)
@@ -363,6 +356,8 @@ def _mlp_narrow_bwd_kernel(
         dx += dout.to(tl.float32)
         _store_piece(dx_ptr, dx, first, rows, mask_m, i, C, BLOCK_C)
         if copy_ptr is not None:
+            if path_scale_ptr is not None:
+                dx *= _path_scale(path_scale_ptr, first + rows, M, tokens)[:, None]
             _store_piece(copy_ptr, dx, first, rows, mask_m, i, C, BLOCK_C)
 
 
@@ -460,7 +455,7 @@ def mlp_fwd(
 def mlp_bwd(
     config: tuned.Config,
     dout: Tensor,
-    dbranch: Tensor,
+    g: Tensor,
     x: Tensor,
     u: Tensor,
     mean: Tensor,
@@ -470,18 +465,15 @@ def mlp_bwd(
     fc1_weight: Tensor,
     fc2_weight: Tensor,
     layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    tokens: int,
     rms: bool,
     activation: str,
-    g: Tensor | None,
     needs_params: bool,
     copies: bool,
+    path_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (M, C), its copy in the compute dtype (with `copies`), and what the gradients of the
-    parameters are made of, None unless needed: y, the rows (R, 2, C) that add up to dnorm_weight
-    and dnorm_bias (None without either), du and h = GELU(u). g, if given, takes path_scale *
-    dbranch.
+    """dx (M, C), path_scale * dx in the compute dtype (with `copies`), and what the gradients of
+    the parameters are made of, None unless needed: y, the rows (R, 2, C) that add up to
+    dnorm_weight and dnorm_bias (None without either), du and h = GELU(u).
     """
     M, C = x.shape
     programs = cdiv(M, config.BLOCK_M)
@@ -494,7 +486,7 @@ def mlp_bwd(
     launch(
         _mlp_narrow_bwd_kernel,
         (programs,),
-        dbranch,
+        g,
         dout,
         x,
         u,
@@ -510,11 +502,10 @@ def mlp_bwd(
         y,
         du,
         h,
-        g,
         norm_rows,
         M,
         len(fc1_weight),
-        tokens,
+        1 if path_scale is None else M // len(path_scale),
         **_constants(config, C, rms, activation, fc1_weight.dtype),
     )
     return dx, copy, y, norm_rows, du, h

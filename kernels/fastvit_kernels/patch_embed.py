@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastvit_kernels import gemm, gemm_dw, library, tuned
 from fastvit_kernels.common import dot, tile_order
-from fastvit_kernels.gemm_dw import store_slab
+from fastvit_kernels.gemm_dw import add_sums, store_slab
 from fastvit_kernels.launch import cdiv, launch
 
 
@@ -172,7 +172,7 @@ def _patch_embed_dw_kernel(
     cols = tl.max_contiguous(tl.multiple_of(offs_n % N, 8), 8)
     pixels = _pixel_offsets(offs_k, stride_c, stride_h, stride_w, P_H, P_W, VEC)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    db = tl.zeros([BLOCK_N], tl.float32)
+    sums = tl.zeros([BLOCK_N, 16], tl.float32)
     first, M = pid_s * rows_per_slab, B * m
     for start in range(first, tl.minimum(first + rows_per_slab, M), BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
@@ -184,14 +184,20 @@ def _patch_embed_dw_kernel(
             other=0.0,
         )
         out_rows = (offs_m // m * (P + m) + P + offs_m % m).to(tl.int64)
-        g = tl.load(
-            dout_ptr + out_rows[:, None] * N + cols[None, :], mask=mask_m[:, None], other=0.0
-        )
-        if pid_k == 0:
-            db += tl.sum(g.to(tl.float32), axis=0)
+        g_ptrs = dout_ptr + out_rows[:, None] * N + cols[None, :]
+        g = tl.load(g_ptrs, mask=mask_m[:, None], other=0.0)
+        if g.dtype != tl.float32:
+            sums = add_sums(sums, g)
+        elif pid_k == 0:
+            again = g
+            if PRECISION == "tf32":
+                again = tl.load(
+                    g_ptrs, mask=mask_m[:, None], other=0.0, eviction_policy="evict_first"
+                )
+            sums = add_sums(sums, again)
         acc = dot(tl.trans(g.to(COMPUTE)), _cast(x, COMPUTE), acc, PRECISION)
     slab = (pid_k * tl.num_programs(0) + pid_n) * tl.num_programs(2) + pid_s
-    store_slab(slabs_ptr, db_slabs_ptr, acc, db, slab, pid_k, BLOCK_N, BLOCK_K)
+    store_slab(slabs_ptr, db_slabs_ptr, acc, sums, slab, pid_k == 0, BLOCK_N, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["B", "m", "P"])

@@ -108,17 +108,18 @@ def run(w: Workload) -> None:
     qkv_w, qkv_b = new(3 * w.dim, w.dim), new(3 * w.dim, dtype=master)
     norm = (rows, rows, vector, vector)
     qkv = (qkv_w, qkv_w.to(master), qkv_b)
-    # A float32 gradient comes and goes with a copy, except at the ends of a model.
-    copies = (False, True) if w.dtype != master == torch.float32 else (False,)
+    path_scale = new(w.batch, dtype=torch.float32) if w.branch else None
+    # A branch's gradient goes beside the residual's where they differ, except out of a model.
+    copies = [(False, None)]
+    copies += [(True, path_scale)] if w.branch or w.dtype != master else []
     for copy in copies:
-        layernorm_linear._bwd(new(M, 3 * w.dim), x, x, *norm, *qkv, False, True, copy)
+        layernorm_linear._bwd(new(M, 3 * w.dim), x, x, *norm, *qkv, False, True, *copy)
 
     q, k, v = new(w.batch, N, 3, w.heads, D).unbind(2)
     o, lse = attention._fwd(q, k, v, 0.125)
     attention._bwd(o, q, k, v, o, lse, 0.125)
 
     layer_scale = vector if w.branch else None
-    path_scale = new(w.batch, dtype=torch.float32) if w.branch else None
     branch = (layer_scale, path_scale, N)
     proj, out = new(w.dim, w.dim), new(M, w.dim)
     keeps = tuned.keeps_rows(M, w.dim, w.dtype)
@@ -126,22 +127,20 @@ def run(w: Workload) -> None:
     # What x's rows are is known, except at the ends of a model.
     told: list[Any] = [(None, None), *([(*kept, None)[:2]] if keeps else [])]
     for known in told:
-        layernorm_linear._fwd(x, vector, vector, *qkv, *known, 1e-6, False)
-    for copy in copies:
-        dout = x.to(w.dtype) if copy and not w.branch else x
-        linear_residual._bwd(dout, out, proj, proj.to(master), vector, *branch, True)
+        layernorm_linear._fwd(x, vector, vector, *qkv[1:], *known, 1e-6, False, w.dtype, True)
+    linear_residual._bwd(out, out, proj, proj.to(master), vector, layer_scale, True)
 
     fc1, fc1_b, fc2 = new(w.mlp_dim, w.dim), new(w.mlp_dim, dtype=master), new(w.dim, w.mlp_dim)
     for act in ("gelu", "gelu_tanh", "quick_gelu"):
-        fc = (fc1, fc1.to(master), fc1_b, fc2, vector)
-        options = (N, 1e-6, False, act, True, master, keeps)
+        fc = (fc1.to(master), fc1_b, fc2.to(master), vector)
+        options = (N, 1e-6, False, act, w.dtype, True, True, master, keeps)
         for known in told:
             layernorm_mlp._fwd(x, vector, vector, *fc, *branch[:2], *known, *options)
         fc1_saved, fc2_saved = (fc1, fc1.to(master), fc1_b), (fc2, fc2.to(master), vector)
         saved = (x, new(M, w.mlp_dim), *norm, *fc1_saved, *fc2_saved)
+        options = (layer_scale, 1e-6, False, act, True)
         for copy in copies:
-            dout_copy = x.to(w.dtype) if copy and not w.branch else None
-            layernorm_mlp._bwd(x, dout_copy, *saved, *branch, 1e-6, False, act, True, copy)
+            layernorm_mlp._bwd(x, out, *saved, *options, *copy)
 
 
 def run_swiglu(F: int = 4096) -> None:
@@ -269,10 +268,11 @@ _WORDS = {
     "PIECES": "of {} parts",
     "WIDTH": "by {}",
     "KNOWN": "known",
+    "BESIDE": "beside {}",
     "RMS": "rms",
 }
 # Pointers whose absence compiles to less.
-_OPTIONAL = {"copy", "y", "h", "g", "residual", "layer_scale", "slabs2", "norm_rows"}
+_OPTIONAL = {"copy", "y", "h", "residual", "layer_scale", "slabs2", "norm_rows"}
 _ALWAYS_FLOAT32 = {"mean", "rstd", "lse", "delta", "path_scale", "slabs", "db_slabs"}
 _ALWAYS_FLOAT32 |= {"cos", "sin", "dparams", "maps", "parts"}
 _ALWAYS_FLOAT32 |= {"sums", "folded_bias", "shift", "scale"}
@@ -305,6 +305,8 @@ def describe(case: aot.Case) -> str:
     given = {"seed_ptr": "dropout", "cos_ptr": "rope"}
     if case.name == "attention_maps":
         given = {"lse_ptr": "lse"}
+    if case.name in ("layernorm_bwd", "mlp_narrow_bwd"):
+        given = {"path_scale_ptr": "path_scale"}
     if case.name.startswith("gemm"):
         given = {"sums_ptr": "folded", "parts_ptr": "parts"}
     types = dict(case.types)
@@ -338,7 +340,8 @@ def _compile_named(key: tuple[str, int]) -> aot.Cost:
 
 
 def table(rows: list[aot.Cost]) -> str:
-    head = ("arch", "regs", "spill", "shared", "CTAs", "HGMMA", "HMMA", "tcgen05", "TMA", "kernel")
+    head = ("arch", "regs", "spill", "shared", "CTAs", "HGMMA", "serial", "HMMA", "tcgen05", "TMA")
+    head += ("kernel",)
     lines = [head] + [
         (
             f"sm_{c.arch}",
@@ -347,6 +350,7 @@ def table(rows: list[aot.Cost]) -> str:
             c.shared,
             c.ctas_per_sm,
             c.hgmma,
+            c.serial,
             c.hmma,
             c.tcgen05,
             c.tma_loads,
@@ -399,7 +403,7 @@ def worse(rows: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
             continue
         lines += [
             f"{label}: {cost} {old[cost]} -> {row[cost]}"
-            for cost in ("registers", "spills", "shared")
+            for cost in ("registers", "spills", "shared", "serial")
             if row[cost] > old[cost]
         ]
     return lines

@@ -24,11 +24,11 @@ class _Slot(threading.local):
 _slot = _Slot()
 
 
-def are_wanted(rows: Tensor, weight: Tensor) -> bool:
-    """Whether to make them of rows weight^T."""
+def are_wanted(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether to make them of rows weight^T, multiplied in `dtype`."""
     if torch.compiler.is_compiling() or not library.are_plain(rows, weight):
         return False
-    return tuned.keeps_rows(len(rows), len(weight), weight.dtype)
+    return tuned.keeps_rows(len(rows), len(weight), dtype)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, keeps: bool) -> Tensor:

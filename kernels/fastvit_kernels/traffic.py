@@ -121,18 +121,20 @@ def sizes(name: str, batch: int, autocast: bool = False) -> Sizes:
 # What each kernel writes; it reads its other tensors.
 WRITES = {
     "layernorm_fwd": ("y", "mean", "rstd"),
-    "layernorm_fold": ("mean", "rstd", "z", "shift", "scale", "folded", "sums", "folded_bias"),
-    "gemm": ("c", "h", "g", "copy", "parts"),
+    "layernorm_fold": (
+        *("mean", "rstd", "z", "shift", "scale"),
+        *("folded", "sums", "folded_bias", "to1", "to2"),
+    ),
+    "gemm": ("c", "h", "copy", "parts"),
     "gemm_tma": ("c", "h", "copy", "parts"),
     "gemm_dw": ("slabs", "db_slabs"),
-    "gemm_dw_tma": ("slabs", "db_slabs"),
     "reduce_slabs": (
         *("dw", "db", "dlayer_scale", "dw2", "db2"),
         *("dnorm_weight", "dnorm_bias"),
     ),
     "layernorm_bwd": ("dx", "copy", "y", "norm_rows"),
     "mlp_narrow_fwd": ("out", "u", "mean", "rstd"),
-    "mlp_narrow_bwd": ("dx", "copy", "y", "du", "h", "g", "norm_rows"),
+    "mlp_narrow_bwd": ("dx", "copy", "y", "du", "h", "norm_rows"),
     "attention_fwd": ("o", "lse"),
     "attention_fwd_resident": ("o", "lse"),
     "attention_bwd_resident": ("dq", "dk", "dv"),

@@ -30,6 +30,7 @@ class Config:
     GROUP_M: int = 8
     SUBTILES: int = 1
     CTAS: int = 1  # resident programs per SM, of a persistent kernel
+    BESIDE: int = 0  # rows of a tile, at least, that are finished beside a step of the next one's
     tma: bool = False
     maxnreg: int | None = None  # registers a thread may have at most; None: as ptxas sees fit
 
@@ -100,18 +101,18 @@ DEFAULT = 80
 GEMM: dict[int, dict[str, Config]] = {
     0: {
         **{name: Config(128, 128, 128) for name in ("wide", "square", "small", "float32")},
-        "tma_wide": Config(128, 256, 128, SUBTILES=4, tma=True),
-        "tma_square": Config(128, 128, 128, tma=True),
+        "tma_wide": Config(128, 256, 128, SUBTILES=4, BESIDE=32, tma=True),
+        "tma_square": Config(128, 128, 128, BESIDE=32, tma=True),
     },
     80: {
         "wide": Config(128, 128, 32, num_warps=8, num_stages=4, SUBTILES=2),
         "square": Config(128, 128, 32, num_warps=8, num_stages=4, SUBTILES=2),
         "small": Config(64, 64, 64, num_warps=4, num_stages=3),
-        "tiny": Config(64, 32, 64, num_warps=4, num_stages=4),
+        "tiny": Config(64, 32, 64, num_warps=4, num_stages=3),
         "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
     },
     90: {
-        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=4, SUBTILES=4, tma=True),
+        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4, BESIDE=8, tma=True),
         "tma_square": Config(128, 128, 64, num_warps=8, num_stages=6, SUBTILES=2, tma=True),
         "wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4),
         "square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2),
@@ -256,6 +257,17 @@ def _gemm(M: int, N: int, dtype: torch.dtype, tma: bool, arch: int, sms: int) ->
     if tma:
         table = table | {k.removeprefix("tma_"): c for k, c in table.items() if c.tma}
     return table[gemm_class(M, N, dtype, sms, table)]
+
+
+def rows_beside(config: Config, K: int, tiles: int, programs: int) -> int:
+    """How many rows of a tile a TMA product finishes beside each step of the next one's; 0 where
+    each tile finishes its own: where programs have no next one, or steps are so few that the rows
+    would leave no registers.
+    """
+    rows, steps = config.BESIDE, -(-K // config.BLOCK_K)
+    while rows and rows * steps < config.BLOCK_M:
+        rows *= 2
+    return rows if tiles > programs and rows <= 4 * config.BESIDE else 0
 
 
 def patch_embed(
@@ -485,6 +497,9 @@ ATTENTION: dict[int, dict[str, Config]] = {
     },
     90: _ATTENTION_WGMMA
     | {
+        # With two stages ptxas has each wgmma of these wait for the one before.
+        "dkv_dropout": Config(32, 64, num_warps=4, num_stages=1),
+        "fwd_96_dropout": Config(128, 32, num_warps=8, num_stages=1),
         "fwd_small_104_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "fwd_small_120_dropout": Config(64, 64, num_warps=8, num_stages=2),
         "dq_120": Config(64, 32, num_warps=8, num_stages=1),

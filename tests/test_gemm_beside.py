@@ -1,0 +1,128 @@
+"""The TMA product whose tiles are finished beside the next one's, against float64."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from checks import check
+from fastvit_kernels import gemm, tuned
+from parity import dtype_id
+from torch import Tensor
+from torch.nn.functional import gelu
+
+half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+# Rows and columns of tiles that are cut off; few steps along K and many.
+sizes = pytest.mark.parametrize("size", [(300, 264, 256), (259, 520, 392)], ids=str)
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[int]:
+    """Two programs for all tiles, and how many rows each launch finished beside a step."""
+    found: list[int] = []
+    table = tuned.look_up(tuned.GEMM, tuned.arch(device.index))
+    if "tma_wide" not in table:
+        pytest.skip("this GPU has no TMA")
+    config = replace(table["tma_wide"], BESIDE=table["tma_wide"].BESIDE or 8)
+    monkeypatch.setattr(tuned, "gemm", lambda *_, **__: config)
+    monkeypatch.setattr(tuned, "num_sms", lambda _: 2)
+
+    def launch(kernel: Any, *args: Any, **constants: Any) -> None:
+        found.append(constants["BESIDE"])
+        launch_it(kernel, *args, **constants)
+
+    launch_it = gemm.launch
+    monkeypatch.setattr(gemm, "launch", launch)
+    return found
+
+
+def operands(size: tuple[int, int, int], dtype: torch.dtype, device: Any) -> tuple[Tensor, Tensor]:
+    M, N, K = size
+    a, weight = torch.randn(M, K), torch.randn(N, K) * K**-0.5
+    return a.to(device, dtype), weight.to(device, dtype)
+
+
+def poisoned(a: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    shape = len(a), len(weight)
+    return torch.full(shape, float("nan"), dtype=dtype or a.dtype, device=a.device)
+
+
+@half
+@sizes
+@pytest.mark.parametrize("saves", [True, False], ids=["training", "inference"])
+def test_gelu(saves: bool, size: Any, dtype: torch.dtype, device: Any, beside: list[int]) -> None:
+    a, weight = operands(size, dtype, device)
+    bias = torch.randn(size[1]).to(device)
+    h, u = poisoned(a, weight), poisoned(a, weight) if saves else None
+    gemm.gemm(a, weight.t(), h, epilogue="gelu", bias=bias, u=u)
+    assert all(beside)
+    eager = a @ weight.t() + bias.to(dtype)
+    truth = a.double() @ weight.double().t() + bias.double()
+    check("h", h, gelu(eager), gelu(truth))
+    if u is not None:
+        check("u", u, eager, truth)
+
+
+@half
+@sizes
+def test_dgelu(size: Any, dtype: torch.dtype, device: Any, beside: list[int]) -> None:
+    a, weight = operands(size, dtype, device)
+    b, u = weight.t().contiguous(), torch.randn(size[0], size[1]).to(device, dtype)
+    du, h = poisoned(a, weight), poisoned(a, weight)
+    gemm.gemm(a, b, du, epilogue="dgelu", u=u, h=h)
+    assert all(beside)
+    check("h", h, gelu(u), gelu(u.double()))
+
+    def backward(u: Tensor, dh: Tensor) -> Tensor:
+        u = u.clone().requires_grad_()
+        return torch.autograd.grad(gelu(u), u, dh)[0]
+
+    check("du", du, backward(u, a @ b), backward(u.double(), a.double() @ b.double()))
+
+
+@half
+@sizes
+@pytest.mark.parametrize("branch", [True, False], ids=["scaled", "plain"])
+@pytest.mark.parametrize("wide", [True, False], ids=["float32 stream", "16-bit stream"])
+def test_residual(
+    wide: bool, branch: bool, size: Any, dtype: torch.dtype, device: Any, beside: list[int]
+) -> None:
+    a, weight = operands(size, dtype, device)
+    M, N, _ = size
+    stream, tokens = torch.float32 if wide else dtype, 50
+    bias, residual = torch.randn(N).to(device), torch.randn(M, N).to(device, stream)
+    options: dict[str, Any] = {"tokens": tokens, "bias": bias, "residual": residual}
+    if branch:
+        options["layer_scale"] = torch.randn(N).to(device)
+        options["path_scale"] = torch.rand(-(-M // tokens)).to(device)
+    out, copy = poisoned(a, weight, stream), poisoned(a, weight) if wide else None
+    parts = gemm.parts_of(a, weight.t()).fill_(float("nan"))
+    gemm.gemm(a, weight.t(), out, epilogue="residual", parts=parts, copy=copy, **options)
+    assert not any(beside)
+
+    def eager(wider: torch.dtype, narrow: torch.dtype) -> Tensor:
+        y = (a.to(narrow) @ weight.to(narrow).t() + bias.to(narrow)).to(wider)
+        if branch:
+            rows = options["path_scale"].to(wider).repeat_interleave(tokens)[:M]
+            y = y * options["layer_scale"].to(wider) * rows[:, None]
+        return residual.to(wider) + y
+
+    truth = eager(torch.float64, torch.float64)
+    check("out", out, eager(stream, dtype), truth)
+    if copy is not None:
+        assert torch.equal(copy, out.to(dtype))
+    width = 1 << (-(-N // len(parts)) - 1).bit_length()
+    for part, piece in zip(parts, out.double().split(width, dim=1), strict=True):
+        mean = piece.mean(1)
+        torch.testing.assert_close(part[0].double(), mean, rtol=1e-5, atol=1e-5)
+        squares = (piece - mean[:, None]).square().sum(1)
+        torch.testing.assert_close(part[1].double(), squares, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_beside_a_step() -> None:
+    """As few as the steps along K allow; none where there is no next tile or rows are too many."""
+    config = tuned.Config(128, 256, 64, BESIDE=8)
+    found = [tuned.rows_beside(config, K, 1182, 132) for K in (4096, 1024, 768, 384, 192)]
+    assert found == [8, 8, 16, 32, 0]
+    assert tuned.rows_beside(config, 768, 132, 132) == 0
+    assert tuned.rows_beside(tuned.Config(128, 256, 64), 768, 1182, 132) == 0

@@ -1,0 +1,22 @@
+"""Kernels as Triton compiles them, run without a GPU: `ptx_cases` on the machine `ptx_machine`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).with_name("ptx_cases.py")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what is compiled for it")
+@pytest.mark.parametrize("machine", ["90", "90-late", "80-late"])
+def test_compiled_kernels(machine: str) -> None:
+    env = {**os.environ, "PTX_MACHINE": machine}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(CASES)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
