@@ -93,6 +93,7 @@ def test_worse_names_what_grew_and_what_is_new() -> None:
     from fastvit_kernels.report import worse
 
     row = {"arch": 90, "name": "gemm 64x64", "registers": 128, "spills": 0, "shared": 4096}
+    row["serial"] = 0
     table = {"triton": triton.__version__, "rows": [row]}
     assert worse([row, {**row, "arch": 80}], table) == ["sm_80 gemm 64x64: not in the table"]
     assert worse([{**row, "registers": 120, "shared": 0}], table) == []
@@ -100,6 +101,7 @@ def test_worse_names_what_grew_and_what_is_new() -> None:
         "sm_90 gemm 64x64: registers 128 -> 130",
         "sm_90 gemm 64x64: spills 0 -> 8",
     ]
+    assert worse([{**row, "serial": 4}], table) == ["sm_90 gemm 64x64: serial 0 -> 4"]
     assert worse([{**row, "registers": 130}], {**table, "triton": "0"}) == []
 
 
