@@ -9,8 +9,6 @@ take turns from the first to the last or, with `late`, from the last to the firs
 registers start as NaN, and an access outside of every tensor's storage is an error.
 
     PTX_MACHINE=90 pytest -n0 tests/test_gemm_beside.py    runs tests so, PTX_MACHINE=90-late late
-
-It is slow: some 10^5 instructions of a warp a second.
 """
 
 import contextlib

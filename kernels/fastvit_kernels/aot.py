@@ -144,7 +144,7 @@ def _type(value: Any, specialize: bool = True) -> str | None:
 class Cost:
     """What one compiled case costs; spills in bytes a thread, shared memory in bytes a CTA.
 
-    serial: wgmma instructions that ptxas has made wait for one another, some three times slower.
+    serial: wgmma instructions that ptxas has made wait for one another.
     """
 
     name: str

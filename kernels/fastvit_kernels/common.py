@@ -8,7 +8,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def dot(a, b, acc=None, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32; PRECISION is 'ieee' or 'tf32' and matters for float32 alone."""
     if INTERPRET:
         # numpy has no bfloat16: the interpreter would multiply the raw bits.
@@ -107,13 +107,13 @@ def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def barrier():
-    """Let every thread of the program see what the others wrote. Unlike tl.debug_barrier it leaves
-    the loop around it to the software pipeliner.
+def _issue(INSTRUCTION: tl.constexpr):
+    """Issue a PTX instruction of the whole program, which memory accesses do not pass. Unlike
+    tl.debug_barrier it leaves the loop around it to the software pipeliner.
     """
     if not INTERPRET:
         tl.inline_asm_elementwise(
-            "bar.sync 0; mov.b32 $0, $1;",
+            INSTRUCTION + " mov.b32 $0, $1;",
             "=r,r,~{memory}",
             [tl.arange(0, 32)],
             dtype=tl.int32,
@@ -123,16 +123,14 @@ def barrier():
 
 
 @triton.jit
+def barrier():
+    """Let every thread of the program see what the others wrote."""
+    _issue("bar.sync 0;")
+
+
+@triton.jit
 def wait_for_products():
     """sm_90 alone: let products end that Triton leaves to run into the next round of a loop. ptxas
     would else wait for each one of them, where the next round begins with new accumulators.
     """
-    if not INTERPRET:
-        tl.inline_asm_elementwise(
-            "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;",
-            "=r,r,~{memory}",
-            [tl.arange(0, 32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    _issue("wgmma.wait_group.sync.aligned 0;")

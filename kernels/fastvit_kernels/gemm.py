@@ -15,10 +15,10 @@ Epilogues act on the float32 accumulator:
                  columns, and a 16-bit copy of float32 rows (`row_statistics`)
 
 Two kernels share the epilogues. `_gemm_tma_kernel` takes plain 16-bit operands from TMA
-descriptors and is persistent. The epilogue of a tile takes about as many clocks as its products do
-at K = 768: issue slots, and the latency and bandwidth of memory. So a tile leaves no more than acc
-+ bias, where its result goes and in that dtype (eager rounds there too), and the rest is done a few
-rows at a time beside the products of the next tile ("residual" is not: its registers spill).
+descriptors and is persistent. While a tile runs its epilogue the tensor cores wait. So a wide tile
+that "gelu" or "dgelu" follows leaves no more than acc + bias, where its result goes and in that
+dtype (eager rounds there too), and the rest is done a few rows at a time beside the products of the
+next tile, from L2. The registers of "residual" would spill.
 `_gemm_kernel` loads through pointers: prologues, float32, few rows, operands that TMA cannot
 address (a base or a row stride that is no multiple of 16 bytes) and GPUs without TMA.
 Operands are multiplied in the compute dtype with float32 accumulation.
@@ -287,7 +287,7 @@ def _load_rows(
     """Of the tile at (tile_m, tile_n) the i-th BESIDE rows, if there are: acc + bias as the tile
     left it, and what else its epilogue reads.
     """
-    raw_ptr, out, M, N, _ = left
+    raw_ptr, out, M, N = left
     offs_m = tile_m + i * BESIDE + tl.arange(0, BESIDE)
     offs, mask = _place(offs_m, tile_n + tl.arange(0, BLOCK_N), M, N)
     mask &= i < BLOCK_M // BESIDE
@@ -295,8 +295,6 @@ def _load_rows(
     other = raw
     if EPILOGUE == "dgelu":
         other = tl.load(out[0][1] + offs, mask=mask, other=0.0)
-    elif EPILOGUE == "residual":
-        other = tl.load(out[0][3] + offs, mask=mask, other=0.0)
     return raw, other
 
 
@@ -313,12 +311,9 @@ def _finish_rows(
     BESIDE: tl.constexpr,
 ):
     """The epilogue of what _load_rows loaded."""
-    _, out, M, N, tokens = left
+    _, out, M, N = left
     offs_m = tile_m + i * BESIDE + tl.arange(0, BESIDE)
-    path_scale = tl.zeros([BESIDE], tl.float32)
-    if out[1][2] is not None:
-        path_scale = tl.load(out[1][2] + tl.minimum(offs_m, M - 1) // tokens).to(tl.float32)
-    at = (offs_m, tile_n, path_scale, M, N)
+    at = (offs_m, tile_n, None, M, N)
     _write(rows[0].to(tl.float32), rows[1], out, *at, EPILOGUE, ACTIVATION, False, BLOCK_N)
 
 
@@ -367,7 +362,7 @@ def _gemm_tma_kernel(
         if EPILOGUE == "gelu" and u_ptr is not None:
             raw_ptr = u_ptr
         first = ((raw_ptr, None, None, None, None, None), (bias_ptr, None, None, sums_ptr))
-        left = (raw_ptr, out, M, N, tokens)
+        left = (raw_ptr, out, M, N)
         before_m, before_n = M, N  # none yet: past the edges
         rows = _load_rows(M, N, 0, left, EPILOGUE, BLOCK_M, BLOCK_N, BESIDE)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
@@ -392,7 +387,7 @@ def _gemm_tma_kernel(
         path_scale = tl.zeros([BLOCK_M], tl.float32)
         mean = path_scale
         rstd = path_scale
-        if first[1][2] is not None:
+        if path_scale_ptr is not None:
             sample = tl.minimum(offs_m, M - 1) // tokens
             path_scale = tl.load(path_scale_ptr + sample).to(tl.float32)
         if mean_ptr is not None:
@@ -461,16 +456,6 @@ def _config(a: Tensor, b: Tensor, plain: bool) -> tuple[tuned.Config, Tensor]:
     return tuned.gemm(len(a), b.shape[1], b.dtype, a.device.index, tma), b_rows
 
 
-def _programs(config: tuned.Config, a: Tensor, b: Tensor) -> tuple[int, int]:
-    """Tiles, and programs of a persistent kernel that share them."""
-    tiles = cdiv(len(a), config.BLOCK_M) * cdiv(b.shape[1], config.BLOCK_N)
-    return tiles, min(tiles, config.CTAS * tuned.num_sms(a.device.index))
-
-
-def _rows_beside(config: tuned.Config, a: Tensor, b: Tensor) -> int:
-    return tuned.rows_beside(config, a.shape[1], *_programs(config, a, b)) if config.tma else 0
-
-
 def parts_of(a: Tensor, b: Tensor) -> Tensor:
     """Room for what epilogue "residual" of gemm(a, b) tells of each row by pieces of columns: the
     mean and the sum of squared deviations, (P, 2, M) float32. A piece has the power of two from
@@ -515,7 +500,8 @@ def gemm(
     if residual is not None:
         residual = residual.contiguous()
     config, b_rows = _config(a, b, plain=prologue == "none")
-    tiles, programs = _programs(config, a, b)
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
+    programs = min(tiles, config.CTAS * tuned.num_sms(a.device.index))  # of a persistent kernel
     outputs = (out, u, h), (residual, copy, parts, bias)
     scales = (layer_scale, path_scale)
     norm_params, statistics = (None, None), fold or (None, None, None)
@@ -532,6 +518,9 @@ def gemm(
     }
     if config.tma:
         b_block = [config.BLOCK_K, config.BLOCK_N]
+        beside = 0
+        if epilogue in ("gelu", "dgelu"):
+            beside = tuned.rows_beside(config, K, tiles, programs)
         launch(
             _gemm_tma_kernel,
             (programs,),
@@ -548,7 +537,7 @@ def gemm(
             EPILOGUE=epilogue,
             ACTIVATION=activation,
             B_TRANSPOSED=b_rows is not b,
-            BESIDE=_rows_beside(config, a, b) if epilogue in ("gelu", "dgelu") else 0,
+            BESIDE=beside,
             **blocks,
         )
         return out

@@ -34,7 +34,7 @@ def add_sums(sums, g):
     if g.dtype == tl.float32:
         return sums + tl.sum(g, axis=0)[:, None]
     ones = tl.full([g.shape[0], 16], 1.0, tl.float32)  # the interpreter has no constants of bf16
-    return dot(tl.trans(g), ones.to(g.dtype), sums)
+    return dot(tl.trans(g), ones.to(g.dtype), sums, "ieee")
 
 
 @triton.jit

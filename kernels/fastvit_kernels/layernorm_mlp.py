@@ -8,7 +8,8 @@ The norm is applied where `layernorm_linear` applies it; bias and GELU ride in f
 LayerScale, drop path and residual in fc2's. In backward the epilogue of dU, which has u at hand,
 writes GELU(u) too, for dW2: applied as dW2 loads its tiles it would be computed again for each
 column of tiles, at more issue slots than their products take.
-Launches: 3 forward (norm, fc1, fc2); 6 backward (dU, dW2, dh, norm, dW1, the sum of all parts).
+Launches: 3 forward (norm, fc1, fc2); 6 backward (dU, dW2, dh, norm, dW1, the sum of all parts),
+with LayerScale one more (`linear_residual.operands`).
 Short rows on sm_90 (`tuned.mlp_narrow`): 1 forward, 4 backward; mlp_narrow.py has both.
 """
 

@@ -3,8 +3,10 @@
 x: (B, N, K); weight: (C, K); residual: (B, N, C); layer_scale: (C,); path_scale: (B,).
 Saved for backward: x and weight in the compute dtype. LayerScale's gradient needs nothing more:
 with G = g^T x, which dW needs anyway, it is <W[c], G[c]> + b[c] sum(g[:, c]).
-Launches: 1 forward; 3 backward (dX product, dW, its slab sum). The residual's gradient is dout, the
-branch's g = path_scale * dout in the compute dtype, which mostly comes with dout (`gradient_copy`).
+Launches: 1 forward; 3 backward (dX product, dW, its slab sum), with LayerScale one more, and one
+more each where a weight is to be cast or g does not come with dout. The residual's gradient is
+dout, the branch's g = path_scale * dout in the compute dtype, which mostly comes with dout
+(`gradient_copy`).
 Bytes: x, residual and out once, and what `row_statistics` keeps of out; backward g twice, x and dx
 once, and the dW slabs.
 """

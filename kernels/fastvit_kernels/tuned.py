@@ -112,7 +112,7 @@ GEMM: dict[int, dict[str, Config]] = {
         "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
     },
     90: {
-        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4, BESIDE=8, tma=True),
+        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=4, SUBTILES=4, BESIDE=8, tma=True),
         "tma_square": Config(128, 128, 64, num_warps=8, num_stages=6, SUBTILES=2, tma=True),
         "wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4),
         "square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2),
