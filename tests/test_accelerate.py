@@ -240,7 +240,11 @@ def test_compile_fullgraph(name, train):
     close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected_grads)
 
 
-def test_recompiles_after_accelerate_and_restore():
+@pytest.mark.parametrize("dict_tags", [False, True])
+def test_recompiles_after_accelerate_and_restore(dict_tags, monkeypatch):
+    # What torch 2.11 does of itself: guards on modules are checked where a dictionary has changed.
+    config = torch._dynamo.config
+    monkeypatch.setattr(config, "use_recursive_dict_tags_for_guards", dict_tags, raising=False)
     model, x = make("timm"), images()
     torch._dynamo.reset()
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -99,7 +99,7 @@ def accelerate(model: nn.Module) -> Report:
         rows = _rows(name, module, reroute)
         covered.update(row.module for row in rows if row.taken and row.part == "attention")
         if any(row.taken for row in rows) and not hasattr(type(module), "_fastvit_peer"):
-            module.__class__ = _subclass(type(module))
+            _become(module, _subclass(type(module)))
             changed = True
         # The core serves where the whole attention half does not: told only there.
         owners = (name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")[0], name)
@@ -121,8 +121,15 @@ def restore(model: nn.Module) -> nn.Module:
                 "parametrization; undo that before fastvit.restore"
             )
     for module in modules:
-        module.__class__ = peer_class(module)
+        _become(module, peer_class(module))
     return model
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    module.__class__ = cls
+    # Dynamo of torch 2.11 looks no further at a module whose dictionary nobody wrote to.
+    vars(module)["_fastvit"] = None
+    del vars(module)["_fastvit"]
 
 
 def _find(model: nn.Module) -> "list[tuple[str, tuple[nn.Module, Reroute]]]":
