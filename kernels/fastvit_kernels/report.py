@@ -12,7 +12,10 @@ import argparse
 import dataclasses
 import functools
 import json
+import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -323,9 +326,21 @@ def costs(selected: list[tuple[aot.Case, int]], jobs: int) -> list[aot.Cost]:
     """Compile cases, each (case, arch), in `jobs` processes."""
     if jobs == 1:
         return [aot.compile_case(case, arch) for case, arch in selected]
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=_end_with_parent) as pool:
         keys = [(case.name, arch) for case, arch in selected]
         return list(pool.map(_compile_named, keys, chunksize=4))
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next case for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _by_name: dict[tuple[str, int], aot.Case] = {}

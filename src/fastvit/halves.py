@@ -3,7 +3,7 @@
 A peer's block is described by an `AttentionHalf` and an `MlpHalf`, read afresh at every call, so
 that replaced parameters, LoRA layers or new hooks are seen. `why_not` is the one predicate: it
 decides at the call, and it gives the report its reasons. It costs some microseconds a block, and
-nothing under torch.compile.
+nothing under torch.compile. `run` is the fused op; Dynamo of torch 2.10 cannot call a tuple.
 """
 
 import sys
@@ -110,7 +110,7 @@ class AttentionHalf(NamedTuple):
             or limits.linear(inner, self.proj.weight.shape[0])
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
         weight, bias = self._in_projection()
         proj = self.proj
@@ -160,7 +160,7 @@ class MlpHalf(NamedTuple):
             return f"fc2 is {tuple(self.fc2.weight.shape)}, not {(dim, hidden)}"
         return limits.linear(dim, hidden)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
         norm, fc1, fc2 = self.norm, self.fc1, self.fc2
         activation = _kind(self.activation)
@@ -214,7 +214,7 @@ class GatedHalf(NamedTuple):
         dim, hidden = self.fc2.weight.shape
         return limits.linear(dim, 2 * hidden) or limits.linear(hidden, dim)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
         fc2 = self.fc2
         u, x = _norm_linear(x, self.norm, *_joined(self.fc1))

@@ -125,12 +125,12 @@ def _timm_mlp_half(b: Any) -> MlpHalf | GatedHalf:
 def _timm_block(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     half = _timm_attention_half(self)
     if not _given((*args, *kwargs.values())) and x.ndim == 3 and half.why_not() is None:
-        x = half(x)
+        x = half.run(x)
     else:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **kwargs)))
     half = _timm_mlp_half(self)
     if x.ndim == 3 and half.why_not() is None:
-        return half(x)
+        return half.run(x)
     return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -230,13 +230,13 @@ def _hf_layer(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Te
     x = hidden_states
     half = _hf_attention_half(self)
     if not _hf_masked(args, kwargs) and half.why_not() is None:
-        x = half(x)
+        x = half.run(x)
     else:
         branch = self.attention(half.norm(x), *args, **kwargs)
         x = _hf_branch(self, branch[0] if isinstance(branch, tuple) else branch, 1) + x
     half = _hf_mlp_half(self)
     if half.why_not() is None:
-        return half(x)
+        return half.run(x)
     return _hf_branch(self, self.mlp(half.norm(x)), 2) + x
 
 
@@ -302,12 +302,12 @@ def _tv_block(self: Any, input: Tensor) -> Tensor:
         return self._fastvit_peer.forward(self, x)
     half = _tv_attention_half(self)
     if half.why_not() is None:
-        x = half(x)
+        x = half.run(x)
     else:
         y = self.ln_1(x)
         x = self.dropout(self.self_attention(y, y, y, need_weights=False)[0]) + x
     half = _tv_mlp_half(self)
-    return half(x) if half.why_not() is None else x + self.mlp(self.ln_2(x))
+    return half.run(x) if half.why_not() is None else x + self.mlp(self.ln_2(x))
 
 
 # --- vit-pytorch
@@ -358,9 +358,9 @@ def _vp_mlp_half(m: Any) -> MlpHalf:
 def _vp_transformer(self: Any, x: Tensor) -> Tensor:
     for attention, feed_forward in self.layers:
         half = _vp_attention_half(attention)
-        x = half(x) if half.why_not() is None else attention(x) + x
+        x = half.run(x) if half.why_not() is None else attention(x) + x
         half = _vp_mlp_half(feed_forward)
-        x = half(x) if half.why_not() is None else feed_forward(x) + x
+        x = half.run(x) if half.why_not() is None else feed_forward(x) + x
     return self.norm(x)
 
 
