@@ -240,11 +240,9 @@ def test_compile_fullgraph(name, train):
     close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected_grads)
 
 
-@pytest.mark.parametrize("dict_tags", [False, True])
-def test_recompiles_after_accelerate_and_restore(dict_tags, monkeypatch):
-    # What torch 2.11 does of itself: guards on modules are checked where a dictionary has changed.
-    config = torch._dynamo.config
-    monkeypatch.setattr(config, "use_recursive_dict_tags_for_guards", dict_tags, raising=False)
+# What torch 2.11 does of itself: a module's guards are checked where its dictionary has changed.
+@torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True)
+def test_recompiles_after_accelerate_and_restore():
     model, x = make("timm"), images()
     torch._dynamo.reset()
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -138,7 +138,7 @@ def test_lse(device: torch.device) -> None:
 
 @pytest.mark.parametrize(("N", "D"), [(70, 24), (130, 64), (400, 80)])
 def test_repeatable(N: int, D: int, device: torch.device) -> None:
-    check_repeatable("attention_qkv", {"qkv": leaf(2, N, 3, 2, D)}, torch.bfloat16, device)
+    check_repeatable("attention_qkv", {"qkv": leaf(1, N, 3, 1, D)}, torch.bfloat16, device)
 
 
 def test_compiled_and_first_order(device: torch.device) -> None:

@@ -144,7 +144,7 @@ def test_whole_model_on_the_kernels(dtype: torch.dtype, device: torch.device) ->
 
 
 def test_training_curve_on_the_kernels_is_the_references(device: torch.device) -> None:
-    """Twenty steps of AdamW on one batch; both backends start from the same weights."""
+    """Ten steps of AdamW on one batch; both backends start from the same weights."""
     start = tiny(drop_path=0.1)
     images, labels = torch.randn(8, 3, 16, 16, device=device), torch.arange(8, device=device)
 
@@ -152,10 +152,10 @@ def test_training_curve_on_the_kernels_is_the_references(device: torch.device) -
         torch.manual_seed(0)
         model = tiny(drop_path=0.1).to(device)
         model.load_state_dict(start.state_dict())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         losses = []
         with fastvit.use_backend(backend):
-            for _ in range(20):
+            for _ in range(10):
                 loss = F.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
                 loss.backward()

@@ -33,16 +33,16 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def chain(name: str):
-    """proj's residual, the MLP, then qkv: two ops that tell and two that are told."""
+    """proj's residual, the MLP, then a Linear: two ops that tell and two that are told."""
     module = ops if name == "triton" else reference
 
-    def run(o, x, proj, fc1, fc2, qkv, n1, b1, n2, b2, scale, norm_kind="layernorm", save="all"):
+    def run(o, x, proj, fc1, fc2, linear, n1, b1, n2, b2, scale, norm_kind="layernorm", save="all"):
         with fastvit.use_backend(name):
             x = module.linear_residual(o, proj, None, x, scale)
             x = module.layernorm_mlp(
                 x, n1, b1, fc1, None, fc2, None, scale, norm_kind=norm_kind, save=save
             )
-            return module.layernorm_linear(x, n2, b2, qkv, None, norm_kind=norm_kind)
+            return module.layernorm_linear(x, n2, b2, linear, None, norm_kind=norm_kind)
 
     return run
 
@@ -57,7 +57,7 @@ def arguments(B: int, N: int, C: int, F: int, x_mean: float = 0.0) -> dict:
         "proj": leaf(C, C, scale=C**-0.5),
         "fc1": leaf(F, C, scale=C**-0.5),
         "fc2": leaf(C, F, scale=F**-0.5),
-        "qkv": leaf(3 * C, C, scale=C**-0.5),
+        "linear": leaf(C, C, scale=C**-0.5),
         **{name: leaf(C) for name in ("n1", "b1", "n2", "b2")},
         "scale": leaf(C),
     }
