@@ -535,6 +535,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_small_104": Config(32, 32, num_warps=4, num_stages=2),
         "fwd_small_120": Config(32, 32, num_warps=4, num_stages=2),
         "fwd_small_16_dropout": Config(64, 32, num_warps=8, num_stages=2),
+        "fwd_88_dropout": Config(128, 16, num_warps=8, num_stages=2),
         "dq_32_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "dq_40": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
         "dq_40_dropout": Config(64, 32, num_warps=8, num_stages=2),
