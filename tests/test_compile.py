@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastvit_kernels.aot import ARCHS, LIMITS
 
 ROOT = Path(__file__).parents[1]
-ARCHS = (80, 90, 100, 120)
 # Products on sm_90 that may use HMMA beside HGMMA: a tile of fewer than 64 rows has no wgmma.
 HMMA_ALLOWED = {"attention": "tail tiles of 16 or 32 query rows, and of keys where rows are owned"}
 # Whose wgmma each wait for the one before: the pipeline of TF32 pixels meets new accumulators.
@@ -34,8 +34,6 @@ def report(*args: str, path: Path, kernels: set[str] = KERNELS) -> list[dict]:
 
 
 def check_rows(rows: list[dict]) -> None:
-    from fastvit_kernels.aot import LIMITS
-
     for row in rows:
         label = f"sm_{row['arch']} {row['name']}"
         assert row["spills"] == 0, f"{label}: spills {row['spills']} bytes a thread"

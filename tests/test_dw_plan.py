@@ -58,9 +58,11 @@ def check_plan(plan: Plan, device: torch.device) -> None:
         assert all(t == tile and first < end for t, first, end in parts)
 
 
+@pytest.mark.parametrize("most", [12, pytest.param(40, marks=pytest.mark.slow)])
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 12), st.integers(1, 60), st.integers(1, 12), st.sampled_from([0, 0.2, 3, 15]))
-def test_every_step_once(tiles: int, steps: int, programs: int, part_steps: float) -> None:
+@given(data=st.data(), steps=st.integers(1, 60), part_steps=st.sampled_from([0, 0.2, 3, 15]))
+def test_every_step_once(most: int, data: st.DataObject, steps: int, part_steps: float) -> None:
+    tiles, programs = (data.draw(st.integers(1, most)) for _ in range(2))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_plan(dw_plan.plan(tiles, steps, programs, part_steps), device)
     check_plan(dw_plan.even(tiles, steps, programs), device)

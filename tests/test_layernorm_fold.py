@@ -35,7 +35,16 @@ def folds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
 @every_op
 @half
-@pytest.mark.parametrize("size", [(1, 1, 8, 16), (2, 17, 72, 24), (3, 50, 40, 136)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 1, 8, 16),
+        (2, 17, 72, 24),
+        (3, 50, 40, 136),
+        pytest.param((2, 197, 64, 192), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_parity(
     op: str,
     size: tuple[int, ...],

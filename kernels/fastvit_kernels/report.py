@@ -334,10 +334,10 @@ def costs(selected: list[tuple[aot.Case, int]], jobs: int) -> list[aot.Cost]:
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for its next case for ever."""
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        if parent is not None:
-            parent.join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
