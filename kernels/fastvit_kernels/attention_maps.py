@@ -118,7 +118,7 @@ def _maps(q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float) 
         PRECISION=precision(q.dtype),
         num_warps=4,
         num_stages=2,
-        maxnreg=tuned.attention_bound(D, tuned.arch(q.device.index)),
+        maxnreg=tuned.attention_maps_bound(D, q.device.index),
     )
     return maps
 

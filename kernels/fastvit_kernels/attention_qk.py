@@ -269,6 +269,7 @@ def _arguments(
         "D": D,
         "ALIGN": strides_divisor(qkv),
         "num_warps": config.num_warps,
+        "maxnreg": config.maxnreg,
     }
     return (*qkv.stride(), stride_cos, B * N, N, H, first), constants
 

@@ -534,13 +534,15 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_small_88_dropout": Config(32, 32, num_warps=4, num_stages=2),
         "fwd_small_104": Config(32, 32, num_warps=4, num_stages=2),
         "fwd_small_120": Config(32, 32, num_warps=4, num_stages=2),
-        "fwd_small_16_dropout": Config(64, 32, num_warps=8, num_stages=2),
+        "fwd_small_16_dropout": Config(64, 32, num_warps=4, num_stages=1),
         "fwd_88_dropout": Config(128, 16, num_warps=8, num_stages=2),
         "dq_32_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "dq_40": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
         "dq_40_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "dq_112": Config(32, 32, num_warps=8, num_stages=2),
         "dkv_80_dropout": Config(16, 64, num_warps=8, num_stages=2),
+        "dkv_24": Config(32, 64, num_warps=4, num_stages=1),
+        "dkv_24_dropout": Config(16, 64, num_warps=4, num_stages=2),
         "dkv_56": Config(32, 64, num_warps=8, num_stages=2),
         "dkv_56_dropout": Config(32, 64, num_warps=8, num_stages=1),
         "dkv_80": Config(32, 64, num_warps=8, num_stages=1),
@@ -552,10 +554,11 @@ ATTENTION: dict[int, dict[str, Config]] = {
 
 
 # Head dims at which ptxas spills some registers so that one CTA more fits the SM, unless it is told
-# how many a thread may have.
-ATTENTION_BOUNDED: dict[int, tuple[int, ...]] = {
+# how many a thread may have: in the kernels of `attention` and its maps, or in the one named.
+ATTENTION_BOUNDED: dict[int, tuple[int | str, ...]] = {
     DEFAULT: (),
     100: (16, 24, 32, 40, 48, 56, 72, 88, 96, 104, 112, 120),
+    120: ("maps_56", "qk_128"),
 }
 
 # Up to this many keys the programs of dq_beside and dkv_beside share one launch, where a table has
@@ -578,15 +581,23 @@ def attention(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool 
     return replace(config, maxnreg=bound) if bound else config
 
 
-def attention_bound(D: int, arch: int) -> int | None:
-    """How many registers a thread may have at head dim D; None: as ptxas sees fit."""
-    return 255 if D in look_up(ATTENTION_BOUNDED, arch) else None
+def attention_bound(of: int | str, arch: int) -> int | None:
+    """How many registers a thread may have at a head dim, or in the kernel named; None: as ptxas
+    sees fit."""
+    return 255 if of in look_up(ATTENTION_BOUNDED, arch) else None
+
+
+def attention_maps_bound(D: int, device_index: int | None) -> int | None:
+    """`attention_bound` of the maps."""
+    part = arch(device_index)
+    return attention_bound(D, part) or attention_bound(f"maps_{D}", part)
 
 
 def attention_qk(D: int, device_index: int | None) -> Config:
     """Tokens a program has in hand, and pairs of channels padded: 1024 pairs, eight a thread."""
-    pairs = _power_of_two(D // 2)
-    return Config((4096 if arch(device_index) == 0 else 1024) // pairs, pairs, num_warps=4)
+    part, pairs = arch(device_index), _power_of_two(D // 2)
+    bound = attention_bound(f"qk_{D}", part)
+    return Config((4096 if part == 0 else 1024) // pairs, pairs, num_warps=4, maxnreg=bound)
 
 
 def attention_qk_groups(blocks: int, H: int, device_index: int | None) -> int:
