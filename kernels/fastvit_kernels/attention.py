@@ -93,16 +93,17 @@ def plan_fwd(
 
     With dropout, whose Philox takes most of the time and many registers, no row is held whole.
     """
-    resident = tuned.attention("fwd_resident", D, dtype, arch)
-    if not ragged and not dropout and N <= resident.BLOCK_N:
-        # Few heads: every query tile its own program, though each then loads all keys.
-        splits = cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
-        constants = _resident(N, resident) | {"SPLITS": splits}
-        return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
+    for kernel in () if ragged or dropout else ("fwd_176_keys", "fwd_resident"):
+        resident = tuned.attention(kernel, D, dtype, arch)
+        if N <= resident.BLOCK_N:
+            # Few heads: every query tile its own program, though each then loads all keys.
+            splits = cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
+            constants = _resident(N, resident, 2) | {"SPLITS": splits}
+            return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
     config = tuned.attention("fwd", D, dtype, arch, dropout)
     if heads * cdiv(N, config.BLOCK_M) < sms:
         config = tuned.attention("fwd_small", D, dtype, arch, dropout)
-    sizes = _sizes("M", config, "N", N, ragged, 2)
+    sizes = _sizes("M", config, "N", N, ragged, 2, always=dropout)
     return Launch(_attention_fwd_kernel, _programs(N, sizes, "M", ragged), sizes, config)
 
 
@@ -118,21 +119,21 @@ def plan_bwd(
     dropout: bool = False,
 ) -> list[Launch]:
     """The backward: one launch for short rows, else dQ and delta, then dK and dV."""
+    # Tiles of several blocks of columns leave no registers for a tail in two pieces.
+    pieces = 2 if D <= 64 else 1
     several = ragged or dropout or heads * 2 <= sms
     for kernel in () if several else ("bwd_64_keys", "bwd_128_keys"):
         resident = tuned.attention(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
-            constants = _resident(N, resident)
+            constants = _resident(N, resident, pieces)
             return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
     # Philox keeps the arithmetic busy: nothing waits for memory then.
     beside = "_beside" if N <= tuned.ATTENTION_SIDE_BY_SIDE and not dropout else ""
     if not tuned.attention("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
         beside = ""
     dq, dkv = (tuned.attention(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))
-    # Tiles of several blocks of columns leave no registers for a tail in two pieces.
-    pieces = 2 if D <= 64 else 1
     dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, "STEP_")
-    dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_")
+    dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_", always=bool(beside))
     programs = [_programs(N, dq_sizes, "M", ragged), _programs(N, dkv_sizes, "N", ragged)]
     if beside:
         constants = {"PART": "both"} | dq_sizes | dkv_sizes
@@ -145,13 +146,13 @@ def plan_bwd(
     ]
 
 
-def _resident(N: int, config: tuned.Config) -> dict[str, Any]:
+def _resident(N: int, config: tuned.Config, pieces: int) -> dict[str, Any]:
     block_m = config.BLOCK_M
     return {
         "HAS_FULL": N >= block_m,
         "BLOCK_M": block_m,
         "TAIL_M": round_up(N % block_m, 1, block_m),
-        "KEYS": round_up(N, 2, 128),
+        "KEYS": max(32, round_up(N, pieces, 128)),
     }
 
 
@@ -163,13 +164,20 @@ def _sizes(
     ragged: bool,
     pieces: int,
     step: str = "",
+    always: bool = False,
 ) -> dict[str, int]:
-    """Tiles of a kernel whose programs each own rows of one side and walk over the other."""
+    """Tiles of a kernel whose programs each own rows of one side and walk over the other.
+
+    always: where the rows walked over have no tail, a loop of no rounds for it, without which ptxas
+    has each wgmma of some kernels wait for the one before.
+    """
     blocks = {"M": config.BLOCK_M, "N": config.BLOCK_N}
     sizes = {}
     for side, prefix in ((owned, ""), (walked, step)):
         block = blocks[side]
         tail = block if ragged else round_up(N % block, pieces, block)
+        if always and side == walked:
+            tail = tail or block
         names = (f"BLOCK_{side}", f"TAIL_{side}")
         if prefix:
             names = (f"STEP_{side}", f"STEP_TAIL_{side}")

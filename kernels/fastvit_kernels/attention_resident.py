@@ -3,6 +3,9 @@
 Forward: one softmax pass, with no running maximum and no rescaling. Backward: one program owns an
 (image, head), keeps dK and dV in registers while it walks over the query tiles, and computes delta
 = rowsum(o * do) itself: no atomics, no second kernel, no float32 copy of dQ.
+
+What a round of a loop could share with the next is computed again (disable_licm): there are few
+rounds, and held in registers it makes the longest rows spill.
 """
 
 # ruff: noqa: RUF005 - a kernel cannot unpack into a tuple, only add to one.
@@ -123,12 +126,12 @@ def _attention_fwd_resident_kernel(
     full = N // BLOCK_M * BLOCK_M
     args = (q_rows, o_rows, lse_ptr, k, v, N, scale_log2)
     if HAS_FULL:
-        for m in range(pid_s * BLOCK_M, full, SPLITS * BLOCK_M):
+        for m in tl.range(pid_s * BLOCK_M, full, SPLITS * BLOCK_M, disable_licm=True):
             _fwd_rows(m, *args, False, BLOCK_M, KEYS, D, ALIGN, PRECISION)
     if TAIL_M:
         # A loop of one round, or none: unrolled, it would be scheduled into the loop above.
         end = tl.where(pid_s == SPLITS - 1, N, full)
-        for m in tl.range(full, end, TAIL_M, num_stages=1):
+        for m in tl.range(full, end, TAIL_M, num_stages=1, disable_licm=True):
             _fwd_rows(m, *args, True, TAIL_M, KEYS, D, ALIGN, PRECISION)
 
 
@@ -285,10 +288,10 @@ def _attention_bwd_resident_kernel(
     full = N // BLOCK_M * BLOCK_M
     args = (q_rows, o_rows, do_rows, lse_ptr, dq_rows, k, v, N, scale, scale_log2)
     if HAS_FULL:
-        for m in range(0, full, BLOCK_M):
+        for m in tl.range(0, full, BLOCK_M, disable_licm=True):
             dk, dv = _bwd_rows(m, dk, dv, *args, False, BLOCK_M, KEYS, D, ALIGN, PRECISION)
     if TAIL_M:
-        for m in tl.range(full, N, TAIL_M, num_stages=1):
+        for m in tl.range(full, N, TAIL_M, num_stages=1, disable_licm=True):
             dk, dv = _bwd_rows(m, dk, dv, *args, True, TAIL_M, KEYS, D, ALIGN, PRECISION)
     for i in tl.static_range(num_pieces(KEYS, 128)):
         offs_n = piece_offsets(KEYS, 128, i)

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,10 @@ MODELS = (
     Workload("7B/16 float32", 4096, 32, 8192, 4, 16, 256, torch.float32, torch.float32),
     Workload("B/16 TF32", 768, 12, 3072, 256, 16, 224, torch.float32, torch.float32, tf32=True),
 )
-# Attention alone, in bfloat16: rows of every regime, and every option on top of them. The table has
-# head dim 64 and, by way of MODELS, those of published models. --head-dim compiles any, with more
-# lengths and dropout at each of them; a slow test holds them to no spills.
+# Attention alone, in bfloat16: rows of every length, and every option on top of them. The table
+# has head dim 64 and, by way of MODELS, those of published models. --head-dim compiles any, with
+# dropout at every length as well; a slow test holds them to no spills.
+LENGTHS = range(1, 513)  # longer rows are cut as the last 128 of these
 HEAD_DIMS = range(16, 129, 8)
 ATTENTION = {f"attention D{D}": D for D in HEAD_DIMS}
 OPTIONS = {f"attention options D{D}": D for D in HEAD_DIMS}
@@ -154,15 +156,15 @@ def run_swiglu(F: int = 4096) -> None:
 
 
 def run_attention(D: int, H: int = 12) -> None:
-    """Rows of 50 to 577 tokens, many heads and few."""
-    for B, N in ((256, 50), (256, 100), (256, 197), (256, 577), (1, 197), (1, 577)):
+    """Rows of every length, whose tiles are cut to it, of many heads and of few."""
+    for B, N in product((256, 1), LENGTHS):
         q, k, v = torch.empty(B, N, 3, H, D, dtype=torch.bfloat16, device="meta").unbind(2)
         o, lse = attention._fwd(q, k, v, 0.125)
         attention._bwd(o, q, k, v, o, lse, 0.125)
 
 
 def run_attention_regimes(D: int, H: int = 12) -> None:
-    """Rows of many heads and of few, dense, padded and packed, without dropout and with it."""
+    """Rows of many heads and of few: dense with dropout; padded and packed with and without it."""
 
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -170,15 +172,15 @@ def run_attention_regimes(D: int, H: int = 12) -> None:
     seed = new(1, dtype=torch.int64)
     for B in (256, 1):
         lengths, cu_seqlens = new(B, dtype=torch.int32), new(B + 1, dtype=torch.int32)
-        batches = [(new(B, N, 3, H, D), None, None, 0) for N in (50, 100, 197, 257, 577, 1370)]
-        batches.append((new(B, 197, 3, H, D), lengths, None, 0))
-        batches.append((new(1, B * 197, 3, H, D), None, cu_seqlens, 197))
-        for qkv, *sequences in batches:
+        padded = (new(B, 197, 3, H, D), lengths, None, 0)
+        packed = (new(1, B * 197, 3, H, D), None, cu_seqlens, 197)
+        batches = [((new(B, N, 3, H, D), None, None, 0), (0.1, seed)) for N in LENGTHS]
+        batches += product((padded, packed), ((0.0, None), (0.1, seed)))
+        for (qkv, *sequences), dropout in batches:
             q, k, v = qkv.unbind(2)
-            for dropout in ((0.0, None), (0.1, seed)):
-                options = (*sequences, *dropout)
-                o, lse = attention._fwd(q, k, v, 0.125, *options)
-                attention._bwd(o, q, k, v, o, lse, 0.125, *options)
+            options = (*sequences, *dropout)
+            o, lse = attention._fwd(q, k, v, 0.125, *options)
+            attention._bwd(o, q, k, v, o, lse, 0.125, *options)
 
 
 def run_attention_options(D: int, B: int = 256, N: int = 197, H: int = 12) -> None:

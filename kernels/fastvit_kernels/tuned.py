@@ -398,16 +398,17 @@ def layernorm_bwd(M: int, C: int, device_index: int | None) -> tuple[Config, int
     return config, min(-(-M // config.BLOCK_M), 4 * num_sms(device_index))
 
 
-# Attention. "fwd_resident" and "bwd_.._keys" hold every key of a row, at most BLOCK_N of them; the
-# others walk over the keys (fwd, dq) or over the queries (dkv) in blocks. "_to_128" serves head
-# dims over 64, "_to_112" those over 80 that are several blocks of columns, "_72" that one alone;
-# "_dropout" rows with dropout, whose random numbers take registers.
+# Attention. "fwd_resident" and ".._keys" hold every key of a row, at most BLOCK_N of them; the
+# others walk over the keys (fwd, dq) or over the queries (dkv) in blocks, "fwd_small" where there
+# are so few programs that none takes registers from another. "_to_128" serves head dims over 64,
+# "_to_112" those over 80 that are several blocks of columns, "_72" that one alone; "_dropout" rows
+# with dropout, whose random numbers take registers.
 _ATTENTION_MMA = {
     "fwd_resident": Config(32, 256, num_warps=4, num_stages=1),
     "fwd_resident_to_128": Config(64, 64, num_warps=4, num_stages=1),
     "fwd": Config(128, 64, num_warps=8, num_stages=2),
     "fwd_to_128": Config(128, 32, num_warps=8, num_stages=2),
-    "fwd_small": Config(64, 32, num_warps=4, num_stages=2),
+    "fwd_small": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
     "dq": Config(64, 32, num_warps=4, num_stages=2),
     "dq_to_128": Config(64, 32, num_warps=8, num_stages=2),
     "dkv": Config(32, 64, num_warps=4, num_stages=2),
@@ -436,7 +437,7 @@ _ATTENTION_WGMMA = {
     "bwd_128_keys_to_128": Config(0, 0),
     "fwd": Config(128, 128, num_warps=8, num_stages=2),
     "fwd_to_128": Config(128, 64, num_warps=8, num_stages=2),
-    "fwd_small": Config(64, 64, num_warps=4, num_stages=2),
+    "fwd_small": Config(64, 64, num_warps=4, num_stages=2, maxnreg=255),
     "dq_beside": Config(64, 64, num_warps=4, num_stages=2),
     "dkv_beside": Config(32, 64, num_warps=4, num_stages=2),
     "dq_beside_to_128": Config(0, 0),
@@ -483,6 +484,9 @@ ATTENTION: dict[int, dict[str, Config]] = {
     },
     80: _ATTENTION_MMA
     | {
+        # Over 176 keys no third CTA fits beside two, whatever its registers.
+        "fwd_176_keys_64": Config(32, 176, num_warps=4, num_stages=1),
+        "fwd_resident_64": Config(32, 256, num_warps=4, num_stages=1, maxnreg=255),
         "dq_to_128": Config(64, 32, num_warps=8, num_stages=1),
         "dq_40": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
         "dq_72": Config(64, 32, num_warps=8, num_stages=2),
@@ -502,6 +506,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_96_dropout": Config(128, 32, num_warps=8, num_stages=1),
         "fwd_small_104_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "fwd_small_120_dropout": Config(64, 64, num_warps=8, num_stages=2),
+        "fwd_small_128_dropout": Config(64, 64, num_warps=8, num_stages=2),
         "dq_120": Config(64, 32, num_warps=8, num_stages=1),
         "dq_120_dropout": Config(64, 16, num_warps=8, num_stages=1),
         "dkv_120_dropout": Config(16, 32, num_warps=4, num_stages=1),
