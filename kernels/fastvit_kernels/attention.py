@@ -122,7 +122,7 @@ def plan_bwd(
     # Tiles of several blocks of columns leave no registers for a tail in two pieces.
     pieces = 2 if D <= 64 else 1
     several = ragged or dropout or heads * 2 <= sms
-    for kernel in () if several else ("bwd_64_keys", "bwd_128_keys"):
+    for kernel in () if several else ("bwd_64_keys", "bwd_96_keys", "bwd_128_keys"):
         resident = tuned.attention(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
             constants = _resident(N, resident, pieces)
