@@ -504,6 +504,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
         # With two stages ptxas has each wgmma of these wait for the one before.
         "dkv_dropout": Config(32, 64, num_warps=4, num_stages=1),
         "fwd_96_dropout": Config(128, 32, num_warps=8, num_stages=1),
+        "fwd_104_dropout": Config(128, 16, num_warps=8, num_stages=2),
         "fwd_small_104_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "fwd_small_120_dropout": Config(64, 64, num_warps=8, num_stages=2),
         "fwd_small_128_dropout": Config(64, 64, num_warps=8, num_stages=2),
@@ -531,7 +532,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_120": Config(128, 32, num_warps=8, num_stages=1),
         "fwd_small_80": Config(64, 64, num_warps=4, num_stages=2, maxnreg=255),
         "fwd_small_120_dropout": Config(64, 32, num_warps=4, num_stages=2),
-        "dkv_80_dropout": Config(32, 64, num_warps=8, num_stages=1),
+        "dkv_80_dropout": Config(32, 64, num_warps=8, num_stages=1, maxnreg=255),
         "dkv_128_dropout": Config(16, 64, num_warps=8, num_stages=1, maxnreg=255),
     },
     120: _ATTENTION_MMA
