@@ -119,19 +119,19 @@ def plan_bwd(
     dropout: bool = False,
 ) -> list[Launch]:
     """The backward: one launch for short rows, else dQ and delta, then dK and dV."""
-    # Tiles of several blocks of columns leave no registers for a tail in two pieces.
-    pieces = 2 if D <= 64 else 1
     several = ragged or dropout or heads * 2 <= sms
-    for kernel in () if several else ("bwd_64_keys", "bwd_96_keys", "bwd_128_keys"):
+    for kernel in () if several else ("bwd_64_keys", "bwd_128_keys"):
         resident = tuned.attention(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
-            constants = _resident(N, resident, pieces)
+            # Few head dims leave registers for a tail in two pieces.
+            constants = _resident(N, resident, 2 if D in (32, 64) else 1)
             return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
     # Philox keeps the arithmetic busy: nothing waits for memory then.
     beside = "_beside" if N <= tuned.ATTENTION_SIDE_BY_SIDE and not dropout else ""
     if not tuned.attention("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
         beside = ""
     dq, dkv = (tuned.attention(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))
+    pieces = 2 if D <= 64 else 1  # several blocks of columns leave none
     dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, "STEP_")
     dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_", always=bool(beside))
     programs = [_programs(N, dq_sizes, "M", ragged), _programs(N, dkv_sizes, "N", ragged)]

@@ -18,6 +18,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def eights(n, EIGHTS: tl.constexpr):
+    """n, which with EIGHTS is a multiple of 8: of itself the compiler sees only those of 16, and
+    moves the elements of a row one by one.
+    """
+    if EIGHTS:
+        n = n // 8 * 8
+    return n
+
+
+@triton.jit
 def exp2(x):
     """2**x, flushing denormals: one MUFU.EX2 and no range fix-up."""
     if INTERPRET:

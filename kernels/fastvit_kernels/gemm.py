@@ -34,7 +34,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit_kernels import tuned
-from fastvit_kernels.common import barrier, dgelu, dot, gelu, tile_order
+from fastvit_kernels.common import barrier, dgelu, dot, eights, gelu, tile_order
 from fastvit_kernels.launch import cdiv, launch
 
 
@@ -205,7 +205,9 @@ def _gemm_kernel(
     EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -213,6 +215,11 @@ def _gemm_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):
+    N, K, stride_am = eights(N, EIGHTS), eights(K, EIGHTS), eights(stride_am, EIGHTS)
+    if B_TRANSPOSED:
+        stride_bn = eights(stride_bn, EIGHTS)
+    else:
+        stride_bk = eights(stride_bk, EIGHTS)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = tile_order(tl.program_id(0), num_m, num_n, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -340,6 +347,7 @@ def _gemm_tma_kernel(
     EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
+    EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -351,6 +359,7 @@ def _gemm_tma_kernel(
     the edges. BESIDE: rows of the tile before that each step along K finishes; 0: every tile
     finishes itself.
     """
+    N, K = eights(N, EIGHTS), eights(K, EIGHTS)
     tl.assume(K > 0)  # else the flattened loop is compiled twice, once for no K at all
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     matrices = (c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr)
@@ -516,6 +525,8 @@ def gemm(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    strides = (N, K, a.stride(0), *(s for s in b.stride() if s != 1))
+    blocks["EIGHTS"] = (N % 16 > 0 or K % 16 > 0) and all(s % 8 == 0 for s in strides)
     if config.tma:
         b_block = [config.BLOCK_K, config.BLOCK_N]
         beside = 0
@@ -562,6 +573,7 @@ def gemm(
         EPILOGUE=epilogue,
         ACTIVATION=activation,
         EXACT=b.dtype == torch.float32,
+        B_TRANSPOSED=b.stride(0) == 1,
         EVEN_K=K % config.BLOCK_K == 0,
         PRECISION=precision(b.dtype),
         **blocks,

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import gemm, gemm_dw, library, tuned
-from fastvit_kernels.common import dot, tile_order
+from fastvit_kernels.common import dot, eights, tile_order
 from fastvit_kernels.gemm_dw import add_sums, store_slab
 from fastvit_kernels.launch import cdiv, launch
 
@@ -83,6 +83,7 @@ def _patch_embed_fwd_kernel(
     P_H: tl.constexpr,
     P_W: tl.constexpr,
     VEC: tl.constexpr,
+    EIGHTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_POS: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
@@ -92,6 +93,7 @@ def _patch_embed_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    N = eights(N, EIGHTS)
     M = B * (P + m)
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -159,12 +161,14 @@ def _patch_embed_dw_kernel(
     P_H: tl.constexpr,
     P_W: tl.constexpr,
     VEC: tl.constexpr,
+    EIGHTS: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    N = eights(N, EIGHTS)
     pid_n, pid_k, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -252,6 +256,7 @@ def _patch_embed_dimages_kernel(
     P_H: tl.constexpr,
     P_W: tl.constexpr,
     VEC: tl.constexpr,
+    EIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -259,6 +264,7 @@ def _patch_embed_dimages_kernel(
     GROUP_M: tl.constexpr,
 ):
     """dimages = dout W, (B m, K) with BLOCK_N of its columns a program; N is the reduction here."""
+    N = eights(N, EIGHTS)
     M = B * m
     pid_m, pid_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -302,7 +308,8 @@ def vector_width(images: Tensor, p_w: int) -> int:
 
 def _geometry(images: Tensor, weight: Tensor) -> dict[str, int]:
     p_h, p_w = weight.shape[2:]
-    return {"P_H": p_h, "P_W": p_w, "VEC": vector_width(images, p_w)}
+    vec = vector_width(images, p_w)
+    return {"P_H": p_h, "P_W": p_w, "VEC": vec, "EIGHTS": len(weight) % 16 > 0}
 
 
 def _access(images: Tensor, geometry: dict[str, int]) -> str:

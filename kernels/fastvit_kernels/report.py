@@ -249,7 +249,6 @@ _WORDS = {
     "PART": "{}",
     "ACTIVATION": "{}",
     "B_TRANSPOSED": "b^T",
-    "stride_bk": "b^T",  # a constant where it is 1
     "D": "D{}",
     "C": "C{}",
     "KEYS": "keys {}",

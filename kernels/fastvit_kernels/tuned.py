@@ -517,7 +517,8 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "dq_128": Config(64, 32, num_warps=4, num_stages=1),
         "fwd_56_dropout": Config(128, 32, num_warps=8, num_stages=2),
         "fwd_resident_40": Config(64, 128, num_warps=4, num_stages=1),
-        "bwd_96_keys_48": Config(32, 96, num_warps=4, num_stages=1),
+        "fwd_resident_56": Config(64, 128, num_warps=8, num_stages=1),
+        "bwd_64_keys_40": Config(64, 64, num_warps=4, num_stages=1, maxnreg=255),
         "bwd_128_keys_56": Config(32, 128, num_warps=8, num_stages=1),
     },
     100: _ATTENTION_WGMMA
