@@ -123,7 +123,8 @@ def plan_bwd(
     for kernel in () if several else ("bwd_64_keys", "bwd_128_keys"):
         resident = tuned.attention(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
-            # Few head dims leave registers for a tail in two pieces.
+            # Rows of several blocks of columns leave no registers for a tail in two pieces; nor
+            # is it worth a wgmma that waits at head dim 16.
             constants = _resident(N, resident, 2 if D in (32, 64) else 1)
             return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
     # Philox keeps the arithmetic busy: nothing waits for memory then.
@@ -131,7 +132,7 @@ def plan_bwd(
     if not tuned.attention("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
         beside = ""
     dq, dkv = (tuned.attention(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))
-    pieces = 2 if D <= 64 else 1  # several blocks of columns leave none
+    pieces = 2 if D <= 64 else 1  # wider tiles leave no registers for a tail in two pieces
     dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, "STEP_")
     dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_", always=bool(beside))
     programs = [_programs(N, dq_sizes, "M", ragged), _programs(N, dkv_sizes, "N", ragged)]

@@ -516,7 +516,9 @@ def gemm(
     norm_params, statistics = (None, None), fold or (None, None, None)
     if norm is not None:
         norm_params, statistics = norm[:2], (*norm[2:], None)
+    strides = (N, K, a.stride(0), *(s for s in b.stride() if s != 1))
     blocks: dict[str, Any] = {
+        "EIGHTS": (N % 16 > 0 or K % 16 > 0) and all(s % 8 == 0 for s in strides),
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
@@ -525,8 +527,6 @@ def gemm(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    strides = (N, K, a.stride(0), *(s for s in b.stride() if s != 1))
-    blocks["EIGHTS"] = (N % 16 > 0 or K % 16 > 0) and all(s % 8 == 0 for s in strides)
     if config.tma:
         b_block = [config.BLOCK_K, config.BLOCK_N]
         beside = 0

@@ -531,7 +531,6 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_40": Config(128, 64, num_warps=8, num_stages=2),
         "fwd_to_128": Config(128, 64, num_warps=8, num_stages=1),
         "fwd_120": Config(128, 32, num_warps=8, num_stages=1),
-        "fwd_small_80": Config(64, 64, num_warps=4, num_stages=2, maxnreg=255),
         "fwd_small_120_dropout": Config(64, 32, num_warps=4, num_stages=2),
         "dkv_80_dropout": Config(32, 64, num_warps=8, num_stages=1, maxnreg=255),
         "dkv_128_dropout": Config(16, 64, num_warps=8, num_stages=1, maxnreg=255),
@@ -590,8 +589,7 @@ def attention(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool 
 
 
 def attention_bound(of: int | str, arch: int) -> int | None:
-    """How many registers a thread may have at a head dim, or in the kernel named; None: as ptxas
-    sees fit."""
+    """Registers a thread may have at a head dim, or in the kernel named; None: ptxas decides."""
     return 255 if of in look_up(ATTENTION_BOUNDED, arch) else None
 
 
