@@ -35,7 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit_kernels import tuned
 from fastvit_kernels.common import barrier, dgelu, dot, eights, gelu, tile_order
-from fastvit_kernels.launch import cdiv, launch
+from fastvit_kernels.launch import by_eights, cdiv, launch
 
 
 @triton.jit
@@ -516,9 +516,8 @@ def gemm(
     norm_params, statistics = (None, None), fold or (None, None, None)
     if norm is not None:
         norm_params, statistics = norm[:2], (*norm[2:], None)
-    strides = (N, K, a.stride(0), *(s for s in b.stride() if s != 1))
     blocks: dict[str, Any] = {
-        "EIGHTS": (N % 16 > 0 or K % 16 > 0) and all(s % 8 == 0 for s in strides),
+        "EIGHTS": by_eights(N, K, a.stride(0), *(s for s in b.stride() if s != 1)),
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
@@ -526,6 +525,7 @@ def gemm(
         "SUBTILES": config.SUBTILES,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": config.maxnreg,
     }
     if config.tma:
         b_block = [config.BLOCK_K, config.BLOCK_N]

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import gemm, tuned
-from fastvit_kernels.common import dot
+from fastvit_kernels.common import dot, eights
 from fastvit_kernels.dw_plan import Plan, first_part, num_segments, segment
-from fastvit_kernels.launch import cdiv, launch
+from fastvit_kernels.launch import by_eights, cdiv, launch
 
 _PLAN = ("tiles", "steps", "programs", "chunks", "share", "chunks2")
 
@@ -129,10 +129,13 @@ def _gemm_dw_kernel(
     stride_xm,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    N, K = eights(N, EIGHTS), eights(K, EIGHTS)
+    stride_gm, stride_xm = eights(stride_gm, EIGHTS), eights(stride_xm, EIGHTS)
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     sizes = (M, N, K, num_n, (stride_gm, stride_xm))
     for i in range(num_segments(pid, tiles, steps, programs, chunks, share, chunks2)):
@@ -275,6 +278,7 @@ def _reduce_slabs_kernel(
     TILE_K: tl.constexpr,
     TILE_N2: tl.constexpr,
     TILE_K2: tl.constexpr,
+    EIGHTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -286,6 +290,7 @@ def _reduce_slabs_kernel(
     dlayer_scale = <W, G> + b sum(g).
     """
     pid = tl.program_id(0)
+    K, K2, C = eights(K, EIGHTS), eights(K2, EIGHTS), eights(C, EIGHTS)
     blocks, blocks2 = tl.cdiv(N, BLOCK_N), 0
     if slabs2_ptr is not None:
         blocks2 = tl.cdiv(N2, BLOCK_N)
@@ -368,6 +373,7 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
         x.stride(0),
         TMA=config.tma,
         PRECISION=gemm.precision(x.dtype),
+        EIGHTS=by_eights(N, K, g.stride(0), x.stride(0)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
@@ -397,10 +403,12 @@ def reduce_slabs(
     grads = [_like(p) for p in (weight, bias, layer_scale)]
     tiles = slabs2_tiles = slabs.dw.shape[1:]
     args2: tuple = (None,) * 4 + (1,) * 8
+    widths = [slabs.K]
     if second is not None:
         slabs2, *params2 = second
         grads += [_like(p) for p in params2]
         slabs2_tiles = slabs2.dw.shape[1:]
+        widths.append(slabs2.K)
         args2 = (slabs2.dw, slabs2.db, *grads[3:], slabs2.N, slabs2.K, *slabs2.plan.arguments)
     args3: tuple = (None, None, None, 1, 1)
     norm_config = tuned.REDUCE_NORM
@@ -408,10 +416,11 @@ def reduce_slabs(
         norm_rows, *params = norm
         grads += [_like(p) for p in params]
         R, _, C = norm_rows.shape
+        widths.append(C)
         args3 = (norm_rows, *grads[-2:], C, R)
     config = tuned.reduce_slabs(tiles[1], slabs2_tiles[1])
-    widths = (slabs.N, 0 if second is None else second[0].N)
-    programs = sum(cdiv(n, config.BLOCK_N) for n in widths)
+    heights = (slabs.N, 0 if second is None else second[0].N)
+    programs = sum(cdiv(n, config.BLOCK_N) for n in heights)
     programs += 0 if norm is None else cdiv(args3[3], norm_config.BLOCK_N)
     launch(
         _reduce_slabs_kernel,
@@ -431,11 +440,13 @@ def reduce_slabs(
         TILE_K=tiles[1],
         TILE_N2=slabs2_tiles[0],
         TILE_K2=slabs2_tiles[1],
+        EIGHTS=by_eights(*widths),
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=norm_config.BLOCK_M,
         BLOCK_C=norm_config.BLOCK_N,
         num_warps=config.num_warps,
+        maxnreg=config.maxnreg,
     )
     return grads
 

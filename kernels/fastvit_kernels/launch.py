@@ -22,6 +22,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def by_eights(*sizes: int) -> bool:
+    """What to tell `common.eights` of sizes and strides: 8 divides them all, 16 not."""
+    return all(n % 8 == 0 for n in sizes) and any(n % 16 for n in sizes)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """kernel[grid](*args, **constants). args: all arguments that are no constexpr, in order;
     constants: the constexprs, num_warps, num_stages and maxnreg.

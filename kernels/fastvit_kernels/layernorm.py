@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import tuned
-from fastvit_kernels.launch import cdiv, launch
+from fastvit_kernels.common import eights
+from fastvit_kernels.launch import by_eights, cdiv, launch
 
 
 @triton.jit
@@ -60,9 +61,11 @@ def _layernorm_fwd_kernel(
     stride_xm,
     eps,
     RMS: tl.constexpr,
+    EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    C, stride_xm = eights(C, EIGHTS), eights(stride_xm, EIGHTS)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
     mask_m, mask_c = offs_m < M, offs_c < C
@@ -99,9 +102,11 @@ def _layernorm_bwd_kernel(
     tokens,
     stride_xm,
     RMS: tl.constexpr,
+    EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    C, stride_xm = eights(C, EIGHTS), eights(stride_xm, EIGHTS)
     pid = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -178,6 +183,7 @@ def layernorm_fwd(
             x.stride(0),
             eps,
             RMS=rms,
+            EIGHTS=by_eights(C, x.stride(0)),
             BLOCK_M=config.BLOCK_M,
             BLOCK_C=config.BLOCK_N,
             num_warps=config.num_warps,
@@ -234,6 +240,7 @@ def layernorm_bwd(
         1 if path_scale is None else M // len(path_scale),
         x.stride(0),
         RMS=rms,
+        EIGHTS=by_eights(C, x.stride(0)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_N,
         num_warps=config.num_warps,

@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import tuned
-from fastvit_kernels.launch import cdiv, launch
+from fastvit_kernels.common import eights
+from fastvit_kernels.launch import by_eights, cdiv, launch
 from fastvit_kernels.layernorm import statistics
 
 ROWS = 64  # whose pieces a program merges
@@ -242,10 +243,13 @@ def _layernorm_fold_kernel(
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The first programs take rows of the weight, some cast, the others take rows of x."""
+    C, stride_xm = eights(C, EIGHTS), eights(stride_xm, EIGHTS)
+    stride_wn = eights(stride_wn, EIGHTS)
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_M)
     BLOCK: tl.constexpr = BLOCK_M * BLOCK_C
     first2 = num_n + tl.cdiv(size1, BLOCK)
@@ -350,6 +354,7 @@ def layernorm_fold(
         PIECES=pieces,
         WIDTH=triton.next_power_of_2(cdiv(C, pieces)) if pieces else 0,
         ROWS=ROWS,
+        EIGHTS=by_eights(C, x.stride(0), weight.stride(0)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_N,
         num_warps=config.num_warps,

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastvit_kernels import gemm, gemm_dw, library, tuned
 from fastvit_kernels.common import dot, eights, tile_order
 from fastvit_kernels.gemm_dw import add_sums, store_slab
-from fastvit_kernels.launch import cdiv, launch
+from fastvit_kernels.launch import by_eights, cdiv, launch
 
 
 @triton.jit
@@ -309,7 +309,7 @@ def vector_width(images: Tensor, p_w: int) -> int:
 def _geometry(images: Tensor, weight: Tensor) -> dict[str, int]:
     p_h, p_w = weight.shape[2:]
     vec = vector_width(images, p_w)
-    return {"P_H": p_h, "P_W": p_w, "VEC": vec, "EIGHTS": len(weight) % 16 > 0}
+    return {"P_H": p_h, "P_W": p_w, "VEC": vec, "EIGHTS": by_eights(len(weight))}
 
 
 def _access(images: Tensor, geometry: dict[str, int]) -> str:

@@ -291,8 +291,8 @@ def describe(case: aot.Case) -> str:
     words = [word.format(constants[k]) for k, word in _WORDS.items() if constants.get(k)]
     specialized = {p.name for p in case.kernel.params if not p.do_not_specialize}
     ragged = {name for name, kind in case.types if kind == "i32"} & specialized & {"N", "K", "C"}
-    ragged |= {"K"} if constants.get("EVEN_K") is False else set()
     words += [f"ragged {name}" for name in sorted(ragged)]
+    words += ["K in part"] if constants.get("EVEN_K") is False else []
     blocks = [constants.get(f"BLOCK_{x}") for x in ("B", "M", "N", "F", "K", "C", "T")]
     words.append("x".join(str(b) for b in blocks if b))
     pointers: dict[str, list[str]] = {}
