@@ -88,6 +88,19 @@ def test_autocast(op: str, dtype: torch.dtype, device: torch.device) -> None:
     check_parity(op, OPS[op](2, 33, 48, 64), dtype, device, autocast=True)
 
 
+@every_op
+def test_a_result_may_be_changed_in_place(op: str, device: torch.device) -> None:
+    args = OPS[op](2, 17, 72, 24)
+    grads = []
+    for in_place in (False, True):
+        leaves = {k: v.detach().to(device).requires_grad_() for k, v in args.items()}
+        with fastvit.use_backend("triton"):
+            out = getattr(ops, op)(**leaves)
+        out = out.mul_(2.0) if in_place else out * 2.0
+        grads.append(torch.autograd.grad(out.square().sum(), leaves["x"])[0])
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_activations(activation: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -228,7 +228,7 @@ def test_modules_of_the_users_own_see_all_tokens() -> None:
     torch.testing.assert_close(model(images), full(model, images))
     model = lively()
     model.blocks.append(nn.Identity())
-    model.blocks[-1].forward = lambda input, rope: input + input.mean(dim=1, keepdim=True)  # type: ignore
+    model.blocks[-1].forward = lambda input: input + input.mean(dim=1, keepdim=True)  # type: ignore
     torch.testing.assert_close(model(images), full(model, images))
     model = lively()
     model.norm = nn.BatchNorm1d(TOKENS)  # type: ignore[assignment]

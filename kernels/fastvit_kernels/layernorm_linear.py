@@ -210,7 +210,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x2, mean, rstd, norm_weight, norm_bias, w, weight, bias)
         ctx.rms, ctx.wanted = rms, gradient_copy.wanted(x, dtype)
         ctx.set_materialize_grads(False)
-        return out.view(*x.shape[:-1], len(weight)), x
+        return library.shaped(out, *x.shape[:-1], len(weight)), x
 
     @staticmethod
     @library.first_order

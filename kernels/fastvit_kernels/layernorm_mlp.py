@@ -285,7 +285,7 @@ class LayerNormMlpFunction(torch.autograd.Function):
         ctx.save_for_backward(x2, u, mean, rstd, *norm, *fc1, *fc2, *branch)
         ctx.options, ctx.wanted = options, gradient_copy.wanted(x, dtype)
         ctx.wants = gradient_copy.want(out, dtype, path_scale)
-        out = out.view(x.shape)
+        out = library.shaped(out, *x.shape)
         if told:
             row_statistics.keep(out, *told)
         return out

@@ -80,6 +80,14 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.forward(_NoContext(), *args)
 
 
+def shaped(rows: torch.Tensor, *shape: int) -> torch.Tensor:
+    """An op's result in its shape, and no view of anything: autograd would let nobody change it."""
+    # A compiler looks for itself; in inference mode only a view keeps its count of changes.
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return rows.view(shape)
+    return torch.ops.aten._unsafe_view.default(rows, shape)
+
+
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward through any of the tensors is to come."""
     if not torch.is_grad_enabled():

@@ -124,7 +124,7 @@ class LinearResidualFunction(torch.autograd.Function):
         ctx.save_for_backward(x2, w, weight, bias, layer_scale, path_scale)
         ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
         ctx.wants = gradient_copy.want(out, dtype, path_scale)
-        out = out.view(residual.shape)
+        out = library.shaped(out, *residual.shape)
         if kept:
             row_statistics.keep(out, *kept)
         return out

@@ -101,7 +101,7 @@ class SwiGluFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x2 = gemm.rows(x)
         ctx.save_for_backward(x2)
-        return swiglu_fwd(x2).view(*x.shape[:-1], x.shape[-1] // 2)
+        return library.shaped(swiglu_fwd(x2), *x.shape[:-1], x.shape[-1] // 2)
 
     @staticmethod
     @library.first_order

@@ -43,7 +43,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the body on 'auto', 'triton' or 'reference', over FASTVIT_BACKEND.
 
     'auto' takes Triton where it can run and the reference elsewhere; 'triton' raises where it
-    cannot run, naming the reason. The backward of an op always runs on the backend of its forward.
+    cannot run, naming the reason. The backward of an op always runs on the backend of its forward;
+    what torch.utils.checkpoint runs again then takes the setting of that moment.
     """
     global _backend
     before, _backend = _backend, _checked(name, "use_backend")

@@ -2,7 +2,8 @@
 
 Each residual branch takes the stream and its own norm, and returns the stream: so the norm rides in
 the prologue of the branch's first product, LayerScale, drop path and the sum in the epilogue of its
-last.
+last. Where somebody looks at a branch alone, or has put a module of their own in its place, it
+takes the normed stream alone and returns what is to be added, as timm's do.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops, reference
-from fastvit.plain import why_not_fused
+from fastvit.plain import runs, watched, why_not_fused
 from fastvit.pos_embed import Grid, Resample, resample_patches
 
 NORMS = ops.NORMS
@@ -124,7 +125,9 @@ class PatchEmbed(nn.Module):
             )
         return self.grid_size
 
-    def forward(self, images: Tensor, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
+    def forward(
+        self, images: Tensor, pos: Tensor | None = None, prefix: Tensor | None = None
+    ) -> Tensor:
         """images: (B, C, H, W); pos: (m, dim); prefix: (P, dim) -> (B, P + m, dim)."""
         if self.crop:
             p_h, p_w = self.patch_size
@@ -165,9 +168,27 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), init))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Activation(nn.Module):
+    """`ops.ACTIVATIONS` by name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.activate(x, self.kind)
+
+    def extra_repr(self) -> str:
+        return self.kind
+
 
 class Attention(nn.Module):
-    """x + Attention(norm(x)), heads side by side in one packed projection.
+    """x + Attention(norm(x)), heads side by side in one packed projection; without a norm,
+    Attention(x) alone.
 
     qkv_bias "qv": keys have none, as in EVA and DINOv3. qk_norm: a norm over each head's channels
     of q and k. dropout is on the probabilities, proj_dropout after the output projection.
@@ -199,7 +220,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        norm: Norm,
+        norm: Norm | None = None,
         layer_scale: Tensor | None = None,
         path_scale: Tensor | None = None,
         rope: Tables | None = None,
@@ -211,28 +232,46 @@ class Attention(nn.Module):
         o = ops.attention_qkv(qkv, dropout=dropout, **self.qk_options(rope)).flatten(2)
         if rows is not None:
             o, x = o[:, :rows], x[:, :rows]
+        if norm is None:
+            return _drop(self.proj(o), proj_dropout)
         branch = (layer_scale, path_scale, proj_dropout)
         return _linear_residual("proj", self.proj, o, x, *branch)
 
-    def project(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    def project(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         """q, k, v of norm(x), packed, and x itself: (B, N, C) -> (B, N, 3, H, D), (B, N, C)."""
         bias = getattr(self.qkv, "bias", None)
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        if reason := why_not_fused(*_KINDS, norm=norm, qkv=self.qkv):
+        reason = None if norm is None else why_not_fused(*_KINDS, norm=norm, qkv=self.qkv)
+        if reason:
             ops.leave_to_modules("layernorm_linear", x, reason)
-            qkv = self.qkv(norm(x))
+        if norm is None or reason:
+            qkv = self.qkv(x if norm is None else norm(x))
             qkv = qkv if self.q_bias is None else qkv + bias
         else:
             qkv, x = ops.layernorm_linear_fork(
                 x, norm.weight, norm.bias, self.qkv.weight, bias, norm.eps, norm.kind
             )
-        return qkv.unflatten(-1, (3, self.heads, self.dim_head)), x
+        qkv = qkv.unflatten(-1, (3, self.heads, self.dim_head))
+        if reason := self._why_norms_apart():
+            ops.leave_to_modules("qk_norm_rope", qkv, reason)
+            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, D), as timm's norms are given
+            q = q if self.q_norm is None else self.q_norm(q)
+            k = k if self.k_norm is None else self.k_norm(k)
+            qkv = torch.stack([q.to(v.dtype), k.to(v.dtype), v], dim=2).transpose(1, 3)
+        return qkv, x
+
+    def _why_norms_apart(self) -> str | None:
+        if self.q_norm is None and self.k_norm is None:
+            return None
+        return why_not_fused(LayerNorm, RMSNorm, q_norm=self.q_norm, k_norm=self.k_norm)
 
     def qk_options(self, rope: Tables | None) -> dict[str, Any]:
-        """QK-norm and RoPE, as `ops.attention_qkv` and `ops.qk_norm_rope` take them."""
+        """QK-norm, unless `project` has done it, and RoPE, as `ops.attention_qkv` and
+        `ops.qk_norm_rope` take them.
+        """
         options: dict[str, Any] = {}
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None and not self._why_norms_apart():
             q, k = self.q_norm, self.k_norm
             options |= {"q_weight": q.weight, "q_bias": q.bias, "eps": q.eps, "norm_kind": q.kind}
             options |= {"k_weight": k.weight, "k_bias": k.bias}
@@ -242,7 +281,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """x + MLP(norm(x)), MLP = fc2(activation(fc1(.)))."""
+    """x + MLP(norm(x)), MLP = fc2(activation(fc1(.))); without a norm, MLP(x) alone."""
 
     def __init__(
         self,
@@ -255,22 +294,24 @@ class Mlp(nn.Module):
         super().__init__()
         self.dropout, self.activation, self.save = dropout, activation, "all"
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.act = Activation(activation)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(
         self,
         x: Tensor,
-        norm: Norm,
+        norm: Norm | None = None,
         layer_scale: Tensor | None = None,
         path_scale: Tensor | None = None,
     ) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         dropout = self.dropout if self.training else 0.0
-        if reason := why_not_fused(*_KINDS, norm=norm, fc1=fc1, fc2=fc2):
+        if norm is None:
+            return _drop(self._branch(x, dropout), dropout)
+        if reason := why_not_fused(*_KINDS, Activation, norm=norm, fc1=fc1, act=self.act, fc2=fc2):
             ops.leave_to_modules("layernorm_mlp", x, reason)
-            hidden = reference.activate(fc1(norm(x)), self.activation)
-            hidden = nn.functional.dropout(hidden, dropout) if dropout else hidden
-            return reference.add_branch(x, fc2(hidden), layer_scale, path_scale, dropout)
+            branch = self._branch(norm(x), dropout)
+            return reference.add_branch(x, branch, layer_scale, path_scale, dropout)
         return ops.layernorm_mlp(
             x,
             norm.weight,
@@ -288,9 +329,13 @@ class Mlp(nn.Module):
             self.save,
         )
 
+    def _branch(self, x: Tensor, dropout: float) -> Tensor:
+        return self.fc2(_drop(self.act(self.fc1(x)), dropout))
+
 
 class SwiGlu(nn.Module):
-    """x + fc2(SiLU(gate) * value), gate and value two projections of norm(x) to hidden_dim.
+    """x + fc2(SiLU(gate) * value), gate and value two projections of norm(x) to hidden_dim; without
+    a norm, of x, and x is not added.
 
     packed: both in fc1, gate first, as in DINOv2; else fc1_g and fc1_x, as in EVA and DINOv3.
     """
@@ -310,16 +355,18 @@ class SwiGlu(nn.Module):
         self.fc1_x = None if packed else nn.Linear(dim, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
-    def project(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    def project(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         """gate and value of norm(x), packed, and x itself: (B, N, C) -> (B, N, 2 F), (B, N, C)."""
         if self.fc1 is not None:
             parts = {"fc1": self.fc1}
         else:
             parts = {"fc1_g": self.fc1_g, "fc1_x": self.fc1_x}
         linears = [m for m in parts.values() if m is not None]
-        if reason := why_not_fused(*_KINDS, norm=norm, **parts):
+        reason = None if norm is None else why_not_fused(*_KINDS, norm=norm, **parts)
+        if reason:
             ops.leave_to_modules("layernorm_linear", x, reason)
-            y = norm(x)
+        if norm is None or reason:
+            y = x if norm is None else norm(x)
             return torch.cat([linear(y) for linear in linears], dim=-1), x
         weights: list[Tensor] = [m.weight for m in linears]
         biases: list[Tensor] = [m.bias for m in linears if m.bias is not None]
@@ -336,16 +383,20 @@ class SwiGlu(nn.Module):
     def forward(
         self,
         x: Tensor,
-        norm: Norm,
+        norm: Norm | None = None,
         layer_scale: Tensor | None = None,
         path_scale: Tensor | None = None,
     ) -> Tensor:
         hidden, x = self.project(x, norm)
-        hidden = ops.swiglu(hidden)
         dropout = self.dropout if self.training else 0.0
-        if dropout:
-            hidden = nn.functional.dropout(hidden, dropout)
+        hidden = _drop(ops.swiglu(hidden), dropout)
+        if norm is None:
+            return _drop(self.fc2(hidden), dropout)
         return _linear_residual("fc2", self.fc2, hidden, x, layer_scale, path_scale, dropout)
+
+
+def _drop(x: Tensor, rate: float) -> Tensor:
+    return nn.functional.dropout(x, rate) if rate else x
 
 
 def _linear_residual(
@@ -407,9 +458,26 @@ class Block(nn.Module):
         self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor, rope: Tables | None = None, rows: int | None = None) -> Tensor:
-        gamma1, gamma2 = (None if ls is None else ls.gamma for ls in (self.ls1, self.ls2))
-        x = self.attn(x, self.norm1, gamma1, self.path_scale(x), rope, rows)
-        return self.mlp(x, self.norm2, gamma2, self.path_scale(x))
+        path = self.path_scale(x)
+        if reason := _why_apart("attn", self.attn, "ls1", self.ls1):
+            ops.leave_to_modules("layernorm_linear", x, reason)
+            y = self.norm1(x)
+            y = self.attn(y) if rope is None else self.attn(y, rope=rope)
+            x = _add(x, y, self.ls1, path)[:, :rows]
+        else:
+            gamma = None if self.ls1 is None else self.ls1.gamma
+            x = self.attn(x, self.norm1, gamma, path, rope, rows)
+        path = self.path_scale(x)
+        if reason := _why_apart("mlp", self.mlp, "ls2", self.ls2):
+            ops.leave_to_modules("layernorm_mlp", x, reason)
+            return _add(x, self.mlp(self.norm2(x)), self.ls2, path)
+        return self.mlp(x, self.norm2, None if self.ls2 is None else self.ls2.gamma, path)
+
+    def why_tail_runs(self) -> str | None:
+        """Why a module behind the attention may look at all vectors; None: all are plain."""
+        tail = {"norm2": self.norm2, "proj": self.attn.proj, **dict(self.mlp.named_children())}
+        tail |= {name: ls for name, ls in (("ls1", self.ls1), ("ls2", self.ls2)) if ls is not None}
+        return why_not_fused(*_KINDS, Activation, LayerScale, **tail)
 
     def path_scale(self, x: Tensor) -> Tensor | None:
         """Drop path's factor per sample: 0 with probability drop_path, else 1 / keep. (B,)."""
@@ -418,6 +486,20 @@ class Block(nn.Module):
         keep = 1.0 - self.drop_path
         scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         return scale.bernoulli_(keep).div_(keep)
+
+
+def _why_apart(name: str, branch: nn.Module, scale_name: str, scale: Any) -> str | None:
+    """Why a branch is to be called as timm calls its own, on the normed stream alone; or None."""
+    if not runs(branch, (Attention, Mlp, SwiGlu), "forward"):
+        return f"{name} is {type(branch).__name__} or has its forward replaced"
+    if watched(branch):
+        return f"{name} has hooks"
+    return None if scale is None else why_not_fused(LayerScale, **{scale_name: scale})
+
+
+def _add(x: Tensor, branch: Tensor, layer_scale: Any, path_scale: Tensor | None) -> Tensor:
+    branch = branch if layer_scale is None else layer_scale(branch)
+    return reference.add_branch(x, branch, None, path_scale, 0.0)
 
 
 class AttentionPool(nn.Module):

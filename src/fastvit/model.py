@@ -27,6 +27,7 @@ from fastvit.layers import (
 )
 from fastvit.plain import runs, watched
 from fastvit.pos_embed import Grid, Resample, resample_positions
+from fastvit.reference import place
 from fastvit.rope import FORMS, Rope
 from fastvit.vit_pytorch import VitPytorchNames
 
@@ -272,6 +273,7 @@ class ViT(VitPytorchNames, nn.Module):
             and runs(self.norm, (nn.LayerNorm, nn.RMSNorm, nn.Identity), "forward")
             and not (block.training and (block.attn.proj_dropout or block.mlp.dropout))
             and not watched(block, block.attn, block.mlp, self.norm)
+            and block.why_tail_runs() is None
         )
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -301,9 +303,19 @@ class ViT(VitPytorchNames, nn.Module):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tables | None]:
         """Stem: patches, positions, prefix tokens. (B, channels, H, W) -> (B, N, dim), RoPE's."""
-        grid = self.patch_embed.grid(images)
-        x = self.pos_drop(self.patch_embed(images, *self.positions(grid)))
-        tables = None if self.rope is None else self.rope.tables(grid, x.device)
+        stem = self.patch_embed
+        grid = stem.grid(images) if hasattr(stem, "grid") else None
+        if grid is None and self.rope is not None:
+            name = type(stem).__name__
+            raise TypeError(f"patch_embed: {name} has no grid(images), which RoPE needs")
+        pos, prefix = self.positions(grid)
+        if runs(stem, (PatchEmbed,), "forward") and not watched(stem):
+            x = self.pos_drop(stem(images, pos, prefix))
+        else:  # hooks and other stems have to do with patches alone, as in timm
+            x = self.pos_drop(place(stem(images), pos, prefix))
+        tables = None
+        if self.rope is not None and grid is not None:
+            tables = self.rope.tables(grid, x.device)
         if self.patch_dropout and self.training:
             x, tables = self._drop_patches(x, tables)
         rope = None
@@ -311,8 +323,11 @@ class ViT(VitPytorchNames, nn.Module):
             rope = (*tables, self.rope.interleaved)
         return self.norm_pre(x), rope
 
-    def positions(self, grid: Grid) -> tuple[Tensor | None, Tensor | None]:
-        """The position of each patch of the grid (m, dim), and the prefix tokens (P, dim)."""
+    def positions(self, grid: Grid | None) -> tuple[Tensor | None, Tensor | None]:
+        """The position of each patch of the grid (m, dim), and the prefix tokens (P, dim).
+
+        grid: None for as many patches as there are positions, in their order.
+        """
         tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = torch.cat(tokens, dim=1)[0] if tokens else None
         if self.pos_embed is None:
@@ -321,7 +336,9 @@ class ViT(VitPytorchNames, nn.Module):
         own, table = self.pos_embed[0].tensor_split([covered])
         if prefix is not None and covered:
             prefix = prefix + own
-        return resample_positions(table, self.patch_embed.grid_size, grid, self.resample), prefix
+        if grid is not None:
+            table = resample_positions(table, self.patch_embed.grid_size, grid, self.resample)
+        return table, prefix
 
     def _drop_patches(
         self, x: Tensor, tables: tuple[Tensor, Tensor] | None
@@ -350,7 +367,9 @@ class ViT(VitPytorchNames, nn.Module):
     def _run(
         self, block: nn.Module, x: Tensor, rope: Tables | None, rows: int | None = None
     ) -> Tensor:
-        args = (x, rope) if rows is None else (x, rope, rows)
+        args: tuple = (x, rope) if rows is None else (x, rope, rows)
+        if rope is None and not isinstance(block, Block):  # a foreign block takes x, as in timm
+            args = (x,)
         if self.grad_checkpointing and torch.is_grad_enabled():
             # Dynamo traces both on one backend, and takes no contexts of this kind.
             contexts: Any = (

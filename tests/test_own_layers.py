@@ -1,0 +1,148 @@
+"""Hooks, layers of one's own and pruning do on a ViT what they do on timm's, vector by vector."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torchvision_shim import install
+
+import fastvit
+
+install()
+timm = pytest.importorskip("timm")
+SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3}
+SMALL |= {"depth": 3, "num_classes": 5, "init_values": 0.5, "qk_norm": True}
+NAME = "vit_tiny_patch16_224"
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def built() -> tuple[nn.Module, fastvit.ViT]:
+    torch.manual_seed(0)
+    peer = timm.create_model(NAME, **SMALL).eval()
+    own = fastvit.create_model(NAME, **SMALL).eval()
+    own.load_state_dict(peer.state_dict(), strict=True)
+    return peer, own
+
+
+@pytest.fixture
+def models(built: tuple[nn.Module, fastvit.ViT]) -> tuple[nn.Module, fastvit.ViT]:
+    return copy.deepcopy(built[0]), copy.deepcopy(built[1])
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
+HOOKED = ("attn", "attn.q_norm", "attn.proj", "ls1", "norm2", "mlp", "mlp.fc1", "mlp.act", "ls2")
+
+
+@pytest.mark.parametrize("path", ["patch_embed", *(f"blocks.2.{name}" for name in HOOKED)])
+def test_a_hook_sees_and_changes_what_it_does_in_timm(models: Any, path: str) -> None:
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        seen.append(out.detach())
+        return out * torch.linspace(0.5, 1.5, out.shape[-1])
+
+    for model in models:
+        model.get_submodule(path).register_forward_hook(hook)
+    logits = [model(IMAGES) for model in models]
+    assert len(seen) == 2 and seen[0].shape == seen[1].shape
+    assert_same(*seen)
+    assert_same(*logits)
+
+
+@pytest.mark.parametrize("path", ["blocks.1.attn", "blocks.1.mlp"])
+def test_a_backward_hook_sees_the_branch_s_gradient(models: Any, path: str) -> None:
+    seen: list[Tensor] = []
+    for model in models:
+        model.get_submodule(path).register_full_backward_hook(lambda m, gi, go: seen.append(go[0]))
+        model(IMAGES).square().sum().backward()
+    assert_same(*seen)
+
+
+class Mix(nn.Module):
+    """A layer in which vectors look at one another."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y + y.mean(dim=1, keepdim=True)
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        return self.linear(x)
+
+
+class Stem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 48, 8, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).flatten(2).mT
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 48))
+
+
+OWN: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "blocks.2.attn.proj": Mix,
+    "blocks.2.norm2": Mix,
+    "blocks.2.mlp.fc1": Mix,
+    "blocks.2.mlp.act": lambda _: nn.ReLU(),
+    "blocks.2.ls2": Mix,
+    "blocks.1.attn": lambda _: Own(),
+    "blocks.1.attn.q_norm": lambda _: nn.Identity(),
+    "blocks.1.ls1": lambda _: nn.Identity(),
+    "blocks.1.mlp": lambda _: mlp(),
+    "blocks.1": lambda _: nn.Identity(),
+    "patch_embed": lambda _: Stem(),
+}
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_a_layer_of_one_s_own_runs(models: Any, path: str) -> None:
+    for model in models:
+        parent, _, name = path.rpartition(".")
+        torch.manual_seed(1)
+        setattr(model.get_submodule(parent), name, OWN[path](model.get_submodule(path)))
+    assert_same(*(model(IMAGES) for model in models))
+    report = str(fastvit.backend_report(models[1], IMAGES))
+    assert path in ("blocks.1", "patch_embed") or path.split(".")[-1].rstrip("2") in report
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("blocks.1.ls1", "gamma"), ("blocks.1.attn.q_norm", "weight"), ("blocks.2.mlp.fc1", "weight")],
+)
+def test_pruned_weights_train(models: Any, path: str, name: str) -> None:
+    for model in models:
+        prune.l1_unstructured(model.get_submodule(path), name, 0.5)
+        for _ in range(2):
+            model(IMAGES).sum().backward()
+    grads = [model.get_submodule(path).get_parameter(f"{name}_orig").grad for model in models]
+    assert_same(*grads)
+
+
+def test_rope_needs_a_stem_that_tells_its_grid() -> None:
+    model = fastvit.ViT(
+        image_size=16, patch_size=8, dim=16, depth=1, heads=1, rope="dinov3", pos_embed="none"
+    )
+    model.patch_embed = nn.Conv2d(3, 16, 8, 8)  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"patch_embed: Conv2d has no grid"):
+        model(torch.randn(1, 3, 16, 16))
