@@ -273,6 +273,50 @@ def test_oblong_positions_that_could_be_square_ones() -> None:
     assert torch.equal(loaded(images), model(images))
 
 
+def test_as_many_positions_as_the_named_grid_has_are_copied() -> None:
+    """As timm does: 2 x 8 patches are as many as 4 x 4, and 2 x 2 with five more as 3 x 3."""
+    for size, registers, alone in (((16, 64), 0, False), ((16, 64), 0, True), (16, 4, False)):
+        options: dict[str, Any] = dict(registers=registers, no_embed_class=alone)
+        model = fastvit.ViT(**{**OURS, "image_size": size}, **options).eval()
+        loaded = fastvit.load_checkpoint(model.state_dict(), heads=2, img_size=size)
+        assert not loaded.load_report.adapted
+        assert torch.equal(loaded.pos_embed, model.pos_embed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(image_size=(32, 64)),
+        dict(image_size=(16, 64)),
+        dict(image_size=16, registers=4),
+        dict(image_size=(24, 16), registers=2),
+        dict(image_size=(24, 16), registers=2, no_embed_class=True),
+        dict(rope="dinov3", pos_embed="none", registers=4),
+        dict(pos_embed="none", pool="mean"),
+        dict(image_size=64, patch_size=8, channels=4, dim_head=24),
+    ],
+    ids=str,
+)
+def test_a_state_dict_of_the_same_model_is_copied(options: dict[str, Any]) -> None:
+    """Whatever grid or rotations its keys and shapes leave open, the model's arguments settle."""
+    first, second = (fastvit.ViT(**{**OURS, **options}).double() for _ in range(2))
+    report = liven(second).load_weights(liven(first).state_dict())
+    assert not report.adapted
+    for name, tensor in second.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name]), name
+
+
+def test_the_model_says_what_another_size_leaves_open() -> None:
+    """2 x 2 positions with <cls> and 4 registers are as many as 3 x 3."""
+    model = fastvit.ViT(**{**OURS, "image_size": 32}, registers=4)
+    small = fastvit.ViT(**{**OURS, "image_size": 16}, registers=4)
+    assert "grid (2, 2) to (4, 4)" in str(model.load_weights(small.state_dict()))
+    with pytest.raises(
+        UsageError, match=r"11 positions make no .* nor are they those of \(32, 32\)"
+    ):
+        model.load_weights(plain(pos_embed=torch.zeros(1, 11, 32)))
+
+
 def test_what_a_state_dict_cannot_say_is_said() -> None:
     notes = fastvit.load_checkpoint(plain(), heads=2, activation="gelu_tanh").load_report.notes
     assert notes == ["no config: norm_eps 1e-06, pool 'cls' assumed; pass what is otherwise"]

@@ -16,7 +16,7 @@ from fastvit.checkpoint_files import Source, read_source
 from fastvit.dialects import Reading, read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
-from fastvit.model import ViT, pair
+from fastvit.model import ViT
 from fastvit.pos_embed import Resample, resample_patches, resample_positions
 from fastvit.presets import DATA, PRESETS
 from fastvit.saving import FORMAT, VERSION
@@ -101,7 +101,8 @@ def load_weights(
 ) -> LoadReport:
     """Put the weights of `source`, as for `load_checkpoint`, into a model that is there already.
 
-    Position table, patch kernel and channels are adapted to the model's, and said. strict: missing
+    What the source does not say itself is read as the model's own arguments would have it. Position
+    table, patch kernel and channels are adapted to the model's, and said. strict: missing
     or unexpected keys raise one UsageError that lists them, except a head for another number of
     classes, which stays as it is and is said, as is what the checkpoint was trained to compute
     otherwise than the model does (norm_eps, activation). Nothing is written unless everything fits.
@@ -111,7 +112,8 @@ def load_weights(
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model is on the meta device; call model.to_empty(device=...) first")
     read_from = read_source(source)
-    reading, arguments = interpret(read_from, {"heads": model.config["heads"]})
+    own = {k: model.config[k] for k in ("heads", "no_embed_class", "rope", "pos_embed", "channels")}
+    reading, arguments = interpret(read_from, {**own, "image_size": model.patch_embed.img_size})
     may_lack = {k for k in model.state_dict() if k.startswith("head.") or not strict}
     for name in COMPUTED:
         theirs, mine = reading.known.get(name, model.config[name]), model.config[name]
@@ -156,10 +158,6 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
     hints = {k: v for k, v in kwargs.items() if k in ("heads", "num_heads")}
     if "num_heads" in hints:
         hints["heads"] = hints.pop("num_heads")
-    if not any(k in reading.known for k in ("image_size", "img_size")):
-        given = kwargs.get("image_size", kwargs.get("img_size"))
-        if given is not None and not _square(reading.state, given):
-            hints["image_size"] = given
     if reading.dialect == "timm" and "pos_embed" not in reading.state:
         if not {"rope", "pos_embed"} & {*reading.known, *kwargs}:
             raise UsageError(
@@ -167,23 +165,13 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
                 "computed rotations, of which the tensors say nothing; pass rope= with "
                 "rope_theta=, or pos_embed='none' for a model without positions"
             )
-    arguments, notes = infer(reading.state, {**reading.known, **hints})
+    wanted = {
+        "image_size": kwargs.get("image_size", kwargs.get("img_size")),
+        "no_embed_class": kwargs.get("no_embed_class"),
+    }
+    arguments, notes = infer(reading.state, {**reading.known, **hints}, wanted)
     reading.notes += notes
     return reading, arguments
-
-
-def _square(state: State, image_size: Any) -> bool:
-    """True if some number of prefix tokens leaves a square grid of positions, and it is not the
-    usual number that leaves just the grid of image_size, oblong."""
-    if "pos_embed" not in state:
-        return True
-    count, kernel = state["pos_embed"].shape[1], state["patch_embed.proj.weight"]
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    patches = count - registers - ("cls_token" in state)
-    (height, width), (p_h, p_w) = pair("image_size", image_size), kernel.shape[2:]
-    if (height // p_h) * (width // p_w) == patches:
-        return math.isqrt(patches) ** 2 == patches
-    return any(n >= 0 and math.isqrt(n) ** 2 == n for n in (count, patches))
 
 
 def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
@@ -286,13 +274,13 @@ def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str
     """
     out = dict(state)
     stem = model.patch_embed
-    kernel = out["patch_embed.proj.weight"].float()
+    kernel = out["patch_embed.proj.weight"]
     if kernel.shape[1] != stem.proj.in_channels:
         said.append(f"channels: {kernel.shape[1]} to {stem.proj.in_channels}")
-        kernel = adapt_channels(kernel, stem.proj.in_channels)
+        kernel = adapt_channels(_wide(kernel), stem.proj.in_channels)
     if tuple(kernel.shape[-2:]) != stem.patch_size:
         said.append(f"patch_size: {tuple(kernel.shape[-2:])} to {stem.patch_size}")
-        kernel = resample_patches(kernel, stem.patch_size, Resample())
+        kernel = resample_patches(_wide(kernel), stem.patch_size, Resample())
     out["patch_embed.proj.weight"] = kernel
     if "pos_embed" in out and model.pos_embed is not None:
         _adapt_positions(out, model, arguments, said)
@@ -321,9 +309,10 @@ def _adapt_positions(out: State, model: ViT, arguments: Mapping[str, Any], said:
     old, new = (size[0] // patch[0], size[1] // patch[1]), model.patch_embed.grid_size
     alone = bool(arguments.get("no_embed_class"))
     prefix = 0 if alone else arguments["registers"] + bool(arguments["class_token"])
-    own, table = out["pos_embed"].float()[0].tensor_split([prefix])
+    own, table = out["pos_embed"][0].tensor_split([prefix])
     if old != new:
         said.append(f"positions: grid {old} to {new} ({model.resample})")
+        own, table = _wide(own), _wide(table)
         table = resample_positions(table, old, new, model.resample)
     if model.no_embed_class and prefix:
         tokens = [t for t in ("cls_token", "reg_token") if t in out]
@@ -333,6 +322,10 @@ def _adapt_positions(out: State, model: ViT, arguments: Mapping[str, Any], said:
     elif not model.no_embed_class and alone and model.num_prefix_tokens:
         own = table.new_zeros(model.num_prefix_tokens, table.shape[1])
     out["pos_embed"] = torch.cat([own, table])[None]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def adapt_channels(kernel: Tensor, channels: int) -> Tensor:

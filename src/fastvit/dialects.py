@@ -186,7 +186,7 @@ def _read_hf_vit(state: State, outside: State, config: Config) -> Reading:
     data = IMAGENET if dinov2 else INCEPTION
     reading = _finish(name, state, outside, rules, known, data)
     _adopt_classifier(reading, outside)
-    if not config:
+    if _is_bare(config):
         reading.notes.append(f"no config: norm_eps {known['norm_eps']:g}, transformers' default")
     if any(k.startswith("pooler.") for k in reading.dropped):
         reading.notes.append("the tanh pooler was left out; forward gives the normed <cls>")
@@ -335,7 +335,7 @@ def _read_openai(state: State, outside: State, config: Config) -> Reading:
     ours["pos_embed"] = ours["pos_embed"][None]
     if "head.weight" in ours:
         ours["head.weight"] = ours["head.weight"].mT
-    if not quick and not config:
+    if not quick and _is_bare(config):
         reading.notes.append(
             "activation 'gelu' assumed; for weights trained on QuickGELU pass "
             "activation='quick_gelu'"
@@ -371,7 +371,7 @@ def _read_vit_pytorch(state: State, outside: State, config: Config) -> Reading:
     reading = _finish("vit-pytorch", state, outside, rules, known, {})
     ours = reading.state
     weight, pos = ours["patch_embed.proj.weight"], ours["pos_embed"]
-    guesses = (config["channels"],) if "channels" in config else (3, 1, 4, 2)
+    guesses = tuple(dict.fromkeys((config.get("channels", 3), 3, 1, 4, 2)))
     sides = {c: math.isqrt(weight.shape[1] // c) for c in guesses}
     channels = next((c for c, side in sides.items() if side**2 * c == weight.shape[1]), None)
     if channels is None:
@@ -512,6 +512,11 @@ def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
             raise UsageError(f"checkpoint: hidden_act {activation!r} is not one of {list(names)}")
         known["activation"] = names[activation]
     return known
+
+
+def _is_bare(config: Config) -> bool:
+    """True if no config came with the tensors: the channels are the caller's word."""
+    return not config.keys() - {"channels"}
 
 
 def _options(how: Resample) -> dict[str, Any]:
