@@ -33,6 +33,12 @@ PLAIN = (
 )
 # What a model computes and no tensor shows: a loaded checkpoint does not change it.
 COMPUTED = ("norm_eps", "activation", "heads", "rope", "rope_theta", "head_activation", "pool")
+# What None in the arguments of a timm config takes back from its preset, where no tensor shows it.
+_UNSET: dict[str, dict[str, Any]] = {
+    "ref_feat_shape": {"rope_grid": None},
+    "norm_layer": {"norm_eps": 1e-6},
+    "act_layer": {"activation": "gelu"},
+}
 log = logging.getLogger("fastvit")
 
 
@@ -186,14 +192,17 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
                 "ViT, pass its state dict alone"
             )
         reading.notes.append(f"{architecture!r} is no preset of fastvit; taken from the shapes")
-    args = {k: v for k, v in (config.get("model_args") or {}).items() if v is not None}
+    given = config.get("model_args") or {}
     try:
-        args = translate(args, preset)
+        args = translate({k: v for k, v in given.items() if v is not None}, preset)
     except ValueError as error:
         raise UsageError(f"checkpoint: {architecture}: {error}") from error
     if preset:  # says all of it: what was read out of the keys alone is no more than a guess
         reading.known = {k: v for k, v in reading.known.items() if k == "head_activation"}
-    known = {**reading.known, **preset, **args}
+    known = {**reading.known, **preset}
+    for name in (k for k, v in given.items() if v is None):
+        known.update(_UNSET.get(name, {}))
+    known.update(args)
     pretrained = config.get("pretrained_cfg") or {}
     size = pretrained.get("input_size")
     if size and "image_size" not in args:

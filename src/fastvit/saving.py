@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import nn
 
 from fastvit.errors import UsageError
 from fastvit.model import ViT
@@ -60,6 +61,28 @@ def _umask() -> int:
     return umask
 
 
+def standing(model: ViT) -> ViT:
+    """The ViT of the model's arguments, on the meta device, with the depth, classes and pool that
+    it has now. Raises UsageError where its tensors are still not those of that ViT."""
+    arguments = dict(model.config, depth=len(model.blocks), pool=model.pool)
+    linears = [m for m in model.head.modules() if isinstance(m, nn.Linear)]
+    arguments["num_classes"] = linears[-1].out_features if linears else 0
+    if not linears:
+        arguments["head_hidden_dim"] = None
+    with torch.device("meta"):
+        made = ViT(**arguments)
+    want, have = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (made, model))
+    for name in sorted(want.keys() | have.keys()):
+        if want.get(name) != have.get(name):
+            raise UsageError(
+                f"the model's modules are not those of its arguments: {name} is "
+                f"{have.get(name, 'absent')}, expected {want.get(name, 'no such')}; save its "
+                "state_dict() instead"
+            )
+    made.default_cfg.update(model.default_cfg, num_classes=made.num_classes)
+    return made
+
+
 def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
     """Write PATH (.safetensors) and its .json: the model's config and `details`. Returns PATH."""
     path = Path(path)
@@ -68,7 +91,7 @@ def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Clones, since safetensors refuses parameters that two modules share.
     weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-    config = {"format": FORMAT, "version": VERSION, "model": model.config, **details}
+    config = {"format": FORMAT, "version": VERSION, "model": standing(model).config, **details}
     text = json.dumps(config, indent=2, default=json_value) + "\n"
     with replacing(path) as temporary:
         temporary.write_bytes(save(weights, metadata={"format": "pt"}))
