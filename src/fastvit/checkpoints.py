@@ -1,5 +1,6 @@
 """Checkpoints of any library into `fastvit.ViT`, and out again to timm and Hugging Face."""
 
+import inspect
 import logging
 import math
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from fastvit.checkpoint_files import Source, read_source
 from fastvit.dialects import Reading, read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
+from fastvit.layers import check_sizes, pair
 from fastvit.model import ViT
 from fastvit.pos_embed import Resample, resample_patches, resample_positions
 from fastvit.presets import DATA, PRESETS
@@ -131,7 +133,7 @@ def load_weights(
 
 def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[str, Any]]:
     """The tensors in our names, and the arguments of the ViT that they belong to."""
-    config = source.config
+    config = source.config or _settings_in(source.state)
     ours = config.get("format") == FORMAT and isinstance(config.get("model"), dict)
     timm = "architecture" in config and "pretrained_cfg" in config
     if is_jax(source.state):
@@ -161,9 +163,14 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
     for theirs, name in (("image_mean", "mean"), ("image_std", "std")):
         if isinstance(source.preprocessor.get(theirs), list):
             reading.data[name] = tuple(source.preprocessor[theirs])
-    hints = {k: v for k, v in kwargs.items() if k in ("heads", "num_heads")}
-    if "num_heads" in hints:
-        hints["heads"] = hints.pop("num_heads")
+    heads = kwargs.get("heads", kwargs.get("num_heads"))
+    hints = {} if heads is None else {"heads": heads}
+    size = kwargs.get("image_size", kwargs.get("img_size"))
+    try:
+        check_sizes(1, **hints)
+        size = None if size is None else pair("image_size", size)
+    except ValueError as error:
+        raise UsageError(f"checkpoint: {error}") from error
     if reading.dialect == "timm" and "pos_embed" not in reading.state:
         if not {"rope", "pos_embed"} & {*reading.known, *kwargs}:
             raise UsageError(
@@ -171,13 +178,22 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
                 "computed rotations, of which the tensors say nothing; pass rope= with "
                 "rope_theta=, or pos_embed='none' for a model without positions"
             )
-    wanted = {
-        "image_size": kwargs.get("image_size", kwargs.get("img_size")),
-        "no_embed_class": kwargs.get("no_embed_class"),
-    }
+    wanted = {"image_size": size, "no_embed_class": kwargs.get("no_embed_class")}
     arguments, notes = infer(reading.state, {**reading.known, **hints}, wanted)
     reading.notes += notes
     return reading, arguments
+
+
+def _settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The config in the state file of `fastvit train`, which keeps a run's settings beside it."""
+    settings = state.get("settings")
+    model = settings.get("model") if isinstance(settings, Mapping) else None
+    if (
+        not isinstance(model, Mapping)
+        or not model.keys() <= inspect.signature(ViT).parameters.keys()
+    ):
+        return {}
+    return {"format": FORMAT, "version": VERSION, "model": dict(model)}
 
 
 def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -257,7 +258,7 @@ def _read_hf_siglip_or_clip(state: State, outside: State, config: Config) -> Rea
     how = HUGGING_FACE
     if clip:
         if "head.weight" in ours:  # its classifier reads the mean of the patches before the norm
-            known.update(pool="mean", fc_norm=False)
+            known.update(pool="mean", fc_norm=False, final_norm=False)
             reading.dropped += [k for k in ours if k.startswith("norm.")]
             ours = reading.state = {k: v for k, v in ours.items() if not k.startswith("norm.")}
         ours["cls_token"] = ours["cls_token"].view(1, 1, -1)
@@ -420,18 +421,27 @@ _FAMILIES: list[tuple[str, Callable[[State], bool], Reader]] = [
 def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
     """Any checkpoint's tensors in our names. Raises UsageError for what no dialect explains."""
     state, within = unwrap(state)
+    if not any(isinstance(v, Tensor) for v in state.values()):
+        state = {k: tensor_of(k, v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
     tensors = {_WRAPPERS.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
     for anchor, holds, reader in _FAMILIES:
         found = [k for k in tensors if k == anchor or k.endswith("." + anchor)]
-        prefixes = sorted((k.removesuffix(anchor) for k in found), key=len)
-        for prefix in prefixes:
+        vits = {}
+        for prefix in sorted((k.removesuffix(anchor) for k in found), key=_order):
             inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            outside = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
             if holds(inside):
-                reading = reader(inside, outside, config or {})
-                if within not in (None, "state_dict", "model", "module"):
-                    reading.notes.append(f"its weights under {within!r} were taken")
-                return reading
+                vits[prefix] = inside
+        if not vits:
+            continue
+        prefix, *left = vits
+        outside = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+        reading = reader(vits[prefix], outside, config or {})
+        if within not in (None, "state_dict", "model", "module"):
+            reading.notes.append(f"its weights under {within!r} were taken")
+        if left:
+            others = ", ".join(map(repr, left))
+            reading.notes.append(f"its weights under {prefix!r} were taken, not those of {others}")
+        return reading
     some = ", ".join(list(tensors)[:5]) or "no tensors at all"
     if state and not tensors:
         some += f", only entries such as {', '.join(map(repr, list(state)[:5]))}; pass the state "
@@ -440,6 +450,14 @@ def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
         "checkpoint: unknown dialect; expected a ViT of timm, transformers, torchvision, DINOv2, "
         f"DINOv3, OpenAI or open_clip, or a JAX npz. Its keys begin: {some}"
     )
+
+
+_AVERAGED = re.compile(r"(?:^|[._])(?:ema|teacher)(?=[._])")
+
+
+def _order(prefix: str) -> tuple[bool, int]:
+    """Averaged weights before others, the shortest prefix before longer ones."""
+    return _AVERAGED.search(prefix) is None, len(prefix)
 
 
 # What torch.compile, activation checkpointing and FSDP put into the names of what they wrap.
@@ -517,6 +535,15 @@ def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
 def _is_bare(config: Config) -> bool:
     """True if no config came with the tensors: the channels are the caller's word."""
     return not config.keys() - {"channels"}
+
+
+def tensor_of(name: str, array: np.ndarray) -> Tensor:
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # bfloat16, which numpy lacks
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float()
+    if array.dtype.kind not in "fiu":
+        raise UsageError(f"checkpoint: {name} has dtype {array.dtype}, expected numbers")
+    array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _options(how: Resample) -> dict[str, Any]:

@@ -38,7 +38,10 @@ def infer(
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "norm": "layernorm" if "blocks.0.norm1.bias" in state else "rmsnorm",
         "pre_norm": "norm_pre.weight" in state,
-        "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
+        # Without one it is half a checkpoint, unless it says so.
+        "final_norm": "norm.weight" in state
+        or "fc_norm.weight" in state
+        or known.get("final_norm", True),
         "fc_norm": "fc_norm.weight" in state,
         "num_classes": 0,
     }
