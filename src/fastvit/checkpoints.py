@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvit.checkpoint_files import Source, read_source
-from fastvit.dialects import Reading, read
+from fastvit.dialects import EVA_POOL, Reading, read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
 from fastvit.layers import check_sizes, pair
@@ -213,6 +213,10 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
         args = translate({k: v for k, v in given.items() if v is not None}, preset)
     except ValueError as error:
         raise UsageError(f"checkpoint: {architecture}: {error}") from error
+    if "attn_pool.latent" in reading.state and (
+        preset.get("rope") or preset.get("qkv_bias") == "qv"
+    ):
+        raise UsageError(f"checkpoint: {architecture}: {EVA_POOL}")
     if preset:  # says all of it: what was read out of the keys alone is no more than a guess
         reading.known = {k: v for k, v in reading.known.items() if k == "head_activation"}
     known = {**reading.known, **preset}

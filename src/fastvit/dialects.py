@@ -30,6 +30,11 @@ CLIP = {
 }
 
 
+EVA_POOL = (
+    "the attention pooling of timm's Eva reads <cls> and registers too, fastvit's the patches alone"
+)
+
+
 @dataclass
 class Reading:
     """A checkpoint in our names. `known`: arguments of `fastvit.ViT` that its config or its dialect
@@ -71,6 +76,9 @@ def _read_timm(state: State, outside: State, config: Config) -> Reading:
     _refuse_distilled(state, "dist_token")
     if any(k.endswith("mlp.norm.weight") for k in state):
         raise UsageError("checkpoint: this EVA has a norm inside its MLP, which fastvit.ViT lacks")
+    pools = "attn_pool.latent" in state
+    if pools and "blocks.0.gamma_1" in state:
+        raise UsageError(f"checkpoint: {EVA_POOL}")
     known: dict[str, Any] = {}
     data = {}
     if "head.2.weight" in state:
@@ -88,10 +96,13 @@ def _read_timm(state: State, outside: State, config: Config) -> Reading:
         fc1, fc2 = (state.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
         if fc1 is not None and fc2 is not None and len(fc1) == 2 * fc2.shape[1]:  # not EVA-01
             known.update(rope="eva", rope_grid=16)
-        known["pool"], data = "mean", CLIP
+        known["pool"], data = "map" if pools else "mean", CLIP
     elif gammas or "blocks.0.ls1.gamma" in state:
         data = IMAGENET
-    return _finish("timm", state, outside, rules, known, data)
+    reading = _finish("timm", state, outside, rules, known, data)
+    if pools and "blocks.0.attn.q_bias" in state:
+        reading.notes.append(f"taken for fastvit's own: {EVA_POOL}")
+    return reading
 
 
 def _refuse_distilled(state: State, token: str) -> None:
