@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastvit.checkpoint_files import SUFFIXES
 from fastvit.errors import UsageError
 from fastvit.model import ViT, pair
 from fastvit.pos_embed import HUGGING_FACE, Resample
@@ -48,7 +49,9 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     model = standing(model)
     path = None if path is None else Path(path)
-    bare = path is None or path.suffix == ".safetensors"
+    bare = path is None or path.suffix.lower() == ".safetensors"
+    if path is not None and not bare and path.suffix.lower() in SUFFIXES and not path.is_dir():
+        raise UsageError(f"export_checkpoint: expected a folder or .safetensors, got {path}")
     if dialect == "timm":
         state, config = _to_timm(model, state), {} if bare else _timm_config(model)
     else:
