@@ -44,6 +44,16 @@ def test_modules_changed_since(tmp_path):
     assert load_checkpoint(save_checkpoint(path, model))[0].num_classes == 0
 
 
+def test_wrapped_modules(tmp_path):
+    """A compiled block is saved under the names that the plain one has."""
+    model = tiny(depth=2).eval()
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    model.blocks[1] = torch.nn.ModuleDict({"_orig_mod": model.blocks[1]})
+    loaded, _ = load_checkpoint(save_checkpoint(tmp_path / "m.safetensors", model))
+    exported = fastvit.export_checkpoint(model, "timm")
+    assert loaded.state_dict().keys() == exported.keys() == expected.keys()
+
+
 def test_modules_that_no_arguments_make(tmp_path):
     model = tiny()
     model.blocks[0].mlp.fc1 = torch.nn.Linear(16, 20)

@@ -434,7 +434,7 @@ def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
     state, within = unwrap(state)
     if not any(isinstance(v, Tensor) for v in state.values()):
         state = {k: tensor_of(k, v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
-    tensors = {_WRAPPERS.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {WRAPPERS.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
     for anchor, holds, reader in _FAMILIES:
         found = [k for k in tensors if k == anchor or k.endswith("." + anchor)]
         vits = {}
@@ -472,7 +472,7 @@ def _order(prefix: str) -> tuple[bool, int]:
 
 
 # What torch.compile, activation checkpointing and FSDP put into the names of what they wrap.
-_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 def unwrap(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:

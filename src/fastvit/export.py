@@ -14,7 +14,7 @@ from fastvit.checkpoint_files import SUFFIXES
 from fastvit.errors import UsageError
 from fastvit.model import ViT, pair
 from fastvit.pos_embed import HUGGING_FACE, Resample
-from fastvit.saving import json_value, replacing, replacing_folder, standing
+from fastvit.saving import json_value, replacing, replacing_folder, standing, weights_of
 
 State = dict[str, Tensor]
 log = logging.getLogger("fastvit")
@@ -46,8 +46,8 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
         raise TypeError(f"model must be a fastvit.ViT, got {type(model).__name__}")
     if dialect not in DIALECTS:
         raise UsageError(f"dialect must be one of {DIALECTS}, got {dialect!r}")
-    state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    model = standing(model)
+    state = weights_of(model)
+    model = standing(model, state)
     path = None if path is None else Path(path)
     bare = path is None or path.suffix.lower() == ".safetensors"
     if path is not None and not bare and path.suffix.lower() in SUFFIXES and not path.is_dir():
