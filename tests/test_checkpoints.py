@@ -241,7 +241,10 @@ def test_missing_unexpected_and_misshapen_keys_are_one_error() -> None:
         (plain(norm__bias=torch.zeros(32, dtype=torch.int8)), "norm.bias is torch.int8, not flo"),
         (plain(norm__bias=torch.zeros(32, device="meta")), "norm.bias is without data"),
         (plain(norm__bias=torch.zeros(32).to_sparse()), "norm.bias is torch.sparse_coo, not a p"),
-        (plain(norm__bias=None, norm__weight=None), "it lacks norm.bias, norm.weight"),
+        (
+            plain(norm__bias=None, norm__weight=None),
+            "lacks norm.bias, norm.weight; .* final_norm=False",
+        ),
         (
             {k.replace("blocks.1.", "blocks.2."): v for k, v in plain().items()},
             r"it lacks blocks\.1\.attn\.proj\.bias, blocks\.1\.",

@@ -206,6 +206,15 @@ def test_models_that_only_look_alike_are_refused(tmp_path: Path) -> None:
         fastvit.load_checkpoint(theirs.state_dict())
 
 
+def test_radio_has_no_final_norm(tmp_path: Path) -> None:
+    args: dict[str, Any] = dict(embed_dim=64, depth=1, num_heads=2, img_size=64)
+    theirs = liven(timm.create_model("vit_base_patch16_radio_v3", **args), std=0.1)
+    timm.models.save_for_hf(theirs, tmp_path, model_args=args)
+    ours = fastvit.load_checkpoint(tmp_path)
+    images = torch.randn(1, 3, 64, 64)
+    close("features", ours.forward_features(images), theirs.forward_features(images))
+
+
 def test_a_preset_settles_what_keys_alone_would_leave_to_guess(tmp_path: Path) -> None:
     """norm_pre makes a bare state dict look like CLIP's, of norm_eps 1e-5; a preset says 1e-6."""
     args = narrow("vit_tiny_patch16_224", pre_norm=True)

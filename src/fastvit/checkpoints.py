@@ -68,9 +68,10 @@ class LoadReport:
 def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> ViT:
     """A `fastvit.ViT` with the weights of `source`, in eval mode, float32, on the CPU.
 
-    source: a file (.safetensors; .pth, .pt, .bin, read with weights_only=True; .npz), a folder of
-    `save_pretrained` or of `fastvit train`, a hub id ("timm/...", "facebook/dinov2-base"; the cache
-    and HF_HUB_OFFLINE are respected), or a state dict. Dialect and architecture come from keys,
+    source: a file (.safetensors; .pth, .pt, .bin, read with weights_only=True; .npz; the index of
+    shards), a folder of `save_pretrained` or of `fastvit train`, a hub id ("timm/...",
+    "facebook/dinov2-base"; the cache and HF_HUB_OFFLINE are respected), or a state dict; of two
+    ViTs in one, the teacher or the average. Dialect and architecture come from keys,
     shapes and the config beside the weights. kwargs, in timm's words or ours, override them: other
     num_classes, image_size or channels are adapted as timm does, and said on the "fastvit" logger;
     `model.load_report` keeps it. Raises UsageError, a ValueError, for what cannot be loaded.
@@ -219,7 +220,8 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
         raise UsageError(f"checkpoint: {architecture}: {EVA_POOL}")
     if preset:  # says all of it: what was read out of the keys alone is no more than a guess
         reading.known = {k: v for k, v in reading.known.items() if k == "head_activation"}
-    known = {**reading.known, **preset}
+    # RADIO has no final norm; a preset has one, unless the arguments say otherwise.
+    known = {**reading.known, **(preset or {"final_norm": False})}
     for name in (k for k, v in given.items() if v is None):
         known.update(_UNSET.get(name, {}))
     known.update(args)
@@ -263,7 +265,10 @@ def _fit(
     ]
     problems = []
     if missing:
-        problems.append(f"it lacks {', '.join(missing)}")
+        without = (
+            "; without a final norm it is final_norm=False" if "norm.weight" in missing else ""
+        )
+        problems.append(f"it lacks {', '.join(missing)}{without}")
     if unexpected and strict:
         problems.append(f"it has the unexpected {', '.join(unexpected)}")
     problems += wrong
