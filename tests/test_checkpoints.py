@@ -241,15 +241,63 @@ def test_missing_unexpected_and_misshapen_keys_are_one_error() -> None:
         (plain(norm__bias=torch.zeros(32, dtype=torch.int8)), "norm.bias is torch.int8, not flo"),
         (plain(norm__bias=torch.zeros(32, device="meta")), "norm.bias is without data"),
         (plain(norm__bias=torch.zeros(32).to_sparse()), "norm.bias is torch.sparse_coo, not a p"),
+        (
+            plain(norm__bias=None, norm__weight=None),
+            "lacks norm.bias, norm.weight; .* final_norm=False",
+        ),
+        (
+            {k.replace("blocks.1.", "blocks.2."): v for k, v in plain().items()},
+            r"it lacks blocks\.1\.attn\.proj\.bias, blocks\.1\.",
+        ),
+        ({"cls_token": np.array(["a"])}, "cls_token has dtype <U1, expected numbers"),
     ],
     ids=[
         *("empty", "resnet", "no qkv", "11 positions", "distilled", "sub-norm", "half an npz"),
         *("nested", "no positions", "0 positions", "flat kernel", "int8", "meta", "sparse"),
+        *("no norm", "a gap", "words"),
     ],
 )
 def test_state_dicts_that_no_vit_holds(state: dict, message: str) -> None:
     with pytest.raises(UsageError, match=f"(?i){message}"):
         fastvit.load_checkpoint(state)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}], ids=["flat", "inner"])
+def test_of_two_vits_the_averaged_one_is_taken(wrap: Any) -> None:
+    mine = plain()
+    for plainer, averaged in (("student", "teacher"), ("model", "model_ema"), ("net", "ema.net")):
+        both = {f"{plainer}.{k}": torch.zeros_like(v) for k, v in mine.items()}
+        both |= {f"{averaged}.{k}": v for k, v in mine.items()}
+        loaded = fastvit.load_checkpoint(wrap(both), heads=2)
+        assert torch.equal(loaded.state_dict()["norm.weight"], mine["norm.weight"])
+        note = f"its weights under '{averaged}.' were taken, not those of '{plainer}.'"
+        assert note in loaded.load_report.notes
+        assert f"{plainer}.norm.weight" in loaded.load_report.dropped
+
+
+def test_arrays_of_numpy_are_tensors_too(tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {k: v.numpy() for k, v in plain().items()}
+    np.savez(tmp_path / "vit.npz", **arrays)
+    for source in (arrays, tmp_path / "vit.npz"):
+        loaded = fastvit.load_checkpoint(source, heads=2).state_dict()
+        assert all(torch.equal(loaded[k], torch.from_numpy(v)) for k, v in arrays.items())
+
+
+def test_a_model_without_a_final_norm() -> None:
+    model = fastvit.ViT(**OURS, final_norm=False)
+    loaded = fastvit.load_checkpoint(model.state_dict(), heads=2, final_norm=False)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert not loaded.load_weights(model.state_dict()).adapted
+
+
+def test_arguments_at_fault() -> None:
+    for kwargs, message in (
+        ({"heads": "2"}, "heads must be an int >= 1, got '2'"),
+        ({"num_heads": 0}, "heads must be an int >= 1, got 0"),
+        ({"img_size": "32"}, "image_size must be a positive int or a pair of them, got '32'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            fastvit.load_checkpoint(plain(), **kwargs)
 
 
 def test_names_that_wrappers_put_between() -> None:
@@ -271,6 +319,50 @@ def test_oblong_positions_that_could_be_square_ones() -> None:
     loaded = fastvit.load_checkpoint(model.state_dict(), heads=2, image_size=(16, 32))
     assert not loaded.load_report.adapted
     assert torch.equal(loaded(images), model(images))
+
+
+def test_as_many_positions_as_the_named_grid_has_are_copied() -> None:
+    """As timm does: 2 x 8 patches are as many as 4 x 4, and 2 x 2 with five more as 3 x 3."""
+    for size, registers, alone in (((16, 64), 0, False), ((16, 64), 0, True), (16, 4, False)):
+        options: dict[str, Any] = dict(registers=registers, no_embed_class=alone)
+        model = fastvit.ViT(**{**OURS, "image_size": size}, **options).eval()
+        loaded = fastvit.load_checkpoint(model.state_dict(), heads=2, img_size=size)
+        assert not loaded.load_report.adapted
+        assert torch.equal(loaded.state_dict()["pos_embed"], model.state_dict()["pos_embed"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(image_size=(32, 64)),
+        dict(image_size=(16, 64)),
+        dict(image_size=16, registers=4),
+        dict(image_size=(24, 16), registers=2),
+        dict(image_size=(24, 16), registers=2, no_embed_class=True),
+        dict(rope="dinov3", pos_embed="none", registers=4),
+        dict(pos_embed="none", pool="mean"),
+        dict(image_size=64, patch_size=8, channels=4, dim_head=24),
+    ],
+    ids=str,
+)
+def test_a_state_dict_of_the_same_model_is_copied(options: dict[str, Any]) -> None:
+    """Whatever grid or rotations its keys and shapes leave open, the model's arguments settle."""
+    first, second = (fastvit.ViT(**{**OURS, **options}).double() for _ in range(2))
+    report = liven(second).load_weights(liven(first).state_dict())
+    assert not report.adapted
+    for name, tensor in second.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name]), name
+
+
+def test_the_model_says_what_another_size_leaves_open() -> None:
+    """2 x 2 positions with <cls> and 4 registers are as many as 3 x 3."""
+    model = fastvit.ViT(**{**OURS, "image_size": 32}, registers=4)
+    small = fastvit.ViT(**{**OURS, "image_size": 16}, registers=4)
+    assert "grid (2, 2) to (4, 4)" in str(model.load_weights(small.state_dict()))
+    with pytest.raises(
+        UsageError, match=r"11 positions make no .* nor are they those of \(32, 32\)"
+    ):
+        model.load_weights(plain(pos_embed=torch.zeros(1, 11, 32)))
 
 
 def test_what_a_state_dict_cannot_say_is_said() -> None:
@@ -417,6 +509,25 @@ def test_folders_at_fault(saved: Path) -> None:
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(UsageError, match=r"index\.json holds no 'weight_map' of tensors"):
             fastvit.load_checkpoint(saved)
+
+
+def test_half_a_checkpoint(tmp_path: Path) -> None:
+    """One shard is refused by its name; the index, the folder and a capital ending are read."""
+    state = plain()
+    names = sorted(state)
+    files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for file, part in zip(files, (names[:9], names[9:]), strict=True):
+        save_file({k: state[k] for k in part}, tmp_path / file)
+    torch.save(state, tmp_path / "pytorch_model-00001-of-00003.bin")
+    for file in (*files, "pytorch_model-00001-of-00003.bin"):
+        with pytest.raises(UsageError, match=r"is one of [23] shards; pass its folder, or the"):
+            fastvit.load_checkpoint(tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {k: files[k in names[9:]] for k in names}}))
+    save_file(state, tmp_path / "VIT.SAFETENSORS")
+    for source in (index, tmp_path, tmp_path / "VIT.SAFETENSORS"):
+        loaded = fastvit.load_checkpoint(source, heads=2).state_dict()
+        assert all(torch.equal(loaded[k], state[k]) for k in names)
 
 
 def test_shards_are_joined(tmp_path: Path) -> None:

@@ -141,8 +141,13 @@ def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> No
         ({"layer_scale": 1.0, "num_classes": 0, "mlp_dim": 40}, "mlp_dim 40 with dim 32"),
         ({"pre_norm": True, "layer_scale": 1.0}, "registers, LayerScale, or no <cls>"),
         ({"class_token": False, "pool": "map"}, "a classifier on attention pooling"),
+        ({"pre_norm": True, "patch_bias": True}, r"a patch bias \(patch_bias\) with pre_norm"),
+        ({"pre_norm": True, "pool": "max", "fc_norm": False}, "CLIPVisionModel .* pool 'max'"),
+        ({"pre_norm": True, "final_norm": False}, "CLIPVisionModel .* without a final norm"),
+        ({"pre_norm": True, "image_size": (16, 32)}, r"images of \(16, 32\) or patches of"),
+        ({"pre_norm": True, "mlp": "swiglu_packed"}, "CLIPVisionModel .* mlp 'swiglu_packed'"),
     ):
-        model = fastvit.ViT(**{**narrow, **options})
+        model = liven(fastvit.ViT(**{**narrow, **options}))
         with pytest.raises(UsageError, match=message):
             fastvit.export_checkpoint(model, "hf", tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -152,12 +157,29 @@ def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> No
         ({"mlp_bias": False}, "mlp_bias=False with proj_bias=True"),
         ({"rope": "eva", "qkv_bias": True}, "a bias on the keys"),
         ({"mlp": "swiglu"}, "a SwiGLU of two projections without RoPE"),
+        ({"pre_norm": True, "patch_bias": True}, r"a patch bias \(patch_bias\) with pre_norm"),
+        ({"mlp": "swiglu_packed", "pool": "map"}, "this pool 'map', .* a packed SwiGLU"),
+        ({"rope": "eva", "qkv_bias": "qv", "pool": "map"}, "this pool 'map', with RoPE"),
     ):
-        model = fastvit.ViT(**{**narrow, **options})
+        model = liven(fastvit.ViT(**{**narrow, **options}))
         with pytest.raises(UsageError, match=message):
             fastvit.export_checkpoint(model, "timm", tmp_path / "out")
     with pytest.raises(UsageError, match=r"dialect must be one of .*, got 'onnx'"):
         fastvit.export_checkpoint(fastvit.ViT(**narrow), "onnx")
+
+
+def test_export_writes_the_biases_that_transformers_has_in_any_case(tmp_path: Path) -> None:
+    bare: dict[str, Any] = dict(proj_bias=False, mlp_bias=False, patch_bias=False, qkv_bias=False)
+    sizes: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, image_size=32, patch_size=8)
+    for name, options in (("ViTModel", {}), ("CLIPVisionModel", {"pre_norm": True})):
+        ours = liven(fastvit.ViT(**{**sizes, **bare, **options}, num_classes=0))
+        fastvit.export_checkpoint(ours, "hf", tmp_path / name)
+        theirs, info = getattr(hf, name).from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not [k for k in info["missing_keys"] if "pooler.dense" not in k]
+        images = torch.randn(2, 3, 32, 32)
+        out = theirs.eval()(images)
+        got = out.pooler_output if options else out.last_hidden_state[:, 0]
+        close("output", got, ours(images))
 
 
 def patchified(images: Tensor, patch: int) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import Truth, check, liven, truth
+from peers import Truth, check, close, liven, truth
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -84,6 +84,36 @@ def test_timm_reads_our_export(name: str, tmp_path: Path) -> None:
     again = fastvit.load_checkpoint(tmp_path)
     for key, tensor in ours.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(patch_bias=False),
+        dict(norm="rmsnorm"),
+        dict(rope="eva", qkv_bias="qv"),
+        dict(pre_norm=True, norm_eps=1e-5),
+    ],
+    ids=str,
+)
+def test_arguments_without_a_preset_go_to_timm_and_back(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = dict(dim=32, depth=2, heads=2, mlp_dim=64, image_size=32, patch_size=8)
+    ours = liven(fastvit.ViT(**sizes, num_classes=5, **options))
+    fastvit.export_checkpoint(ours, "timm", tmp_path)
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    close("timm", theirs(images), ours(images))
+    close("back", fastvit.load_checkpoint(tmp_path)(images), ours(images))
+
+
+def test_the_eps_that_timm_gives_to_an_rmsnorm_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, image_size=32, patch_size=8)
+    fastvit.export_checkpoint(fastvit.ViT(**sizes, norm="rmsnorm", norm_eps=1e-5), "timm", tmp_path)
+    assert "cannot say norm_eps 1e-05; timm will take 1e-06" in caplog.text
 
 
 def test_the_architecture_comes_from_the_shapes(tmp_path: Path) -> None:
@@ -174,6 +204,15 @@ def test_models_that_only_look_alike_are_refused(tmp_path: Path) -> None:
     theirs = timm.create_model("vit_small_patch16_rope_224", embed_dim=64, depth=1, num_heads=2)
     with pytest.raises(UsageError, match="has no position table"):
         fastvit.load_checkpoint(theirs.state_dict())
+
+
+def test_radio_has_no_final_norm(tmp_path: Path) -> None:
+    args: dict[str, Any] = dict(embed_dim=64, depth=1, num_heads=2, img_size=64)
+    theirs = liven(timm.create_model("vit_base_patch16_radio_v3", **args), std=0.1)
+    timm.models.save_for_hf(theirs, tmp_path, model_args=args)
+    ours = fastvit.load_checkpoint(tmp_path)
+    images = torch.randn(1, 3, 64, 64)
+    close("features", ours.forward_features(images), theirs.forward_features(images))
 
 
 def test_a_preset_settles_what_keys_alone_would_leave_to_guess(tmp_path: Path) -> None:

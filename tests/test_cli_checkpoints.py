@@ -61,6 +61,7 @@ def test_convert_writes_all_or_nothing(file: Path, capsys: pytest.CaptureFixture
         ([str(file), "there", "--to", "hf"], "there already exists; choose another name"),
         ([str(file), "one.safetensors", "--to", "hf"], "one.safetensors already exists"),
         ([str(file), "there/mine.txt/x", "--to", "hf"], "cannot write there/mine.txt/x"),
+        ([str(file), "out.pth", "--to", "timm"], "a folder or .safetensors, got out.pth"),
         (["absent.pth", "new", "--to", "hf"], "absent.pth is neither a file, nor a folder"),
         (["rope.safetensors", "new", "--to", "hf"], "transformers has no place for this RoPE"),
     ):

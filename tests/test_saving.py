@@ -29,6 +29,44 @@ def test_round_trip(tmp_path):
     assert torch.equal(loaded(images), model(images))
 
 
+def test_modules_changed_since(tmp_path):
+    """Another head and fewer blocks are written as they are, to us and to timm."""
+    model = tiny(depth=3).eval()
+    del model.blocks[2]
+    model.head = torch.nn.Linear(16, 9)
+    images = torch.randn(2, 1, 8, 12)
+    path = save_checkpoint(tmp_path / "m.safetensors", model)
+    fastvit.export_checkpoint(model, "timm", tmp_path / "timm")
+    for source in (path, tmp_path / "timm"):
+        again = fastvit.load_checkpoint(source)
+        assert len(again.blocks) == 2 and again.num_classes == 9
+        torch.testing.assert_close(again(images), model(images))
+    model.head = torch.nn.Identity()
+    assert load_checkpoint(save_checkpoint(path, model))[0].num_classes == 0
+
+
+def test_wrapped_modules(tmp_path):
+    """A compiled block is saved under the names that the plain one has."""
+    model = tiny(depth=2).eval()
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    model.blocks[1] = torch.nn.ModuleDict({"_orig_mod": model.blocks[1]})
+    loaded, _ = load_checkpoint(save_checkpoint(tmp_path / "m.safetensors", model))
+    exported = fastvit.export_checkpoint(model, "timm")
+    assert loaded.state_dict().keys() == exported.keys() == expected.keys()
+
+
+def test_modules_that_no_arguments_make(tmp_path):
+    model = tiny()
+    model.get_submodule("blocks.0.mlp").fc1 = torch.nn.Linear(16, 20)
+    for write in (
+        lambda: save_checkpoint(tmp_path / "m.safetensors", model),
+        lambda: fastvit.export_checkpoint(model, "timm"),
+    ):
+        with pytest.raises(UsageError, match=r"fc1\.bias is \(20,\), expected \(16,\)"):
+            write()
+    assert not os.listdir(tmp_path)
+
+
 def test_a_run_folder_is_a_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "model.safetensors", tiny())
     assert load_checkpoint(tmp_path)[0].num_classes == 3

@@ -1,5 +1,6 @@
 """The working surface that timm's users know, each call against timm's own model."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from peers import close, liven
 
 import fastvit
+from fastvit.errors import UsageError
 
 timm: Any = pytest.importorskip("timm")
 from timm.models._manipulate import group_parameters  # noqa: E402
@@ -234,6 +236,78 @@ def test_param_groups_at_fault() -> None:
     with pytest.raises(ValueError, match=r"layer_decay needs a model with group_matcher.*Linear"):
         fastvit.param_groups(torch.nn.Linear(2, 2), 0.1, layer_decay=0.5)
     assert len(fastvit.param_groups(torch.nn.Linear(2, 2), 0.1)) == 2
+
+
+EVA02, DINOV3 = "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"
+PLUS = "vit_small_plus_patch16_dinov3"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {"norm_layer": torch.nn.LayerNorm}),
+        ("vit_tiny_patch16_224", {"norm_layer": torch.nn.RMSNorm}),
+        ("vit_tiny_patch16_224", {"norm_layer": partial(torch.nn.LayerNorm, eps=1e-3)}),
+        ("vit_base_patch16_clip_224", {"norm_layer": "layernorm"}),
+        ("vit_base_patch16_clip_224", {"norm_layer": timm.layers.LayerNorm}),
+        (EVA02, {"norm_layer": torch.nn.LayerNorm}),
+        (EVA02, {"global_pool": "max"}),
+        (EVA02, {"global_pool": "avgmax"}),
+        (EVA02, {"global_pool": "avgmax", "use_fc_norm": True}),
+        (EVA02, {"rope_type": "dinov3", "rope_rotate_half": True}),
+        (DINOV3, {"rope_type": "cat", "rope_rotate_half": False}),
+        (DINOV3, {"global_pool": "max"}),
+        (DINOV3, {"swiglu_mlp": True}),
+        (DINOV3, {"swiglu_mlp": True, "swiglu_align_to": 64}),
+        (DINOV3, {"swiglu_align_to": 8}),
+        (PLUS, {"swiglu_mlp": True}),
+        (PLUS, {"swiglu_align_to": 0, "mlp_ratio": 3.3}),
+        (PLUS, {"swiglu_mlp": False}),
+        (PLUS, {"mlp_ratio": 3.3}),
+    ],
+    ids=str,
+)
+def test_arguments_mean_what_they_mean_to_timm(name: str, options: dict[str, Any]) -> None:
+    theirs, ours = twins(name, **options)
+    eps = theirs.blocks[0].norm1.eps
+    assert ours.blocks[0].norm1.eps == (torch.finfo(torch.float32).eps if eps is None else eps)
+    images = torch.randn(2, 3, *theirs.patch_embed.img_size)
+    same(ours.forward_features(images), theirs.forward_features(images))
+    close("logits", ours(images), theirs(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (EVA02, {"global_pool": "map"}, "global_pool='map' of timm's Eva reads <cls>"),
+        (DINOV3, {"global_pool": "map"}, "global_pool='map' of timm's Eva reads <cls>"),
+        (EVA02, {"rope_rotate_half": True}, "rope_rotate_half=True is timm's alone"),
+        (EVA02, {"rope_type": "dinov3"}, "rope_rotate_half=False is timm's alone"),
+        (DINOV3, {"rope_rotate_half": False}, "rope_rotate_half=False is timm's alone"),
+        (
+            "vit_tiny_patch16_224",
+            {"norm_layer": partial(torch.nn.LayerNorm, bias=False)},
+            "norm_layer: bias=False is not among fastvit's",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_of_timm_alone(name: str, options: dict[str, Any], message: str) -> None:
+    timm.create_model(name, depth=1, **options)
+    with pytest.raises(UsageError, match=message):
+        fastvit.create_model(name, depth=1, **options)
+
+
+def test_attention_pooling_of_eva_is_not_read_as_ours() -> None:
+    for name, message in ((EVA02, None), (DINOV3, "attention pooling of timm's Eva")):
+        args = {**NARROW, "img_size": 56 if name == EVA02 else 64}
+        theirs = timm.create_model(name, **args, global_pool="map")
+        ours = fastvit.create_model(name, **args, pool="map")
+        if message is None:
+            assert "taken for fastvit's own" in str(ours.load_weights(theirs.state_dict()))
+            continue
+        with pytest.raises(UsageError, match=message):
+            ours.load_weights(theirs.state_dict())
 
 
 def test_bad_indices() -> None:

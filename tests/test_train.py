@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from fastvit import load_checkpoint
 from fastvit.augment import Augment
 from fastvit.data import DataSet, Images
 from fastvit.errors import UsageError
@@ -114,6 +115,16 @@ def test_resume_refuses_other_data_and_damaged_state(tmp_path):
             load_state(tmp_path)
     with pytest.raises(UsageError, match=r"holds no state\.pt"):
         load_state(tmp_path / "none")
+
+
+def test_the_state_of_a_run_is_a_checkpoint(tmp_path):
+    """Its settings say what the tensors do not: 4 heads of 8, and an eps of its own."""
+    run = start(model={**MODEL, "heads": 4, "norm_eps": 1e-3})
+    run.save_state(tmp_path / "state.pt")
+    model = load_checkpoint(tmp_path / "state.pt")
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(model(images), run.model.eval()(images))
+    assert model.config["heads"] == 4 and not model.load_report.notes
 
 
 def test_divergence_is_an_error_and_keeps_the_last_state(tmp_path):

@@ -30,6 +30,7 @@ WEIGHTS = (
 )
 CONFIGS = ("config.json", "open_clip_config.json")
 _LFS = b"version https://git-lfs"
+_SHARD = re.compile(r"-\d+-of-(\d+)\.")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -55,11 +56,18 @@ def read_source(source: str | Path | Mapping[str, Any]) -> Source:
     path = Path(source)
     if path.is_dir():
         return _read_folder(path)
+    if path.is_file() and path.name.endswith(".index.json"):
+        return _read_whole(path.parent, path, str(path))
     if path.is_file():
+        if (part := _SHARD.search(path.name)) and int(part[1]) > 1:
+            raise UsageError(
+                f"checkpoint: {path} is one of {int(part[1])} shards; pass its folder, or the "
+                ".index.json beside it"
+            )
         config = _json(path.with_suffix(".json")) or _config_in(path.parent, path)
         return Source(str(path), read_file(path), config, _json(path.parent / _PREPROCESSOR))
     name = str(source).removeprefix("hf-hub:").removeprefix("hf_hub:")
-    if _HUB.fullmatch(name) and path.suffix not in SUFFIXES:
+    if _HUB.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
         return _read_hub(name)
     raise UsageError(
         f"checkpoint: {source} is neither a file, nor a folder, nor a hub id such as owner/name"
@@ -68,7 +76,8 @@ def read_source(source: str | Path | Mapping[str, Any]) -> Source:
 
 def read_file(path: Path) -> Mapping[str, Any]:
     """The tensors of one file, on the CPU."""
-    if path.suffix not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise UsageError(f"checkpoint: {path} must end in one of {', '.join(SUFFIXES)}")
     size = f"{path.stat().st_size:,} bytes"
     try:
@@ -77,9 +86,9 @@ def read_file(path: Path) -> Mapping[str, Any]:
                 raise UsageError(
                     f"checkpoint: {path} is a pointer of Git LFS, not the file; run git lfs pull"
                 )
-        if path.suffix == ".safetensors":
+        if suffix == ".safetensors":
             return load_safetensors(path)
-        if path.suffix == ".npz":
+        if suffix == ".npz":
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
     except UsageError:
@@ -133,6 +142,11 @@ def _read_folder(folder: Path) -> Source:
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise UsageError(f"checkpoint: {folder} holds none of {', '.join(WEIGHTS)}")
+    return _read_whole(folder, weights, str(folder))
+
+
+def _read_whole(folder: Path, weights: Path, name: str) -> Source:
+    """The weights in `folder`, of one file or of all shards of an index, and the configs there."""
     if weights.name.endswith(".index.json"):
         state: dict[str, Any] = {}
         for shard in _shards(weights):
@@ -142,7 +156,7 @@ def _read_folder(folder: Path) -> Source:
     else:
         state = dict(read_file(weights))
     config = _json(folder / "model.json") or _config_in(folder, weights)
-    return Source(str(folder), state, config, _json(folder / _PREPROCESSOR))
+    return Source(name, state, config, _json(folder / _PREPROCESSOR))
 
 
 def _shards(index: Path) -> list[str]:

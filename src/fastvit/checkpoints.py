@@ -1,5 +1,6 @@
 """Checkpoints of any library into `fastvit.ViT`, and out again to timm and Hugging Face."""
 
+import inspect
 import logging
 import math
 from collections.abc import Mapping
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fastvit.checkpoint_files import Source, read_source
-from fastvit.dialects import Reading, read
+from fastvit.dialects import EVA_POOL, Reading, read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
-from fastvit.model import ViT, pair
+from fastvit.layers import check_sizes, pair
+from fastvit.model import ViT
 from fastvit.pos_embed import Resample, resample_patches, resample_positions
 from fastvit.presets import DATA, PRESETS
 from fastvit.saving import FORMAT, VERSION
@@ -33,6 +35,12 @@ PLAIN = (
 )
 # What a model computes and no tensor shows: a loaded checkpoint does not change it.
 COMPUTED = ("norm_eps", "activation", "heads", "rope", "rope_theta", "head_activation", "pool")
+# What None in the arguments of a timm config takes back from its preset, where no tensor shows it.
+_UNSET: dict[str, dict[str, Any]] = {
+    "ref_feat_shape": {"rope_grid": None},
+    "norm_layer": {"norm_eps": 1e-6},
+    "act_layer": {"activation": "gelu"},
+}
 log = logging.getLogger("fastvit")
 
 
@@ -60,9 +68,10 @@ class LoadReport:
 def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> ViT:
     """A `fastvit.ViT` with the weights of `source`, in eval mode, float32, on the CPU.
 
-    source: a file (.safetensors; .pth, .pt, .bin, read with weights_only=True; .npz), a folder of
-    `save_pretrained` or of `fastvit train`, a hub id ("timm/...", "facebook/dinov2-base"; the cache
-    and HF_HUB_OFFLINE are respected), or a state dict. Dialect and architecture come from keys,
+    source: a file (.safetensors; .pth, .pt, .bin, read with weights_only=True; .npz; the index of
+    shards), a folder of `save_pretrained` or of `fastvit train`, a hub id ("timm/...",
+    "facebook/dinov2-base"; the cache and HF_HUB_OFFLINE are respected), or a state dict; of two
+    ViTs in one, the teacher or the average. Dialect and architecture come from keys,
     shapes and the config beside the weights. kwargs, in timm's words or ours, override them: other
     num_classes, image_size or channels are adapted as timm does, and said on the "fastvit" logger;
     `model.load_report` keeps it. Raises UsageError, a ValueError, for what cannot be loaded.
@@ -101,7 +110,8 @@ def load_weights(
 ) -> LoadReport:
     """Put the weights of `source`, as for `load_checkpoint`, into a model that is there already.
 
-    Position table, patch kernel and channels are adapted to the model's, and said. strict: missing
+    What the source does not say itself is read as the model's own arguments would have it. Position
+    table, patch kernel and channels are adapted to the model's, and said. strict: missing
     or unexpected keys raise one UsageError that lists them, except a head for another number of
     classes, which stays as it is and is said, as is what the checkpoint was trained to compute
     otherwise than the model does (norm_eps, activation). Nothing is written unless everything fits.
@@ -111,7 +121,8 @@ def load_weights(
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model is on the meta device; call model.to_empty(device=...) first")
     read_from = read_source(source)
-    reading, arguments = interpret(read_from, {"heads": model.config["heads"]})
+    own = {k: model.config[k] for k in ("heads", "no_embed_class", "rope", "pos_embed", "channels")}
+    reading, arguments = interpret(read_from, {**own, "image_size": model.patch_embed.img_size})
     may_lack = {k for k in model.state_dict() if k.startswith("head.") or not strict}
     for name in COMPUTED:
         theirs, mine = reading.known.get(name, model.config[name]), model.config[name]
@@ -123,7 +134,7 @@ def load_weights(
 
 def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[str, Any]]:
     """The tensors in our names, and the arguments of the ViT that they belong to."""
-    config = source.config
+    config = source.config or _settings_in(source.state)
     ours = config.get("format") == FORMAT and isinstance(config.get("model"), dict)
     timm = "architecture" in config and "pretrained_cfg" in config
     if is_jax(source.state):
@@ -153,13 +164,14 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
     for theirs, name in (("image_mean", "mean"), ("image_std", "std")):
         if isinstance(source.preprocessor.get(theirs), list):
             reading.data[name] = tuple(source.preprocessor[theirs])
-    hints = {k: v for k, v in kwargs.items() if k in ("heads", "num_heads")}
-    if "num_heads" in hints:
-        hints["heads"] = hints.pop("num_heads")
-    if not any(k in reading.known for k in ("image_size", "img_size")):
-        given = kwargs.get("image_size", kwargs.get("img_size"))
-        if given is not None and not _square(reading.state, given):
-            hints["image_size"] = given
+    heads = kwargs.get("heads", kwargs.get("num_heads"))
+    hints = {} if heads is None else {"heads": heads}
+    size = kwargs.get("image_size", kwargs.get("img_size"))
+    try:
+        check_sizes(1, **hints)
+        size = None if size is None else pair("image_size", size)
+    except ValueError as error:
+        raise UsageError(f"checkpoint: {error}") from error
     if reading.dialect == "timm" and "pos_embed" not in reading.state:
         if not {"rope", "pos_embed"} & {*reading.known, *kwargs}:
             raise UsageError(
@@ -167,23 +179,22 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
                 "computed rotations, of which the tensors say nothing; pass rope= with "
                 "rope_theta=, or pos_embed='none' for a model without positions"
             )
-    arguments, notes = infer(reading.state, {**reading.known, **hints})
+    wanted = {"image_size": size, "no_embed_class": kwargs.get("no_embed_class")}
+    arguments, notes = infer(reading.state, {**reading.known, **hints}, wanted)
     reading.notes += notes
     return reading, arguments
 
 
-def _square(state: State, image_size: Any) -> bool:
-    """True if some number of prefix tokens leaves a square grid of positions, and it is not the
-    usual number that leaves just the grid of image_size, oblong."""
-    if "pos_embed" not in state:
-        return True
-    count, kernel = state["pos_embed"].shape[1], state["patch_embed.proj.weight"]
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    patches = count - registers - ("cls_token" in state)
-    (height, width), (p_h, p_w) = pair("image_size", image_size), kernel.shape[2:]
-    if (height // p_h) * (width // p_w) == patches:
-        return math.isqrt(patches) ** 2 == patches
-    return any(n >= 0 and math.isqrt(n) ** 2 == n for n in (count, patches))
+def _settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The config in the state file of `fastvit train`, which keeps a run's settings beside it."""
+    settings = state.get("settings")
+    model = settings.get("model") if isinstance(settings, Mapping) else None
+    if (
+        not isinstance(model, Mapping)
+        or not model.keys() <= inspect.signature(ViT).parameters.keys()
+    ):
+        return {}
+    return {"format": FORMAT, "version": VERSION, "model": dict(model)}
 
 
 def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
@@ -198,14 +209,22 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
                 "ViT, pass its state dict alone"
             )
         reading.notes.append(f"{architecture!r} is no preset of fastvit; taken from the shapes")
-    args = {k: v for k, v in (config.get("model_args") or {}).items() if v is not None}
+    given = config.get("model_args") or {}
     try:
-        args = translate(args, preset)
+        args = translate({k: v for k, v in given.items() if v is not None}, preset)
     except ValueError as error:
         raise UsageError(f"checkpoint: {architecture}: {error}") from error
+    if "attn_pool.latent" in reading.state and (
+        preset.get("rope") or preset.get("qkv_bias") == "qv"
+    ):
+        raise UsageError(f"checkpoint: {architecture}: {EVA_POOL}")
     if preset:  # says all of it: what was read out of the keys alone is no more than a guess
         reading.known = {k: v for k, v in reading.known.items() if k == "head_activation"}
-    known = {**reading.known, **preset, **args}
+    # RADIO has no final norm; a preset has one, unless the arguments say otherwise.
+    known = {**reading.known, **(preset or {"final_norm": False})}
+    for name in (k for k, v in given.items() if v is None):
+        known.update(_UNSET.get(name, {}))
+    known.update(args)
     pretrained = config.get("pretrained_cfg") or {}
     size = pretrained.get("input_size")
     if size and "image_size" not in args:
@@ -246,7 +265,10 @@ def _fit(
     ]
     problems = []
     if missing:
-        problems.append(f"it lacks {', '.join(missing)}")
+        without = (
+            "; without a final norm it is final_norm=False" if "norm.weight" in missing else ""
+        )
+        problems.append(f"it lacks {', '.join(missing)}{without}")
     if unexpected and strict:
         problems.append(f"it has the unexpected {', '.join(unexpected)}")
     problems += wrong
@@ -286,13 +308,13 @@ def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str
     """
     out = dict(state)
     stem = model.patch_embed
-    kernel = out["patch_embed.proj.weight"].float()
+    kernel = out["patch_embed.proj.weight"]
     if kernel.shape[1] != stem.proj.in_channels:
         said.append(f"channels: {kernel.shape[1]} to {stem.proj.in_channels}")
-        kernel = adapt_channels(kernel, stem.proj.in_channels)
+        kernel = adapt_channels(_wide(kernel), stem.proj.in_channels)
     if tuple(kernel.shape[-2:]) != stem.patch_size:
         said.append(f"patch_size: {tuple(kernel.shape[-2:])} to {stem.patch_size}")
-        kernel = resample_patches(kernel, stem.patch_size, Resample())
+        kernel = resample_patches(_wide(kernel), stem.patch_size, Resample())
     out["patch_embed.proj.weight"] = kernel
     if "pos_embed" in out and model.pos_embed is not None:
         _adapt_positions(out, model, arguments, said)
@@ -321,9 +343,10 @@ def _adapt_positions(out: State, model: ViT, arguments: Mapping[str, Any], said:
     old, new = (size[0] // patch[0], size[1] // patch[1]), model.patch_embed.grid_size
     alone = bool(arguments.get("no_embed_class"))
     prefix = 0 if alone else arguments["registers"] + bool(arguments["class_token"])
-    own, table = out["pos_embed"].float()[0].tensor_split([prefix])
+    own, table = out["pos_embed"][0].tensor_split([prefix])
     if old != new:
         said.append(f"positions: grid {old} to {new} ({model.resample})")
+        own, table = _wide(own), _wide(table)
         table = resample_positions(table, old, new, model.resample)
     if model.no_embed_class and prefix:
         tokens = [t for t in ("cls_token", "reg_token") if t in out]
@@ -333,6 +356,10 @@ def _adapt_positions(out: State, model: ViT, arguments: Mapping[str, Any], said:
     elif not model.no_embed_class and alone and model.num_prefix_tokens:
         own = table.new_zeros(model.num_prefix_tokens, table.shape[1])
     out["pos_embed"] = torch.cat([own, table])[None]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def adapt_channels(kernel: Tensor, channels: int) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,11 @@ CLIP = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
     "std": (0.26862954, 0.26130258, 0.27577711),
 }
+
+
+EVA_POOL = (
+    "the attention pooling of timm's Eva reads <cls> and registers too, fastvit's the patches alone"
+)
 
 
 @dataclass
@@ -70,6 +76,9 @@ def _read_timm(state: State, outside: State, config: Config) -> Reading:
     _refuse_distilled(state, "dist_token")
     if any(k.endswith("mlp.norm.weight") for k in state):
         raise UsageError("checkpoint: this EVA has a norm inside its MLP, which fastvit.ViT lacks")
+    pools = "attn_pool.latent" in state
+    if pools and "blocks.0.gamma_1" in state:
+        raise UsageError(f"checkpoint: {EVA_POOL}")
     known: dict[str, Any] = {}
     data = {}
     if "head.2.weight" in state:
@@ -87,10 +96,13 @@ def _read_timm(state: State, outside: State, config: Config) -> Reading:
         fc1, fc2 = (state.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
         if fc1 is not None and fc2 is not None and len(fc1) == 2 * fc2.shape[1]:  # not EVA-01
             known.update(rope="eva", rope_grid=16)
-        known["pool"], data = "mean", CLIP
+        known["pool"], data = "map" if pools else "mean", CLIP
     elif gammas or "blocks.0.ls1.gamma" in state:
         data = IMAGENET
-    return _finish("timm", state, outside, rules, known, data)
+    reading = _finish("timm", state, outside, rules, known, data)
+    if pools and "blocks.0.attn.q_bias" in state:
+        reading.notes.append(f"taken for fastvit's own: {EVA_POOL}")
+    return reading
 
 
 def _refuse_distilled(state: State, token: str) -> None:
@@ -186,7 +198,7 @@ def _read_hf_vit(state: State, outside: State, config: Config) -> Reading:
     data = IMAGENET if dinov2 else INCEPTION
     reading = _finish(name, state, outside, rules, known, data)
     _adopt_classifier(reading, outside)
-    if not config:
+    if _is_bare(config):
         reading.notes.append(f"no config: norm_eps {known['norm_eps']:g}, transformers' default")
     if any(k.startswith("pooler.") for k in reading.dropped):
         reading.notes.append("the tanh pooler was left out; forward gives the normed <cls>")
@@ -257,7 +269,7 @@ def _read_hf_siglip_or_clip(state: State, outside: State, config: Config) -> Rea
     how = HUGGING_FACE
     if clip:
         if "head.weight" in ours:  # its classifier reads the mean of the patches before the norm
-            known.update(pool="mean", fc_norm=False)
+            known.update(pool="mean", fc_norm=False, final_norm=False)
             reading.dropped += [k for k in ours if k.startswith("norm.")]
             ours = reading.state = {k: v for k, v in ours.items() if not k.startswith("norm.")}
         ours["cls_token"] = ours["cls_token"].view(1, 1, -1)
@@ -335,7 +347,7 @@ def _read_openai(state: State, outside: State, config: Config) -> Reading:
     ours["pos_embed"] = ours["pos_embed"][None]
     if "head.weight" in ours:
         ours["head.weight"] = ours["head.weight"].mT
-    if not quick and not config:
+    if not quick and _is_bare(config):
         reading.notes.append(
             "activation 'gelu' assumed; for weights trained on QuickGELU pass "
             "activation='quick_gelu'"
@@ -371,7 +383,7 @@ def _read_vit_pytorch(state: State, outside: State, config: Config) -> Reading:
     reading = _finish("vit-pytorch", state, outside, rules, known, {})
     ours = reading.state
     weight, pos = ours["patch_embed.proj.weight"], ours["pos_embed"]
-    guesses = (config["channels"],) if "channels" in config else (3, 1, 4, 2)
+    guesses = tuple(dict.fromkeys((config.get("channels", 3), 3, 1, 4, 2)))
     sides = {c: math.isqrt(weight.shape[1] // c) for c in guesses}
     channels = next((c for c, side in sides.items() if side**2 * c == weight.shape[1]), None)
     if channels is None:
@@ -420,18 +432,27 @@ _FAMILIES: list[tuple[str, Callable[[State], bool], Reader]] = [
 def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
     """Any checkpoint's tensors in our names. Raises UsageError for what no dialect explains."""
     state, within = unwrap(state)
-    tensors = {_WRAPPERS.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
+    if not any(isinstance(v, Tensor) for v in state.values()):
+        state = {k: tensor_of(k, v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
+    tensors = {WRAPPERS.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
     for anchor, holds, reader in _FAMILIES:
         found = [k for k in tensors if k == anchor or k.endswith("." + anchor)]
-        prefixes = sorted((k.removesuffix(anchor) for k in found), key=len)
-        for prefix in prefixes:
+        vits = {}
+        for prefix in sorted((k.removesuffix(anchor) for k in found), key=_order):
             inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            outside = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
             if holds(inside):
-                reading = reader(inside, outside, config or {})
-                if within not in (None, "state_dict", "model", "module"):
-                    reading.notes.append(f"its weights under {within!r} were taken")
-                return reading
+                vits[prefix] = inside
+        if not vits:
+            continue
+        prefix, *left = vits
+        outside = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+        reading = reader(vits[prefix], outside, config or {})
+        if within not in (None, "state_dict", "model", "module"):
+            reading.notes.append(f"its weights under {within!r} were taken")
+        if left:
+            others = ", ".join(map(repr, left))
+            reading.notes.append(f"its weights under {prefix!r} were taken, not those of {others}")
+        return reading
     some = ", ".join(list(tensors)[:5]) or "no tensors at all"
     if state and not tensors:
         some += f", only entries such as {', '.join(map(repr, list(state)[:5]))}; pass the state "
@@ -442,8 +463,16 @@ def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
     )
 
 
+_AVERAGED = re.compile(r"(?:^|[._])(?:ema|teacher)(?=[._])")
+
+
+def _order(prefix: str) -> tuple[bool, int]:
+    """Averaged weights before others, the shortest prefix before longer ones."""
+    return _AVERAGED.search(prefix) is None, len(prefix)
+
+
 # What torch.compile, activation checkpointing and FSDP put into the names of what they wrap.
-_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 def unwrap(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
@@ -512,6 +541,20 @@ def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
             raise UsageError(f"checkpoint: hidden_act {activation!r} is not one of {list(names)}")
         known["activation"] = names[activation]
     return known
+
+
+def _is_bare(config: Config) -> bool:
+    """True if no config came with the tensors: the channels are the caller's word."""
+    return not config.keys() - {"channels"}
+
+
+def tensor_of(name: str, array: np.ndarray) -> Tensor:
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # bfloat16, which numpy lacks
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float()
+    if array.dtype.kind not in "fiu":
+        raise UsageError(f"checkpoint: {name} has dtype {array.dtype}, expected numbers")
+    array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _options(how: Resample) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastvit.checkpoint_files import SUFFIXES
 from fastvit.errors import UsageError
 from fastvit.model import ViT, pair
 from fastvit.pos_embed import HUGGING_FACE, Resample
-from fastvit.saving import json_value, replacing, replacing_folder
+from fastvit.saving import json_value, replacing, replacing_folder, standing, weights_of
 
 State = dict[str, Tensor]
 log = logging.getLogger("fastvit")
@@ -45,9 +46,12 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
         raise TypeError(f"model must be a fastvit.ViT, got {type(model).__name__}")
     if dialect not in DIALECTS:
         raise UsageError(f"dialect must be one of {DIALECTS}, got {dialect!r}")
-    state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    state = weights_of(model)
+    model = standing(model, state)
     path = None if path is None else Path(path)
-    bare = path is None or path.suffix == ".safetensors"
+    bare = path is None or path.suffix.lower() == ".safetensors"
+    if path is not None and not bare and path.suffix.lower() in SUFFIXES and not path.is_dir():
+        raise UsageError(f"export_checkpoint: expected a folder or .safetensors, got {path}")
     if dialect == "timm":
         state, config = _to_timm(model, state), {} if bare else _timm_config(model)
     else:
@@ -96,11 +100,26 @@ def _to_timm(model: ViT, state: State) -> State:
         _refuse("timm", f"dim_head {c['dim_head']} other than dim / heads")
     if c["mlp_bias"] != c["proj_bias"]:
         _refuse("timm", f"mlp_bias={c['mlp_bias']} with proj_bias={c['proj_bias']}")
+    if c["pool"] == "map" and (_is_eva(c) or c["mlp"] == "swiglu_packed"):
+        _refuse("timm", "this pool 'map', with RoPE or beside a packed SwiGLU")
+    _fit_patch_bias("timm", state, c["pre_norm"])
     if _is_eva(c):
         rename = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
         pattern = re.compile("|".join(rename))
         state = {pattern.sub(lambda m: rename[m[0]], k): v for k, v in state.items()}
     return state
+
+
+def _fit_patch_bias(dialect: str, state: State, pre_norm: bool) -> None:
+    """The patch bias that timm and CLIP have where no norm follows, zero if this model has none."""
+    weight, bias = (state.get(f"patch_embed.proj.{kind}") for kind in ("weight", "bias"))
+    assert weight is not None
+    if not pre_norm:
+        state.setdefault("patch_embed.proj.bias", weight.new_zeros(len(weight)))
+    elif bias is not None:
+        if bias.any():
+            _refuse(dialect, "a patch bias (patch_bias) with pre_norm")
+        del state["patch_embed.proj.bias"]
 
 
 def _is_eva(config: dict[str, Any]) -> bool:
@@ -148,13 +167,13 @@ def _vit_args(model: ViT, args: dict[str, Any]) -> tuple[str, float]:
     args.update(final_norm=c["final_norm"], proj_bias=c["proj_bias"], reg_tokens=c["registers"])
     args["pos_embed"] = "learn" if c["pos_embed"] == "learned" else "none"
     if c["norm"] == "rmsnorm":
-        args["norm_layer"] = "rmsnorm"
+        args["norm_layer"] = "rmsnorm"  # of eps 1e-6
     if c["mlp"] == "swiglu":
         _refuse("timm's VisionTransformer", "a SwiGLU of two projections without RoPE")
     if c["mlp"] == "swiglu_packed":
         return "vit_giant_patch14_dinov2", 1e-6
     args["act_layer"] = c["activation"]
-    if c["norm_eps"] == 1e-5:
+    if c["norm_eps"] == 1e-5 and c["norm"] == "layernorm":
         return "vit_base_patch16_clip_224", 1e-5
     return "vit_base_patch16_224", 1e-6
 
@@ -197,6 +216,7 @@ def _to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
             _refuse("transformers", f"{name}={c[name]!r}")
     if c["dim_head"] not in (None, c["dim"] // c["heads"]):
         _refuse("transformers", f"dim_head {c['dim_head']} other than dim / heads")
+    _fit_patch_bias("transformers", state, c["pre_norm"])
     state = _unpack_qkv(state)
     height, width = model.patch_embed.img_size
     config = {
@@ -217,11 +237,19 @@ def _to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
         return _to_hf_dinov3(model, state, config)
     if c["rope"] is not None or c["pos_embed"] != "learned":
         _refuse("transformers", "this RoPE, or a ViT without positions")
+    _fill_biases(state, ("attn.proj", "mlp.fc1", "mlp.fc2"))
     if c["pool"] == "map":
         return _to_hf_siglip(model, state, config)
     if c["pre_norm"]:
         return _to_hf_clip(model, state, config)
     return _to_hf_vit(model, state, config)
+
+
+def _fill_biases(state: State, names: tuple[str, ...]) -> None:
+    """Zeros for the biases that transformers has in any case."""
+    for key, weight in list(state.items()):
+        if key.startswith("blocks.") and key.endswith(tuple(f"{n}.weight" for n in names)):
+            state.setdefault(f"{key.removesuffix('weight')}bias", weight.new_zeros(len(weight)))
 
 
 def _unpack_qkv(state: State) -> State:
@@ -401,6 +429,7 @@ def _to_hf_dinov3(model: ViT, state: State, config: dict[str, Any]) -> tuple[Sta
 def _to_hf_siglip(model: ViT, state: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]]:
     if model.config["class_token"] or model.config["registers"] or model.num_classes:
         _refuse("SiglipVisionModel", "<cls>, registers or a classifier on attention pooling")
+    _check_tower("SiglipVisionModel", model, state)
     for kind in ("weight", "bias"):
         q, kv = state.pop(f"attn_pool.q.{kind}"), state.pop(f"attn_pool.kv.{kind}")
         state[f"head.attention.in_proj_{kind}"] = torch.cat([q, kv])
@@ -423,6 +452,9 @@ def _to_hf_clip(model: ViT, state: State, config: dict[str, Any]) -> tuple[State
     c = model.config
     if c["registers"] or not c["class_token"] or c["layer_scale"] is not None:
         _refuse("CLIPVisionModel", "registers, LayerScale, or no <cls>")
+    if c["pool"] != "cls":
+        _refuse("CLIPVisionModel", f"pool {c['pool']!r}")
+    _check_tower("CLIPVisionModel", model, state)
     bias = state.pop("head.bias", None)
     if bias is not None and bias.any():
         _refuse("CLIPVisionModelWithProjection", "a head with a bias that is not zero")
@@ -446,6 +478,17 @@ def _to_hf_clip(model: ViT, state: State, config: dict[str, Any]) -> tuple[State
     _note_resample(model, HUGGING_FACE, "CLIPVisionModel")
     own = "visual_projection.weight"
     return {k if k == own else f"vision_model.{k}": v for k, v in state.items()}, config
+
+
+def _check_tower(kind: str, model: ViT, state: State) -> None:
+    stem = model.patch_embed
+    if "norm.weight" not in state:
+        _refuse(kind, "a model without a final norm before the pooling")
+    if model.config["mlp"] != "mlp":
+        _refuse(kind, f"mlp {model.config['mlp']!r}")
+    if len({*stem.img_size}) > 1 or len({*stem.patch_size}) > 1:
+        _refuse(kind, f"images of {stem.img_size} or patches of {stem.patch_size}, only squares")
+    _fill_biases(state, ("attn.q", "attn.k", "attn.v"))
 
 
 _TOWER = [

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvit.dialects import INCEPTION, Reading
+from fastvit.dialects import INCEPTION, Reading, tensor_of
 from fastvit.errors import UsageError
 from fastvit.pos_embed import JAX
 
@@ -28,7 +28,7 @@ def read_jax(arrays: Arrays) -> Reading:
     prefix = next(p for p in PREFIXES if f"{p}embedding/kernel" in arrays)
     rest = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
     outside = [k for k in arrays if not k.startswith(prefix)]
-    rest = {k: _tensor(k, v) for k, v in rest.items()}
+    rest = {k: tensor_of(k, v) for k, v in rest.items()}
     if "Transformer/encoderblock/LayerNorm_0/scale" in rest:
         rest = _unscan(rest)
     big_vision = "pos_embedding" in rest
@@ -85,14 +85,6 @@ def read_jax(arrays: Arrays) -> Reading:
     known["activation"] = "gelu_tanh"
     note = "activation 'gelu_tanh', which flax's gelu is; timm runs most such weights with 'gelu'"
     return Reading(name, state, known, outside, [note], dict(INCEPTION))
-
-
-def _tensor(name: str, array: np.ndarray) -> Tensor:
-    if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # bfloat16, which numpy lacks
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float()
-    if array.dtype.kind not in "fiu":
-        raise UsageError(f"checkpoint: {name} has dtype {array.dtype}, expected numbers")
-    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _unscan(rest: dict[str, Tensor]) -> dict[str, Tensor]:

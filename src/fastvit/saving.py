@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from fastvit.dialects import WRAPPERS
 from fastvit.errors import UsageError
 from fastvit.model import ViT
 from fastvit.pos_embed import Resample
@@ -60,6 +61,40 @@ def _umask() -> int:
     return umask
 
 
+def weights_of(model: ViT) -> dict[str, torch.Tensor]:
+    """The model's tensors on the CPU, without what wrappers of its modules put into their names."""
+    return {WRAPPERS.sub("", k): v.detach().cpu() for k, v in model.state_dict().items()}
+
+
+def standing(model: ViT, weights: dict[str, torch.Tensor]) -> ViT:
+    """The ViT of the model's arguments, on the meta device, with the depth, classes and pool that
+    it has now. Raises UsageError where its tensors are still not those of that ViT."""
+    head = next((weights[k] for k in ("head.weight", "head.2.weight") if k in weights), ())
+    blocks = {k.split(".")[1] for k in weights if k.startswith("blocks.")}
+    arguments = {
+        **model.config,
+        "depth": len(blocks),
+        "num_classes": len(head),
+        "pool": model.pool,
+        "head_hidden_dim": model.config["head_hidden_dim"] if "head.2.weight" in weights else None,
+    }
+    try:
+        with torch.device("meta"):
+            made = ViT(**arguments)
+    except ValueError as error:
+        raise UsageError(f"the model's modules are not those of its arguments: {error}") from error
+    want, have = ({k: tuple(v.shape) for k, v in w.items()} for w in (made.state_dict(), weights))
+    for name in sorted(want.keys() | have.keys()):
+        if want.get(name) != have.get(name):
+            raise UsageError(
+                f"the model's modules are not those of its arguments: {name} is "
+                f"{have.get(name, 'absent')}, expected {want.get(name, 'no such')}; save its "
+                "state_dict() instead"
+            )
+    made.default_cfg.update(model.default_cfg, num_classes=made.num_classes)
+    return made
+
+
 def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
     """Write PATH (.safetensors) and its .json: the model's config and `details`. Returns PATH."""
     path = Path(path)
@@ -67,8 +102,9 @@ def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
         raise UsageError(f"a checkpoint's name must end in .safetensors, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Clones, since safetensors refuses parameters that two modules share.
-    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-    config = {"format": FORMAT, "version": VERSION, "model": model.config, **details}
+    weights = {k: v.clone() for k, v in weights_of(model).items()}
+    arguments = standing(model, weights).config
+    config = {"format": FORMAT, "version": VERSION, "model": arguments, **details}
     text = json.dumps(config, indent=2, default=json_value) + "\n"
     with replacing(path) as temporary:
         temporary.write_bytes(save(weights, metadata={"format": "pt"}))

@@ -12,9 +12,13 @@ from fastvit.presets import PRESETS
 State = Mapping[str, Tensor]
 
 
-def infer(state: State, known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def infer(
+    state: State, known: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """Arguments for `ViT(**...)` and what had to be guessed. known: what the config settles; what
-    shapes show stands above it, but a config of other layers or another width is an error."""
+    shapes show stands above it, but a config of other layers or another width is an error. wanted:
+    image_size and no_embed_class of the model that it is for, or None; they decide between grids
+    of as many positions."""
     kernel, qkv = state["patch_embed.proj.weight"], state["blocks.0.attn.qkv.weight"]
     dim, channels, *patch = kernel.shape
     mlp_dim = state["blocks.0.mlp.fc2.weight"].shape[1]
@@ -34,7 +38,10 @@ def infer(state: State, known: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "norm": "layernorm" if "blocks.0.norm1.bias" in state else "rmsnorm",
         "pre_norm": "norm_pre.weight" in state,
-        "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
+        # Without one it is half a checkpoint, unless it says so.
+        "final_norm": "norm.weight" in state
+        or "fc_norm.weight" in state
+        or known.get("final_norm", True),
         "fc_norm": "fc_norm.weight" in state,
         "num_classes": 0,
     }
@@ -53,7 +60,7 @@ def infer(state: State, known: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     notes: list[str] = []
     _pool(shown, state, known, hidden)
     _heads(shown, state, known, qkv.shape[0] // 3, notes)
-    _image(shown, state, known, notes)
+    _image(shown, state, known, wanted, notes)
     return {**known, **shown}, notes
 
 
@@ -136,45 +143,73 @@ def _heads(
         shown["dim_head"] = inner // heads
 
 
-def _image(shown: dict[str, Any], state: State, known: Mapping[str, Any], notes: list[str]) -> None:
+def _image(
+    shown: dict[str, Any],
+    state: State,
+    known: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    notes: list[str],
+) -> None:
     """Image size and whether prefix tokens have positions, from the number of positions."""
     p_h, p_w = _pair(shown["patch_size"])
-    size = known.get("image_size")
+    size, given = known.get("image_size"), wanted["image_size"]
     if "pos_embed" not in state:
         shown["pos_embed"] = "none"
         shown["image_size"] = size or 224 // p_h * p_h
         return
     shown["pos_embed"] = "learned"
     count = state["pos_embed"].shape[1]
-    prefix = shown["registers"] + shown["class_token"]
-    covers = (
-        {count: True, count - prefix: False}
-        if prefix
-        else {count: bool(known.get("no_embed_class", False))}
-    )
-    if known.get("no_embed_class") is not None:
-        alone = bool(known["no_embed_class"])
-        covers = {count if alone else count - prefix: alone}
+    covers = _covers(count, shown["registers"] + shown["class_token"], known, wanted)
+    if size is None and given is not None and _is_of(covers, _patches(given, (p_h, p_w))):
+        size = given
     if size is not None:
-        height, width = _pair(size)
-        patches = (height // p_h) * (width // p_w)
+        patches = _patches(size, (p_h, p_w))
         if patches in covers:
+            height, width = _pair(size)
             shown["no_embed_class"] = covers[patches]
             shown["image_size"] = size
             if height % p_h or width % p_w:
                 shown["crop_remainder"] = True
             return
     for patches, alone in covers.items():
-        side = math.isqrt(max(patches, 0))
-        if side * side == patches and side:
+        if _square(patches):
+            side = math.isqrt(patches)
             shown["no_embed_class"] = alone
             shown["image_size"] = side * p_h if p_h == p_w else (side * p_h, side * p_w)
             if size is not None:
                 notes.append(f"image_size {size} of the config does not fit {count} positions")
             return
-    raise UsageError(
-        f"checkpoint: {count} positions make no square grid; pass image_size=(height, width)"
-    )
+    hint = "pass image_size=(height, width)" if given is None else f"nor are they those of {given}"
+    raise UsageError(f"checkpoint: {count} positions make no square grid; {hint}")
+
+
+def _covers(
+    count: int, prefix: int, known: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[int, bool]:
+    """The numbers of patches that a table of `count` positions may be for, the likelier first, and
+    whether that leaves prefix tokens without positions."""
+    settled = known.get("no_embed_class")
+    if settled is not None:
+        return {count if settled else count - prefix: bool(settled)}
+    if not prefix:
+        return {count: bool(wanted["no_embed_class"])}
+    covers = {count: True, count - prefix: False}
+    return dict(sorted(covers.items(), key=lambda c: c[1] != bool(wanted["no_embed_class"])))
+
+
+def _is_of(covers: Mapping[int, bool], patches: int) -> bool:
+    """Whether a table is one of so many patches, whatever their grid, as timm takes it to be."""
+    likelier = next(iter(covers))
+    return patches == likelier or (patches in covers and not _square(likelier))
+
+
+def _square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
+def _patches(size: int | tuple[int, int], patch: tuple[int, int]) -> int:
+    height, width = _pair(size)
+    return (height // patch[0]) * (width // patch[1])
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

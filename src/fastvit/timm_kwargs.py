@@ -1,11 +1,14 @@
 """timm's constructor arguments in the words of `fastvit.ViT`."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
+from fastvit.errors import UsageError
 from fastvit.model import TIMM_POOLS
 
 _RENAMED = {
@@ -68,9 +71,9 @@ _EVA = {  # of Eva: what it sets in ours, by value
     "use_abs_pos_emb": {True: {"pos_embed": "learned"}, False: {"pos_embed": "none"}},
     "use_rot_pos_emb": {True: {}, False: {"rope": None}},
     "rope_type": {"cat": {"rope": "eva"}, "dinov3": {"rope": "dinov3"}},
-    "swiglu_mlp": {True: {"mlp": "swiglu_packed"}, False: {"mlp": "mlp"}},
-    "swiglu_align_to": {0: {}, 8: {"mlp": "swiglu"}, 64: {"mlp": "swiglu"}},
-    "rope_rotate_half": {True: {}, False: {}},  # settled by the form of RoPE
+    "swiglu_mlp": {True: {}, False: {}},  # the two words together settle the MLP
+    "swiglu_align_to": {0: {}, 8: {}, 64: {}},
+    "rope_rotate_half": {True: {}, False: {}},  # held to the form of RoPE
     "qkv_fused": {True: {}},
 }
 TIMM_NAMES = {*_RENAMED, *_SAME, *_ONLY_AT, *_EVA, "mlp_ratio", "proj_drop_rate"}
@@ -100,7 +103,7 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
 
     mlp_ratio is timm's: of the width, both branches together for a packed SwiGLU, but not in Eva.
     proj_bias is timm's: without it the MLP has no biases either, unless mlp_bias says so. What only
-    timm can do raises ValueError and names the argument. None in timm's words asks for nothing.
+    timm can do raises UsageError and names the argument. None in timm's words asks for nothing.
     """
     kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in TIMM_NAMES}
     ours = {k: v for k, v in kwargs.items() if k not in TIMM_NAMES - _SAME}
@@ -109,19 +112,23 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
             continue
         if name in _ONLY_AT:
             if _name_of(value) != _ONLY_AT[name]:
-                raise ValueError(f"{name}={_name_of(value)!r} is timm's alone; fastvit has no such")
+                raise UsageError(f"{name}={_name_of(value)!r} is timm's alone; fastvit has no such")
             continue
         if name in _EVA:
             if value not in _EVA[name]:
-                raise ValueError(f"{name}={value!r} is timm's alone; fastvit has no such")
+                raise UsageError(f"{name}={value!r} is timm's alone; fastvit has no such")
             continue
         _put(ours, name, _RENAMED[name], value)
     eva = preset.get("rope") is not None or preset.get("qkv_bias") == "qv" or "qkv_fused" in kwargs
-    _translate_eva(ours, kwargs)
+    _translate_eva(ours, kwargs, preset)
+    if eva:
+        _translate_eva_pool(ours, kwargs, preset)
     if eva and ours.get("qkv_bias") is True:
         ours["qkv_bias"] = "qv"
     if "proj_bias" in ours:
         ours.setdefault("mlp_bias", ours["proj_bias"])
+    if "norm_layer" in kwargs:
+        ours.setdefault("norm_eps", _norm_eps(kwargs["norm_layer"]))
     _translate_words(ours)
     _check_gate(ours, kwargs, preset)
     if "proj_drop_rate" in kwargs:
@@ -130,32 +137,66 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
     if "mlp_ratio" in kwargs:
         ratio = kwargs["mlp_ratio"]
         if not (isinstance(ratio, (int, float)) and ratio > 0):
-            raise ValueError(f"mlp_ratio must be a positive number, got {ratio!r}")
-        merged = {**preset, **ours}
-        hidden = int(merged.get("dim", 768) * kwargs["mlp_ratio"])
-        packed = merged.get("mlp") == "swiglu_packed"
-        if merged.get("mlp") == "swiglu":
-            hidden += -hidden % (kwargs.get("swiglu_align_to") or 8)
-        _put(ours, "mlp_ratio", "mlp_dim", hidden // 2 if packed and not eva else hidden)
-    elif "dim" in ours and "mlp_dim" not in ours and "mlp_dim" in preset:
-        ours["mlp_dim"] = ours["dim"] * preset["mlp_dim"] // preset["dim"]
+            raise UsageError(f"mlp_ratio must be a positive number, got {ratio!r}")
+        hidden = int({"dim": 768, **preset, **ours}["dim"] * ratio)
+        packed = {**preset, **ours}.get("mlp") == "swiglu_packed"
+        hidden = hidden // 2 if packed and not eva else hidden
+        _put(ours, "mlp_ratio", "mlp_dim", _aligned(hidden, ours, kwargs, preset))
+    elif "mlp_dim" not in ours and "mlp_dim" in preset and {"dim", "mlp"} & ours.keys():
+        hidden = ours.get("dim", preset["dim"]) * preset["mlp_dim"] // preset["dim"]
+        ours["mlp_dim"] = _aligned(hidden, ours, kwargs, preset)
     return ours
 
 
-def _translate_eva(ours: dict[str, Any], kwargs: dict[str, Any]) -> None:
+def _aligned(
+    hidden: int, ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, Any]
+) -> int:
+    """Eva rounds the width of a SwiGLU of two projections up."""
+    gated = {**preset, **ours}.get("mlp") == "swiglu"
+    align = kwargs.get("swiglu_align_to", 8 if preset.get("mlp") == "swiglu" else 0)
+    return hidden + -hidden % align if gated and align else hidden
+
+
+def _translate_eva(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, Any]) -> None:
     """Eva's words of two values."""
     for name, meanings in _EVA.items():
         if name in kwargs:
             ours.update(meanings[kwargs[name]])
+    halves = preset.get("rope") == "dinov3"
+    if "rope_type" in kwargs:
+        ours.setdefault("rope_theta", preset.get("rope_theta") or (100.0 if halves else 10000.0))
     if kwargs.get("use_rot_pos_emb") is False:
         ours["rope"] = None
-    if kwargs.get("swiglu_mlp") is False:
-        ours["mlp"] = "mlp"
+    rope = ours.get("rope", preset.get("rope"))
+    told = kwargs.get("rope_rotate_half", halves)
+    if {"rope_type", "rope_rotate_half"} & kwargs.keys() and rope and told != (rope == "dinov3"):
+        raise UsageError(
+            f"rope_rotate_half={told} is timm's alone with this rope_type; fastvit turns halves "
+            "with 'dinov3' and neighbours with 'cat'"
+        )
+    if {"swiglu_mlp", "swiglu_align_to"} & kwargs.keys():
+        before = preset.get("mlp", "mlp")
+        gated = kwargs.get("swiglu_mlp", before != "mlp")
+        align = kwargs.get("swiglu_align_to", 8 if before == "swiglu" else 0)
+        ours["mlp"] = "mlp" if not gated else "swiglu" if align else "swiglu_packed"
+
+
+def _translate_eva_pool(
+    ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, Any]
+) -> None:
+    pool = kwargs.get("global_pool")
+    if pool == "map":
+        raise UsageError(
+            "global_pool='map' of timm's Eva reads <cls> and registers too; fastvit's pool='map' "
+            "the patches alone"
+        )
+    if pool in ("max", "avgmax"):  # Eva puts the norm after the mean alone
+        ours.setdefault("fc_norm", preset.get("fc_norm", False))
 
 
 def _put(ours: dict[str, Any], theirs: str, name: str, value: Any) -> None:
     if name in ours:
-        raise ValueError(f"{theirs} and {name} are the same; give one of them")
+        raise UsageError(f"{theirs} and {name} are the same; give one of them")
     ours[name] = value
 
 
@@ -165,7 +206,7 @@ def _check_gate(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, 
     told = "act_layer" in kwargs or ("mlp_layer" in kwargs and preset.get("mlp", "mlp") == "mlp")
     act = _name_of(kwargs.get("act_layer", "gelu"))
     if gated and told and _ACTIVATIONS.get(act) != "silu":
-        raise ValueError(f"mlp_layer: timm gates with act_layer, here {act!r}; fastvit with 'silu'")
+        raise UsageError(f"mlp_layer: timm gates with act_layer, here {act!r}; fastvit with 'silu'")
 
 
 def _translate_words(ours: dict[str, Any]) -> None:
@@ -179,12 +220,24 @@ def _translate_words(ours: dict[str, Any]) -> None:
         if value is None:
             ours.pop(name, None)
             continue
-        if isinstance(value, functools.partial) and "eps" in value.keywords and name == "norm":
-            ours.setdefault("norm_eps", value.keywords["eps"])
         word = _name_of(value)
         ours[name] = words.get(word, word)
     if ours.get("activation") == "silu":  # SwiGLU's own, which timm lets one say
         del ours["activation"]
+
+
+def _norm_eps(layer: Any) -> float:
+    """The eps of timm's norm_layer: its own default where a partial says none, 1e-6 for a word."""
+    if isinstance(layer, str):
+        return 1e-6
+    said: dict[str, Any] = {}
+    if isinstance(layer, functools.partial):
+        said, layer = layer.keywords, layer.func
+        if more := sorted(said.keys() - {"eps"}):
+            raise UsageError(f"norm_layer: {more[0]}={said[more[0]]!r} is not among fastvit's")
+    parameters = inspect.signature(layer).parameters
+    eps = said.get("eps", parameters["eps"].default if "eps" in parameters else 1e-5)
+    return torch.finfo(torch.float32).eps if eps is None else eps  # None is torch's RMSNorm's
 
 
 def _name_of(value: Callable[..., Any] | Any) -> Any:
