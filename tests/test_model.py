@@ -103,6 +103,34 @@ def test_initialisation_is_timms() -> None:
         torch.testing.assert_close(got, expected, rtol=0.15, atol=1e-7, msg=f"std of {name}")
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        dict(layer_scale=0.1, pre_norm=True, norm="rmsnorm"),
+        dict(registers=2, qk_norm=True, pool="mean", no_embed_class=True),
+        dict(rope="dinov3", mlp="swiglu", qkv_bias="qv", pos_embed="none"),
+        dict(rope="eva", mlp="swiglu_packed", proj_bias=False, mlp_bias=False, qkv_bias=False),
+        dict(pool="map", class_token=False, patch_bias=False, qk_norm=True, norm="rmsnorm"),
+        dict(pool="cls_mean", head_hidden_dim=8, final_norm=False),
+        dict(num_classes=0),
+    ],
+    ids=lambda kwargs: "-".join(kwargs) or "default",
+)
+def test_init_weights_makes_a_fresh_model_of_any(kwargs: dict) -> None:
+    torch.manual_seed(3)
+    fresh = tiny(**kwargs)
+    with torch.device("meta"):
+        model = tiny(**kwargs)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        nn.init.constant_(tensor, torch.nan)
+    torch.manual_seed(3)
+    model.init_weights()
+    assert [n for n, p in model.named_parameters() if not p.equal(fresh.get_parameter(n))] == []
+    assert [n for n, b in model.named_buffers() if not b.equal(fresh.get_buffer(n))] == []
+
+
 def test_reference_block_passes_gradcheck_in_float64() -> None:
     """The oracle's own gradients against finite differences: input, every parameter, LayerScale."""
     block = Block(8, 2, 4, 12, layer_scale=0.5).double()

@@ -14,6 +14,7 @@ from fastvit.layers import (
     Attention,
     AttentionPool,
     Block,
+    LayerScale,
     Mlp,
     PatchEmbed,
     SwiGlu,
@@ -230,10 +231,17 @@ class ViT(VitPytorchNames, nn.Module):
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self) -> None:
-        """timm's: truncated normal of std 0.02, zero biases, prefix tokens near zero."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """timm's: truncated normal of std 0.02, zero biases, prefix tokens near zero.
+
+        needs_reset: give every other tensor a fresh model's value too, as after `to_empty`; from
+        one seed all weights are then a fresh model's. False: the modules are fresh already.
+        """
+        if needs_reset:
+            for module in self.modules():
+                self._reset(module)
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
@@ -244,6 +252,18 @@ class ViT(VitPytorchNames, nn.Module):
                 _init_linear(module)
         if self.attn_pool is not None:
             nn.init.trunc_normal_(self.attn_pool.latent, std=self.embed_dim**-0.5)
+
+    def _reset(self, module: nn.Module) -> None:
+        """The module's own tensors as its constructor leaves them, with the draws it takes."""
+        surface: Any = module
+        if isinstance(module, LayerScale):
+            nn.init.constant_(module.gamma, self.config["layer_scale"])
+        elif isinstance(module, Attention):
+            for bias in (module.q_bias, module.v_bias):
+                if bias is not None:
+                    nn.init.zeros_(bias)
+        elif hasattr(module, "reset_parameters"):
+            surface.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, channels, H, W) -> logits (B, num_classes); (B, N, .) with pool "none".
