@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvit import backend, ops
+from fastvit.errors import UsageError
 from fastvit.layers import (
     MLPS,
     NORMS,
@@ -26,7 +27,7 @@ from fastvit.layers import (
     make_norm,
     pair,
 )
-from fastvit.plain import runs, watched
+from fastvit.plain import runs, unwrapped, watched
 from fastvit.pos_embed import Grid, Resample, resample_positions
 from fastvit.rope import FORMS, Rope
 from fastvit.vit_pytorch import VitPytorchNames
@@ -568,6 +569,8 @@ class ViT(VitPytorchNames, nn.Module):
         rows: "cls", "all" or token indices. Recomputed per layer; no N x N matrix unless asked.
         """
         depth = len(self.blocks)
+        if len(layers) == 0:
+            raise UsageError("layers must name at least one block, got none")
         for layer in layers:
             if not -depth <= layer < depth:
                 raise ValueError(f"layers: {layer} is out of range for depth {depth}")
@@ -582,9 +585,14 @@ class ViT(VitPytorchNames, nn.Module):
         maps = {}
         for i, block in enumerate(list(self.blocks)[: max(wanted) + 1]):
             if i in wanted:
-                assert isinstance(block, Block)
-                attn = block.attn
-                qkv, _ = attn.project(x, block.norm1)
+                inner: Any = unwrapped(block)
+                attn = unwrapped(inner.attn) if isinstance(inner, Block) else inner
+                if not isinstance(attn, Attention):
+                    raise UsageError(
+                        f"layers: block {i} runs a {type(attn).__name__}; expected fastvit's own "
+                        "Block and Attention, whose maps are known"
+                    )
+                qkv, _ = attn.project(x, inner.norm1)
                 options = attn.qk_options(rope)
                 q, k = ops.qk_norm_rope(qkv, **options) if options else qkv.unbind(2)[:2]
                 maps[i] = ops.attention_maps(q, k, rows=rows)

@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from fastvit.errors import UsageError
+from fastvit.plain import WRAPPERS
 
-# What torch.compile, DDP and FSDP, and activation checkpointing put into a parameter's name.
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = (*WRAPPERS, "module")  # DDP's
 
 
 def param_groups(
