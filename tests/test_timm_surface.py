@@ -235,21 +235,25 @@ class AsDdp(torch.nn.Module):
         self.module = module
 
 
+def _compiled(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
 def _compiled_block(model: Any) -> Any:
-    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    model.blocks[1] = _compiled(model.blocks[1])
     return model
 
 
 def _compiled_blocks(model: Any) -> Any:
-    model.blocks = torch.compile(model.blocks, backend="eager")
+    model.blocks = _compiled(model.blocks)
     return model
 
 
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda model: torch.compile(model, backend="eager"),
-        lambda model: AsDdp(torch.compile(model, backend="eager")),
+        _compiled,
+        lambda model: AsDdp(_compiled(model)),
         lambda model: torch.nn.Sequential(AsDdp(model)),
         Mine,
         _compiled_block,

@@ -488,7 +488,7 @@ def _check_qk(
         if D % 2 or not (cos.ndim == 2 or batched) or cos.shape[-1] != D // 2 or m > N:
             expected = f"(m, {D // 2}) or ({B}, m, {D // 2}) with m <= {N}"
             raise ValueError(f"{op}: cos must be {expected}, got {_shape(cos)}")
-        _shaped(op, "sin", sin, _shape(cos), device)
+        _optional(op, "sin", sin, _shape(cos), device)
 
 
 def _norm(
