@@ -124,7 +124,9 @@ def test_model_flops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     size = SIZES[name]
-    monkeypatch.setattr(fastvit.ViT, "init_weights", lambda self: None)  # reads values: none here
+    monkeypatch.setattr(
+        fastvit.ViT, "init_weights", lambda self, **_: None
+    )  # reads values: none here
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with FakeTensorMode(), torch.no_grad(), fastvit.use_backend("reference"), math:
         model = fastvit.ViT(num_classes=1000, **size.arguments()).requires_grad_(False)

@@ -110,8 +110,22 @@ def test_resume_takes_no_other_settings(capsys, digits_run):
     for extra in (["--lr", "1"], ["--batch-size", "3"], ["--data", "digits"], ["--strict"]):
         assert main(["train", "--resume", str(digits_run), *extra]) == 2
         assert f"leave out {extra[0]}" in capsys.readouterr().err
+    for extra in (["--amp", "off"], ["--amp", "bf16"], ["--compile"]):
+        assert main(["train", "--resume", str(digits_run), *extra]) == 2
+        assert f"leave out {extra[0]}" in capsys.readouterr().err
     assert main(["train", "--resume", "nowhere"]) == 2
     assert "nowhere holds no state.pt" in capsys.readouterr().err
+
+
+def test_resume_keeps_the_precision(capsys):
+    assert main([*DIGITS, "--epochs", "1", "--amp", "bf16", "--out", "new"]) == 0
+    assert main(["train", "--resume", "new", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("cpu, bfloat16 autocast") == 2
+    state = torch.load("new/state.pt", weights_only=True)
+    del state["amp"], state["compile"]  # as the first versions wrote it
+    torch.save(state, "new/state.pt")
+    assert main(["train", "--resume", "new", "--device", "cpu", "--amp", "bf16"]) == 0
+    assert "cpu, bfloat16 autocast" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -9,6 +9,7 @@ from checks import check
 from torch import Tensor, nn
 
 import fastvit
+from fastvit.errors import UsageError
 from fastvit.model import Block
 
 TINY = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_dim=64, num_classes=10)
@@ -101,6 +102,34 @@ def test_initialisation_is_timms() -> None:
         assert mine[name].shape == parameter.shape
         expected, got = parameter.std(correction=0), mine[name].std(correction=0)
         torch.testing.assert_close(got, expected, rtol=0.15, atol=1e-7, msg=f"std of {name}")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        dict(layer_scale=0.1, pre_norm=True, norm="rmsnorm"),
+        dict(registers=2, qk_norm=True, pool="mean", no_embed_class=True),
+        dict(rope="dinov3", mlp="swiglu", qkv_bias="qv", pos_embed="none"),
+        dict(rope="eva", mlp="swiglu_packed", proj_bias=False, mlp_bias=False, qkv_bias=False),
+        dict(pool="map", class_token=False, patch_bias=False, qk_norm=True, norm="rmsnorm"),
+        dict(pool="cls_mean", head_hidden_dim=8, final_norm=False),
+        dict(num_classes=0),
+    ],
+    ids=lambda kwargs: "-".join(kwargs) or "default",
+)
+def test_init_weights_makes_a_fresh_model_of_any(kwargs: dict) -> None:
+    torch.manual_seed(3)
+    fresh = tiny(**kwargs)
+    with torch.device("meta"):
+        model = tiny(**kwargs)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        nn.init.constant_(tensor, torch.nan)
+    torch.manual_seed(3)
+    model.init_weights()
+    assert [n for n, p in model.named_parameters() if not p.equal(fresh.get_parameter(n))] == []
+    assert [n for n, b in model.named_buffers() if not b.equal(fresh.get_buffer(n))] == []
 
 
 def test_reference_block_passes_gradcheck_in_float64() -> None:
@@ -221,6 +250,21 @@ def test_attention_maps_are_timms() -> None:
     )
 
 
+def test_attention_maps_of_wrapped_and_replaced_blocks() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model, images = tiny(), torch.randn(2, 3, 16, 16)
+    expected = model.attention_maps(images, layers=(0, 1))
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")  # type: ignore[assignment]
+    assert torch.equal(model.attention_maps(images, layers=(0, 1)), expected)
+    model.blocks[1] = nn.Identity()
+    with pytest.raises(UsageError, match="layers: block 1 runs a Identity; expected fastvit's own"):
+        model.attention_maps(images)
+    with pytest.raises(UsageError, match="layers must name at least one block, got none"):
+        model.attention_maps(images, layers=())
+
+
 def test_drop_path_scales_and_drops_by_sample() -> None:
     block = Block(32, 2, 16, 64, drop_path=0.25).train()
     scale = block.path_scale(torch.zeros(20_000, 1, 32))
@@ -337,6 +381,8 @@ def test_bad_images(shape: tuple[int, ...]) -> None:
 def test_bad_dtype_and_layers() -> None:
     with pytest.raises(TypeError, match=r"images is torch.float64 but weight is torch.float32"):
         tiny()(torch.randn(1, 3, 16, 16, dtype=torch.float64))
+    with pytest.raises(UsageError, match=r"images is torch.uint8; expected floating point"):
+        tiny()(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="layers: 5 is out of range for depth 2"):
         tiny().attention_maps(torch.randn(1, 3, 16, 16), layers=[5])
     with pytest.raises(ValueError, match="rows must be 'cls', 'all' or indices, got 'CLS'"):

@@ -10,6 +10,7 @@ import torch
 
 import fastvit
 from fastvit import backend, ops
+from fastvit.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,11 +143,92 @@ def test_bad_shapes(call, message: str) -> None:
         call()
 
 
+Q = torch.randn(1, 5, 2, 16)
+QKV = torch.randn(8, 3, 2, 16)
+N64 = torch.ones(32, dtype=torch.float64)
+NONE: Any = None
+NUMPY: Any = Q.numpy()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.patch_embed(IMAGES.byte(), KERNEL), r"images is torch.uint8; .*images\.float"),
+        (lambda: ops.patch_embed(IMAGES > 0, KERNEL), r"patch_embed: images is torch.bool; exp"),
+        (lambda: ops.layernorm_linear(X.int(), N32, N32, W), r"x is torch.int32; expected float"),
+        (lambda: ops.swiglu(X.long()), r"swiglu: x is torch.int64; expected floating point"),
+        (lambda: ops.attention(Q.int(), Q.int(), Q.int()), r"attention: q is torch.int32; exp"),
+        (lambda: ops.attention(Q + 0j, Q + 0j, Q + 0j), r"attention: q is torch.complex64; exp"),
+        (lambda: ops.attention(NONE, Q, Q), r"attention: q must be a tensor, got NoneType"),
+        (lambda: ops.attention(Q, NONE, Q), r"attention: k must be a tensor, got NoneType"),
+        (lambda: ops.attention(NUMPY, Q, Q), r"q must be a tensor, got ndarray"),
+        (lambda: ops.attention(Q, Q.to("meta"), Q), r"attention: k is on meta, expected cpu"),
+        (lambda: ops.layernorm_linear(X, N32, N32, W.to("meta")), r"weight is on meta, expected"),
+        (
+            lambda: ops.layernorm_linear(X, N64, N32, W),
+            r"layernorm_linear: norm_weight is torch.float64; expected x's torch.float32",
+        ),
+        (
+            lambda: ops.layernorm_mlp(X.bfloat16(), N32, N32.half(), W, N48, W.T, N32),
+            r"norm_bias is torch.float16; expected x's torch.bfloat16 or torch.float32",
+        ),
+        (lambda: ops.layernorm_linear(X[0, 0, 0], N32, N32, W), r"x must end in 32, got \(\)"),
+        (lambda: ops.patch_embed(IMAGES, KERNEL[:, :, :0]), r"weight .* >= 1, got \(16, 3, 0, 4"),
+        (lambda: ops.swiglu(X[..., :0]), r"x must end in an even size >= 2, got \(2, 5, 0\)"),
+        (lambda: ops.linear_residual(X, W, None, NONE), r"residual must be a tensor, got NoneType"),
+        (
+            lambda: ops.linear_residual(X, W[:32], None, X, dropout=-1.0),
+            r"linear_residual: dropout must be in \[0, 1\), got -1.0",
+        ),
+        (
+            lambda: ops.layernorm_mlp(X, N32, N32, W, N48, W.T, N32, dropout=2.0),
+            r"layernorm_mlp: dropout must be in \[0, 1\), got 2.0",
+        ),
+    ],
+)
+def test_bad_operands(call, message: str, autocast: bool, backend: str) -> None:
+    with fastvit.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("bounds", "max_seqlen", "message"),
+    [
+        ([0, 3, 6], 5, r"cu_seqlens must rise from 0 to 8, got \[0, 3, 6\]"),
+        ([0, 3, 20], 17, r"cu_seqlens must rise from 0 to 8, got \[0, 3, 20\]"),
+        ([2, 5, 8], 5, r"cu_seqlens must rise from 0 to 8"),
+        ([0, 6, 3, 8], 6, r"cu_seqlens must rise from 0 to 8"),
+        ([*range(9), 7], 6, r"got \[0, 1, 2, 3, \.\.\., 7, 8, 7\]"),
+        ([0], 5, r"cu_seqlens holds no sequence, but qkv has 8 rows"),
+        ([0, 3, 8], 4, r"max_seqlen is 4, but a sequence has 5 rows"),
+    ],
+)
+def test_bad_bounds(bounds: list[int], max_seqlen: int, message: str, backend: str) -> None:
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    with fastvit.use_backend(backend), pytest.raises(UsageError, match=message):
+        ops.attention_packed(QKV, cu_seqlens, max_seqlen)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("norm_kind", [None, "layernorm"])
+def test_no_sequences(norm_kind: str | None, backend: str, device: torch.device) -> None:
+    bounds = torch.zeros(1, dtype=torch.int32, device=device)
+    with fastvit.use_backend(backend):
+        out = ops.attention_packed(QKV[:0].to(device), bounds, 1, norm_kind=norm_kind)
+    assert out.shape == (0, 2, 16) and out.dtype == QKV.dtype
+
+
 def test_mixed_dtypes_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"x is torch.float32 but weight is torch.bfloat16"):
         ops.layernorm_linear(X, N32, N32, W.bfloat16())
     with pytest.raises(TypeError, match=r"q is torch.float32 but v is torch.float16"):
         ops.attention(X[None], X[None], X[None].half())
+    with pytest.raises(TypeError, match=r"x is torch.float32 but fc2_bias is torch.float64"):
+        ops.layernorm_mlp(X, N32, N32, W, N48, W.T, N64)
 
 
 def _model_and_images(device: torch.device) -> tuple[fastvit.ViT, torch.Tensor]:

@@ -224,6 +224,58 @@ def test_param_groups(name: str, layer_decay: float | None) -> None:
         timm.optim.create_optimizer_v2(groups, opt="adamw", lr=0.01)
 
 
+class Mine(torch.nn.Module):
+    def __init__(self, vit: torch.nn.Module) -> None:
+        super().__init__()
+        self.vit, self.mine = vit, torch.nn.Linear(5, 2)
+
+
+class AsDdp(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def _compiled(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def _compiled_block(model: Any) -> Any:
+    model.blocks[1] = _compiled(model.blocks[1])
+    return model
+
+
+def _compiled_blocks(model: Any) -> Any:
+    model.blocks = _compiled(model.blocks)
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        _compiled,
+        lambda model: AsDdp(_compiled(model)),
+        lambda model: torch.nn.Sequential(AsDdp(model)),
+        Mine,
+        _compiled_block,
+        _compiled_blocks,
+    ],
+    ids=["compile", "ddp", "sequential", "inside", "block", "blocks"],
+)
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_param_groups_of_a_wrapped_model(wrap: Any, layer_decay: float | None) -> None:
+    model: Any = fastvit.create_model(MODELS["registers"], **NARROW, img_size=64)
+
+    def rule(model: torch.nn.Module) -> dict[torch.Tensor, tuple[float, float]]:
+        groups = fastvit.param_groups(model, 0.01, 0.05, layer_decay)
+        return {p: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+    expected = rule(model)
+    wrapped = wrap(model)
+    mine = [p for p in wrapped.parameters() if p not in expected]
+    assert rule(wrapped) == {**expected, **{p: (0.01, 0.05 * (p.ndim > 1)) for p in mine}}
+
+
 def test_param_groups_at_fault() -> None:
     model = fastvit.create_model("vit_tiny_patch16_224", depth=1)
     for kwargs, message in (
@@ -236,6 +288,14 @@ def test_param_groups_at_fault() -> None:
     with pytest.raises(ValueError, match=r"layer_decay needs a model with group_matcher.*Linear"):
         fastvit.param_groups(torch.nn.Linear(2, 2), 0.1, layer_decay=0.5)
     assert len(fastvit.param_groups(torch.nn.Linear(2, 2), 0.1)) == 2
+    both = torch.nn.ModuleList([model, fastvit.create_model("vit_tiny_patch16_224", depth=1)])
+    with pytest.raises(UsageError, match="or one such inside; got ModuleList with 2 to train"):
+        fastvit.param_groups(both, 0.1, layer_decay=0.5)
+    both[1].requires_grad_(False)
+    assert len(fastvit.param_groups(both, 0.1, layer_decay=0.5)) == 6
+    flat = torch.nn.ParameterDict({"_flat_param": torch.zeros(9)})
+    with pytest.raises(UsageError, match="many parameters in one; expected FSDP with use_orig"):
+        fastvit.param_groups(flat, 0.1)
 
 
 EVA02, DINOV3 = "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"

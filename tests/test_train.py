@@ -37,12 +37,12 @@ def stripes(count: int = 96) -> DataSet:
     return DataSet("stripes", names, 1, (8, 8), train, val, test, Augment(flip=True, shift=0.05))
 
 
-def start(seed: int = 0, **given) -> Run:
+def start(seed: int = 0, amp: bool = False, **given) -> Run:
     settings = make_settings(
         "digits", **{**dict(epochs=4, batch_size=8, lr=3e-3, seed=seed, model=MODEL), **given}
     )
     data = stripes()
-    return Run(settings, data, make_model(settings, data), torch.device("cpu"), amp=False)
+    return Run(settings, data, make_model(settings, data), torch.device("cpu"), amp)
 
 
 def weights(run: Run) -> torch.Tensor:
@@ -99,6 +99,27 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path, step):
     again.fit(tmp_path / "killed")
     assert torch.equal(weights(again), weights(whole))
     assert without_speed(again.history) == without_speed(whole.history)
+
+
+def test_resume_takes_up_amp_and_compile(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: lambda images: model(images))
+    whole, first = start(epochs=2, amp=True), start(epochs=2, amp=True)
+    whole.fit(tmp_path)
+    first.history.append(first.train_epoch(0))
+    first.compile = True
+    first.save_state(tmp_path / "state.pt")
+    state = load_state(tmp_path)[1]
+    again = start(epochs=2)
+    again.resume(state)
+    assert again.amp and again.compile and again.forward is not again.model
+    again.resume({**state, "compile": False})
+    assert again.forward is again.model
+    again.fit(tmp_path)
+    assert torch.equal(weights(again), weights(whole))
+    old = {k: v for k, v in state.items() if k not in ("amp", "compile")}
+    again = start(epochs=2)
+    again.resume(old)
+    assert not again.amp and not again.compile
 
 
 def test_resume_refuses_other_data_and_damaged_state(tmp_path):

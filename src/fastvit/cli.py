@@ -27,6 +27,7 @@ from fastvit.train import (
 
 MODEL_OPTIONS = ("dim", "depth", "heads", "mlp_dim", "patch_size", "image_size", "drop_path")
 RUN_OPTIONS = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "seed", "strict")
+STATE_OPTIONS = ("amp", "compile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,9 +68,9 @@ def add_train(commands: Any) -> None:
     where = parser.add_argument_group("where it runs")
     where.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     where.add_argument(
-        "--amp", default="auto", choices=("auto", "bf16", "off"), help="auto: bf16 on a GPU"
+        "--amp", choices=("auto", "bf16", "off"), help="auto (default): bf16 on a GPU"
     )
-    where.add_argument("--compile", action="store_true", help="through torch.compile")
+    where.add_argument("--compile", action="store_true", default=None, help="through torch.compile")
     where.add_argument("--workers", type=int, help="processes that read images (default: cores)")
 
     model = parser.add_argument_group("model (defaults depend on the data)")
@@ -107,14 +108,14 @@ def train(args: argparse.Namespace) -> int:
     )
     model = make_model(settings, data)
     folder = args.resume or _new_folder(args.out, settings.data)
-    amp = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
-    run = Run(settings, data, model, device, amp, args.compile)
+    amp = args.amp == "bf16" or (args.amp in (None, "auto") and device.type == "cuda")
+    run = Run(settings, data, model, device, amp, bool(args.compile))
     if state is not None:
         run.resume(state)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"data     {data.describe()}")
     print(f"model    {_describe(settings)}, {parameters:,} parameters")
-    print(f"device   {device.type}, {'bfloat16 autocast' if amp else 'float32'}; {versions()}")
+    print(f"device   {device.type}, {'bfloat16 autocast' if run.amp else 'float32'}; {versions()}")
     print(f"backend  {run.backend}")
     print(f"out      {folder}", flush=True)
     try:
@@ -136,12 +137,14 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, dict[str, Any] | None
     chosen = {name: getattr(args, name) for name in MODEL_OPTIONS}
     given, chosen = ({k: v for k, v in d.items() if v is not None} for d in (given, chosen))
     if args.resume is not None:
-        fixed = [*given, *chosen]
-        fixed += [name for name in ("data", "model", "out") if getattr(args, name) is not None]
+        settings, state = load_state(args.resume)
+        kept = [name for name in STATE_OPTIONS if name in state]
+        others = ("data", "model", "out", *kept)
+        fixed = [*given, *chosen, *(name for name in others if getattr(args, name) is not None)]
         if fixed:
             option = fixed[0].replace("_", "-")
             raise UsageError(f"--resume takes the run's own settings; leave out --{option}")
-        return load_state(args.resume)
+        return settings, state
     return make_settings(args.data or "digits", args.model, model=chosen, **given), None
 
 

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvit import backend, ops
+from fastvit.errors import UsageError
 from fastvit.layers import (
     MLPS,
     NORMS,
     Attention,
     AttentionPool,
     Block,
+    LayerScale,
     Mlp,
     PatchEmbed,
     SwiGlu,
@@ -25,7 +27,7 @@ from fastvit.layers import (
     make_norm,
     pair,
 )
-from fastvit.plain import runs, watched
+from fastvit.plain import runs, unwrapped, watched
 from fastvit.pos_embed import Grid, Resample, resample_positions
 from fastvit.reference import place
 from fastvit.rope import FORMS, Rope
@@ -231,10 +233,17 @@ class ViT(VitPytorchNames, nn.Module):
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self) -> None:
-        """timm's: truncated normal of std 0.02, zero biases, prefix tokens near zero."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """timm's: truncated normal of std 0.02, zero biases, prefix tokens near zero.
+
+        needs_reset: give every other tensor a fresh model's value too, as after `to_empty`; from
+        one seed all weights are then a fresh model's. False: the modules are fresh already.
+        """
+        if needs_reset:
+            for module in self.modules():
+                self._reset(module)
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
@@ -245,6 +254,18 @@ class ViT(VitPytorchNames, nn.Module):
                 _init_linear(module)
         if self.attn_pool is not None:
             nn.init.trunc_normal_(self.attn_pool.latent, std=self.embed_dim**-0.5)
+
+    def _reset(self, module: nn.Module) -> None:
+        """The module's own tensors as its constructor leaves them, with the draws it takes."""
+        surface: Any = module
+        if isinstance(module, LayerScale):
+            nn.init.constant_(module.gamma, self.config["layer_scale"])
+        elif isinstance(module, Attention):
+            for bias in (module.q_bias, module.v_bias):
+                if bias is not None:
+                    nn.init.zeros_(bias)
+        elif hasattr(module, "reset_parameters"):
+            surface.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, channels, H, W) -> logits (B, num_classes); (B, N, .) with pool "none".
@@ -567,6 +588,8 @@ class ViT(VitPytorchNames, nn.Module):
         rows: "cls", "all" or token indices. Recomputed per layer; no N x N matrix unless asked.
         """
         depth = len(self.blocks)
+        if len(layers) == 0:
+            raise UsageError("layers must name at least one block, got none")
         for layer in layers:
             if not -depth <= layer < depth:
                 raise ValueError(f"layers: {layer} is out of range for depth {depth}")
@@ -581,9 +604,14 @@ class ViT(VitPytorchNames, nn.Module):
         maps = {}
         for i, block in enumerate(list(self.blocks)[: max(wanted) + 1]):
             if i in wanted:
-                assert isinstance(block, Block)
-                attn = block.attn
-                qkv, _ = attn.project(x, block.norm1)
+                inner: Any = unwrapped(block)
+                attn = unwrapped(inner.attn) if isinstance(inner, Block) else inner
+                if not isinstance(attn, Attention):
+                    raise UsageError(
+                        f"layers: block {i} runs a {type(attn).__name__}; expected fastvit's own "
+                        "Block and Attention, whose maps are known"
+                    )
+                qkv, _ = attn.project(x, inner.norm1)
                 options = attn.qk_options(rope)
                 q, k = ops.qk_norm_rope(qkv, **options) if options else qkv.unbind(2)[:2]
                 maps[i] = ops.attention_maps(q, k, rows=rows)

@@ -6,6 +6,7 @@ works without Triton.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from fastvit_kernels import limits
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastvit import reference
 from fastvit.backend import choose_triton
+from fastvit.errors import UsageError
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 NORMS = ("layernorm", "rmsnorm")
@@ -34,8 +36,13 @@ def patch_embed(
     The output has the promoted dtype of the product, pos and prefix, as eager has it.
     """
     op = "patch_embed"
-    _rank(op, "weight", weight, 4)
+    device = _operand(op, "images", images)
+    _rank(op, "weight", weight, 4, device)
     dim, channels, p_h, p_w = weight.shape
+    if not p_h or not p_w:
+        raise UsageError(
+            f"{op}: weight must be (dim, C, p_h, p_w) of sizes >= 1, got {_shape(weight)}"
+        )
     if images.ndim != 4 or images.shape[1] != channels:
         raise ValueError(f"{op}: images must be (B, {channels}, H, W), got {_shape(images)}")
     height, width = images.shape[2:]
@@ -44,10 +51,12 @@ def patch_embed(
             f"{op}: image size {height}x{width} is not a multiple of patch size {p_h}x{p_w}"
         )
     m = (height // p_h) * (width // p_w)
-    _shaped(op, "bias", bias, (dim,))
-    _shaped(op, "pos", pos, (m, dim))
-    if prefix is not None and (prefix.ndim != 2 or prefix.shape[1] != dim):
-        raise ValueError(f"{op}: prefix must be (P, {dim}), got {_shape(prefix)}")
+    _optional(op, "bias", bias, (dim,), device)
+    _optional(op, "pos", pos, (m, dim), device)
+    if prefix is not None:
+        _on(op, "prefix", prefix, device)
+        if prefix.ndim != 2 or prefix.shape[1] != dim:
+            raise ValueError(f"{op}: prefix must be (P, {dim}), got {_shape(prefix)}")
     dtype = _compute_dtype(op, "images", images, weight=weight, bias=bias)
     if choose_triton(op, images, dtype, limits.patch_embed(dim)):
         from fastvit_kernels.patch_embed import patch_embed as kernel
@@ -90,13 +99,14 @@ def layernorm_linear_fork(
     are added as the norm's backward writes them, not by a pass of their own.
     """
     op = "layernorm_linear"
+    device = _operand(op, "x", x)
     _norm_kind(op, norm_kind)
-    _rank(op, "weight", weight, 2)
+    _rank(op, "weight", weight, 2, device)
     out_features, in_features = weight.shape
     _last(op, "x", x, in_features)
-    _shaped(op, "norm_weight", norm_weight, (in_features,))
-    _shaped(op, "norm_bias", norm_bias, (in_features,))
-    _shaped(op, "bias", bias, (out_features,))
+    _norm(op, "norm_weight", norm_weight, in_features, x, norm_kind, device)
+    _norm(op, "norm_bias", norm_bias, in_features, x, norm_kind, device)
+    _optional(op, "bias", bias, (out_features,), device)
     dtype = _compute_dtype(op, "x", x, weight=weight, bias=bias)
     if choose_triton(op, x, dtype, limits.linear(in_features, out_features)):
         from fastvit_kernels.layernorm_linear import layernorm_linear as kernel
@@ -109,8 +119,9 @@ def layernorm_linear_fork(
 def swiglu(x: Tensor) -> Tensor:
     """SiLU(x[..., :F]) * x[..., F:]. x: (..., 2 F) -> (..., F)."""
     op = "swiglu"
-    if x.ndim < 1 or x.shape[-1] % 2:
-        raise ValueError(f"{op}: x must end in an even size, got {_shape(x)}")
+    _operand(op, "x", x)
+    if x.ndim < 1 or x.shape[-1] % 2 or not x.shape[-1]:
+        raise UsageError(f"{op}: x must end in an even size >= 2, got {_shape(x)}")
     if choose_triton(op, x, x.dtype, None):
         from fastvit_kernels.swiglu import swiglu as kernel
 
@@ -124,11 +135,12 @@ def pool_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v: (B, N, H, D), as in attention pooling, where one learned query reads all tokens.
     """
     op = "pool_attention"
-    _rank(op, "q", q, 4)
-    _rank(op, "k", k, 4)
+    device = _operand(op, "q", q)
+    _rank(op, "q", q, 4, device)
+    _rank(op, "k", k, 4, device)
     if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"{op}: q {_shape(q)} and k {_shape(k)} may differ in tokens alone")
-    _shaped(op, "v", v, _shape(k))
+    _shaped(op, "v", v, _shape(k), device)
     choose_triton(op, k, _compute_dtype(op, "q", q, k=k, v=v), _NO_KERNEL)
     return reference.pool_attention(q, k, v)
 
@@ -147,10 +159,11 @@ def attention(
     and a sample without any gives zeros.
     """
     op = "attention"
-    _rank(op, "q", q, 4)
-    _shaped(op, "k", k, tuple(q.shape))
-    _shaped(op, "v", v, tuple(q.shape))
-    _integers(op, "key_padding", key_padding, q, q.shape[0])
+    device = _operand(op, "q", q)
+    _rank(op, "q", q, 4, device)
+    _shaped(op, "k", k, tuple(q.shape), device)
+    _shaped(op, "v", v, tuple(q.shape), device)
+    _integers(op, "key_padding", key_padding, q.shape[0], device)
     _rate(op, dropout)
     dtype = _compute_dtype(op, "q", q, k=k, v=v)
     unsupported = limits.attention(q.shape[-1], scale, _batch(q))
@@ -183,11 +196,12 @@ def attention_qkv(
     channel i with i + D / 2, or with `interleaved` 2 i with 2 i + 1.
     """
     op = "attention"
+    device = _operand(op, "qkv", qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
-    _integers(op, "key_padding", key_padding, qkv, qkv.shape[0])
+    _integers(op, "key_padding", key_padding, qkv.shape[0], device)
     _rate(op, dropout)
-    _check_qk(op, qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
+    _check_qk(op, qkv, device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     dtype = _compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
     unsupported = limits.attention(qkv.shape[-1], scale, _batch(qkv))
@@ -223,19 +237,24 @@ def attention_packed(
     cu_seqlens: (B + 1,) int32, from 0 to total, their bounds; max_seqlen: the longest of them, or
     more. Images of different sizes make one batch, without padding. cos, sin: (total, D / 2); the
     rest is as in `attention_qkv`. Returns (total, H, D).
+
+    The bounds are checked on a CPU. On a GPU reading them would wait for it: there wrong bounds are
+    not seen, and what they give is undefined.
     """
     op = "attention"
+    device = _operand(op, "qkv", qkv)
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"{op}: qkv must be (total, 3, H, D), got {_shape(qkv)}")
-    _rank(op, "cu_seqlens", cu_seqlens, 1)
+    _rank(op, "cu_seqlens", cu_seqlens, 1, device)
     if len(cu_seqlens) < 1:
         raise ValueError(f"{op}: cu_seqlens must be (B + 1,), got {_shape(cu_seqlens)}")
-    _integers(op, "cu_seqlens", cu_seqlens, qkv, len(cu_seqlens))
+    _integers(op, "cu_seqlens", cu_seqlens, len(cu_seqlens), device)
     if max_seqlen < 1:
         raise ValueError(f"{op}: max_seqlen must be at least 1, got {max_seqlen}")
     _rate(op, dropout)
-    _check_qk(op, qkv[None], q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
-    _shaped(op, "cos", cos, (len(qkv), qkv.shape[-1] // 2))
+    _check_qk(op, qkv[None], device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
+    _optional(op, "cos", cos, (len(qkv), qkv.shape[-1] // 2), device)
+    _check_bounds(op, cu_seqlens, len(qkv), max_seqlen)
     dtype = _compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
     unsupported = limits.attention(qkv.shape[-1], scale, _batch(cu_seqlens))
@@ -268,9 +287,10 @@ def qk_norm_rope(
     qkv: (B, N, 3, H, D) -> two (B, N, H, D), which `attention_maps` takes.
     """
     op = "qk_norm_rope"
+    device = _operand(op, "qkv", qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
-    _check_qk(op, qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
+    _check_qk(op, qkv, device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     dtype = _compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
     if choose_triton(op, qkv, dtype, limits.attention(qkv.shape[-1])):
@@ -288,9 +308,10 @@ def attention_lse(
 ) -> Tensor:
     """log sum exp of each row of q k^T * scale, no gradient. q, k: (B, N, H, D) -> (B, H, N)."""
     op = "attention"
-    _rank(op, "q", q, 4)
-    _shaped(op, "k", k, tuple(q.shape))
-    _integers(op, "key_padding", key_padding, q, q.shape[0])
+    device = _operand(op, "q", q)
+    _rank(op, "q", q, 4, device)
+    _shaped(op, "k", k, tuple(q.shape), device)
+    _integers(op, "key_padding", key_padding, q.shape[0], device)
     dtype = _compute_dtype(op, "q", q, k=k)
     if choose_triton(op, q, dtype, limits.attention(q.shape[-1], scale, _batch(q))):
         from fastvit_kernels.attention import attention_lse as kernel
@@ -312,14 +333,15 @@ def attention_maps(
     negative ones from the end. Returns (B, H, len(rows), N) float32.
     """
     op = "attention_maps"
-    _rank(op, "q", q, 4)
-    _shaped(op, "k", k, tuple(q.shape))
+    device = _operand(op, "q", q)
+    _rank(op, "q", q, 4, device)
+    _shaped(op, "k", k, tuple(q.shape), device)
     B, N, H, D = q.shape
     wrong = [row for row in rows if not -N <= row < N]
     if wrong:
         raise ValueError(f"{op}: rows {wrong} are out of range for {N} tokens")
     rows = [row % N for row in rows]
-    _shaped(op, "lse", lse, (B, H, N))
+    _optional(op, "lse", lse, (B, H, N), device)
     dtype = _compute_dtype(op, "q", q, k=k)
     if choose_triton(op, q, dtype, limits.attention(D, scale)):
         from fastvit_kernels.attention_maps import attention_maps as kernel
@@ -343,14 +365,16 @@ def linear_residual(
     x: (B, N, K); weight: (C, K); residual: (B, N, C); layer_scale: (C,); path_scale: (B,).
     """
     op = "linear_residual"
-    _rank(op, "weight", weight, 2)
+    device = _operand(op, "x", x)
+    _rate(op, dropout)
+    _rank(op, "weight", weight, 2, device)
     out_features, in_features = weight.shape
-    _rank(op, "x", x, 3)
+    _rank(op, "x", x, 3, device)
     _last(op, "x", x, in_features)
-    _shaped(op, "bias", bias, (out_features,))
-    _shaped(op, "residual", residual, (*x.shape[:-1], out_features))
-    _shaped(op, "layer_scale", layer_scale, (out_features,))
-    _shaped(op, "path_scale", path_scale, (x.shape[0],))
+    _optional(op, "bias", bias, (out_features,), device)
+    _shaped(op, "residual", residual, (*x.shape[:-1], out_features), device)
+    _optional(op, "layer_scale", layer_scale, (out_features,), device)
+    _optional(op, "path_scale", path_scale, (x.shape[0],), device)
     dtype = _compute_dtype(op, "x", x, weight=weight, bias=bias)
     unsupported = limits.linear(in_features, out_features) or (_NO_DROPOUT if dropout else None)
     if choose_triton(op, x, dtype, unsupported):
@@ -383,24 +407,32 @@ def layernorm_mlp(
     activation for backward and runs fc1 once more there (a sixth more arithmetic).
     """
     op = "layernorm_mlp"
+    device = _operand(op, "x", x)
+    _rate(op, dropout)
     if save not in SAVES:
         raise ValueError(f"{op}: save {save!r} is unknown; expected {SAVES}")
     _norm_kind(op, norm_kind)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation {activation!r} is unknown; expected {ACTIVATIONS}")
-    _rank(op, "x", x, 3)
-    _rank(op, "fc1_weight", fc1_weight, 2)
+    _rank(op, "x", x, 3, device)
+    _rank(op, "fc1_weight", fc1_weight, 2, device)
     hidden, dim = fc1_weight.shape
     _last(op, "x", x, dim)
-    _shaped(op, "norm_weight", norm_weight, (dim,))
-    _shaped(op, "norm_bias", norm_bias, (dim,))
-    _shaped(op, "fc1_bias", fc1_bias, (hidden,))
-    _shaped(op, "fc2_weight", fc2_weight, (dim, hidden))
-    _shaped(op, "fc2_bias", fc2_bias, (dim,))
-    _shaped(op, "layer_scale", layer_scale, (dim,))
-    _shaped(op, "path_scale", path_scale, (x.shape[0],))
+    _norm(op, "norm_weight", norm_weight, dim, x, norm_kind, device)
+    _norm(op, "norm_bias", norm_bias, dim, x, norm_kind, device)
+    _optional(op, "fc1_bias", fc1_bias, (hidden,), device)
+    _shaped(op, "fc2_weight", fc2_weight, (dim, hidden), device)
+    _optional(op, "fc2_bias", fc2_bias, (dim,), device)
+    _optional(op, "layer_scale", layer_scale, (dim,), device)
+    _optional(op, "path_scale", path_scale, (x.shape[0],), device)
     dtype = _compute_dtype(
-        op, "x", x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight
+        op,
+        "x",
+        x,
+        fc1_weight=fc1_weight,
+        fc1_bias=fc1_bias,
+        fc2_weight=fc2_weight,
+        fc2_bias=fc2_bias,
     )
     unsupported = limits.linear(dim, hidden) or (_NO_DROPOUT if dropout else None)
     args = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -428,6 +460,7 @@ def _rate(op: str, dropout: float) -> None:
 def _check_qk(
     op: str,
     qkv: Tensor,
+    device: torch.device,
     q_weight: Tensor | None,
     q_bias: Tensor | None,
     k_weight: Tensor | None,
@@ -438,23 +471,87 @@ def _check_qk(
 ) -> None:
     """The options of QK-norm and RoPE on qkv, (B, N, 3, H, D)."""
     B, N, _, _, D = qkv.shape
-    params = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
-    for name, param in params.items():
-        _shaped(op, name, param, (D,))
-        if param is not None and norm_kind is None:
-            raise ValueError(f"{op}: {name} was given without norm_kind")
     if norm_kind not in (None, *NORMS):
         raise ValueError(f"{op}: norm_kind {norm_kind!r} is unknown; expected {NORMS}")
+    params = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    for name, param in params.items():
+        _norm(op, name, param, D, qkv, norm_kind, device)
+        if param is not None and norm_kind is None:
+            raise ValueError(f"{op}: {name} was given without norm_kind")
     if (cos is None) != (sin is None):
         raise ValueError(f"{op}: cos and sin go together")
     if cos is not None:
+        _on(op, "cos", cos, device)
         m = cos.shape[-2] if cos.ndim >= 2 else 0
         # Number by number: a compiler of dynamic shapes finds no equal tuples.
         batched = cos.ndim == 3 and cos.shape[0] == B
         if D % 2 or not (cos.ndim == 2 or batched) or cos.shape[-1] != D // 2 or m > N:
             expected = f"(m, {D // 2}) or ({B}, m, {D // 2}) with m <= {N}"
             raise ValueError(f"{op}: cos must be {expected}, got {_shape(cos)}")
-        _shaped(op, "sin", sin, _shape(cos))
+        _optional(op, "sin", sin, _shape(cos), device)
+
+
+def _norm(
+    op: str,
+    name: str,
+    t: Tensor | None,
+    dim: int,
+    x: Tensor,
+    kind: str | None,
+    device: torch.device,
+) -> None:
+    """A norm's parameter, (dim,): in x's dtype, or in float32 beside a 16-bit x."""
+    if t is None:
+        return
+    if getattr(t, "device", None) != device:
+        raise _misplaced(op, name, t, device)
+    if t.shape != (dim,):
+        raise ValueError(f"{op}: {name} must be {(dim,)}, got {_shape(t)}")
+    if t.dtype != x.dtype and kind == "layernorm":
+        _norm_dtype(op, name, t.dtype, x)
+
+
+def _norm_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> None:
+    """Of a parameter that has not x's."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    # Under autocast on a GPU eager casts both.
+    if (wide or dtype != torch.float32) and not (x.is_cuda and torch.is_autocast_enabled("cuda")):
+        also = "" if wide else " or torch.float32"
+        raise UsageError(f"{op}: {name} is {dtype}; expected x's {x.dtype}{also}")
+
+
+def _check_bounds(op: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
+    """cu_seqlens must rise from 0 to total by max_seqlen at most."""
+    if len(cu_seqlens) == 1 and total:
+        raise UsageError(f"{op}: cu_seqlens holds no sequence, but qkv has {total} rows")
+    if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
+        return  # a GPU would have to be waited for; a compiler has no values
+    bounds = cu_seqlens.tolist()
+    lengths = [b - a for a, b in pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
+        raise UsageError(f"{op}: cu_seqlens must rise from 0 to {total}, got {_brief(bounds)}")
+    if max(lengths, default=0) > max_seqlen:
+        raise UsageError(
+            f"{op}: max_seqlen is {max_seqlen}, but a sequence has {max(lengths)} rows"
+        )
+
+
+def _brief(numbers: list[int]) -> str:
+    """All of a short list, the two ends of a long one."""
+    if len(numbers) <= 8:
+        return str(numbers)
+    return f"[{str(numbers[:4])[1:-1]}, ..., {str(numbers[-3:])[1:-1]}]"
+
+
+def _operand(op: str, name: str, x: Tensor) -> torch.device:
+    """The device of x, which must be a tensor of floating-point numbers."""
+    if not isinstance(x, Tensor):
+        raise UsageError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if not x.dtype.is_floating_point:
+        raise UsageError(
+            f"{op}: {name} is {x.dtype}; expected floating point: convert it by {name}.float()"
+        )
+    return x.device
 
 
 def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> torch.dtype:
@@ -462,6 +559,9 @@ def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> to
     dtype = x.dtype
     # Autocast knows no meta device, which only asks for shapes.
     if dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        for other, tensor in others.items():
+            if tensor is not None:
+                _operand(op, other, tensor)
         return torch.get_autocast_dtype(x.device.type)
     for other, tensor in others.items():
         if tensor is not None and tensor.dtype != dtype:
@@ -481,24 +581,52 @@ def _shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def _rank(op: str, name: str, t: Tensor, rank: int) -> None:
+def _misplaced(op: str, name: str, t: Tensor, device: torch.device) -> UsageError:
+    """What is wrong with t, which has no device or another one."""
+    if not isinstance(t, Tensor):
+        return UsageError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+    return UsageError(f"{op}: {name} is on {t.device}, expected {device}")
+
+
+# One comparison finds what is no tensor too; these run for every argument of every call.
+def _on(op: str, name: str, t: Tensor, device: torch.device) -> None:
+    if getattr(t, "device", None) != device:
+        raise _misplaced(op, name, t, device)
+
+
+def _rank(op: str, name: str, t: Tensor, rank: int, device: torch.device) -> None:
+    if getattr(t, "device", None) != device:
+        raise _misplaced(op, name, t, device)
     if t.ndim != rank:
         raise ValueError(f"{op}: {name} must have {rank} dimensions, got {_shape(t)}")
 
 
 def _last(op: str, name: str, t: Tensor, size: int) -> None:
-    if t.shape[-1] != size:
+    if t.ndim < 1 or t.shape[-1] != size:
         raise ValueError(f"{op}: {name} must end in {size}, got {_shape(t)}")
 
 
-def _integers(op: str, name: str, t: Tensor | None, like: Tensor, size: int) -> None:
-    _shaped(op, name, t, (size,))
-    if t is not None and t.dtype not in (torch.int32, torch.int64):
+def _integers(op: str, name: str, t: Tensor | None, size: int, device: torch.device) -> None:
+    if t is None:
+        return
+    _shaped(op, name, t, (size,), device)
+    if t.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} must be int32 or int64, got {t.dtype}")
-    if t is not None and t.device != like.device:
-        raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device}")
 
 
-def _shaped(op: str, name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
-    if t is not None and t.shape != shape:
+def _optional(
+    op: str, name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> None:
+    if t is None:
+        return
+    if getattr(t, "device", None) != device:
+        raise _misplaced(op, name, t, device)
+    if t.shape != shape:
+        raise ValueError(f"{op}: {name} must be {shape}, got {_shape(t)}")
+
+
+def _shaped(op: str, name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if getattr(t, "device", None) != device:
+        raise _misplaced(op, name, t, device)
+    if t.shape != shape:
         raise ValueError(f"{op}: {name} must be {shape}, got {_shape(t)}")

@@ -5,6 +5,11 @@ from typing import Any
 
 from torch import nn
 
+from fastvit.errors import UsageError
+from fastvit.plain import WRAPPERS
+
+_WRAPPERS = (*WRAPPERS, "module")  # DDP's
+
 
 def param_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float | None = None
@@ -14,7 +19,8 @@ def param_groups(
     Vectors (biases, norms, LayerScale) and what `model.no_weight_decay()` names do not decay. With
     layer_decay g the rate of layer i is lr * g^(depth + 1 - i): the stem is layer 0, block i layer
     i + 1, the final norm goes with the last block, the head is layer depth + 1. These are the
-    groups of timm's `param_groups_layer_decay`. model: a fastvit.ViT or a ViT of timm.
+    groups of timm's `param_groups_layer_decay`. model: a fastvit.ViT or a ViT of timm, compiled,
+    in DDP or FSDP, or inside a module of your own, whose other layers then go with the head.
     """
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr!r}")
@@ -22,23 +28,26 @@ def param_groups(
         raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}")
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay!r}")
-    surface: Any = model
-    kept = surface.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    patterns: dict[str, Any] = {}
-    depth = 0
+    kept = {
+        prefix + name
+        for prefix, owner in _outermost(model, "no_weight_decay").items()
+        for name in map(_bare, owner.no_weight_decay())
+    }
+    vit, patterns, depth = "", {}, 0
     if layer_decay is not None:
-        if not (hasattr(model, "group_matcher") and hasattr(model, "blocks")):
-            raise ValueError(
-                f"layer_decay needs a model with group_matcher() and blocks, as fastvit's and "
-                f"timm's ViTs have; got {type(model).__name__}"
-            )
-        patterns, depth = surface.group_matcher(), len(surface.blocks)
+        vit, patterns, depth = _layers(model)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and name not in kept
-        layer = _layer(name, patterns, depth) if patterns else depth + 1
+        bare = _bare(name)
+        if bare.endswith("_flat_param"):
+            raise UsageError(
+                f"model holds {name!r}, many parameters in one; expected FSDP with use_orig_params"
+            )
+        decays = parameter.ndim > 1 and bare not in kept
+        inside = layer_decay is not None and bare.startswith(vit)
+        layer = _layer(bare.removeprefix(vit), patterns, depth) if inside else depth + 1
         scale = 1.0 if layer_decay is None else layer_decay ** (depth + 1 - layer)
         group = groups.setdefault(
             (layer, decays),
@@ -53,6 +62,38 @@ def param_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return [groups[key] for key in sorted(groups)]
+
+
+def _bare(name: str) -> str:
+    """The name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _outermost(model: nn.Module, *attributes: str) -> dict[str, Any]:
+    """The modules with these attributes, none inside another, by what their names begin with."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if all(hasattr(module, a) for a in attributes):
+            prefix = f"{bare}." if (bare := _bare(name)) else ""
+            if not any(prefix.startswith(outer) for outer in found):
+                found[prefix] = module
+    return found
+
+
+def _layers(model: nn.Module) -> tuple[str, dict[str, Any], int]:
+    """The ViT in the model: what its names begin with, its patterns of layers, its depth."""
+    vits = {
+        prefix: vit
+        for prefix, vit in _outermost(model, "group_matcher", "blocks").items()
+        if any(p.requires_grad for p in vit.parameters())
+    }
+    if len(vits) != 1:
+        raise UsageError(
+            f"layer_decay needs a model with group_matcher() and blocks, as fastvit's and timm's "
+            f"ViTs have, or one such inside; got {type(model).__name__} with {len(vits)} to train"
+        )
+    ((prefix, vit),) = vits.items()
+    return prefix, vit.group_matcher(), len(vit.blocks)
 
 
 def _layer(name: str, patterns: dict[str, Any], depth: int) -> int:

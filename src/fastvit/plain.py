@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import _has_any_global_hook
 
+# Where torch.compile, FSDP and activation checkpointing hold the module that they wrap.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _TENSORS = (nn.Parameter, Tensor, type(None))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside such wrappers, which run it as it is."""
+    inner = next((m for name in WRAPPERS if (m := module._modules.get(name)) is not None), None)
+    return module if inner is None else unwrapped(inner)
 
 
 def why_not_fused(*kinds: type[nn.Module], **modules: Any) -> str | None:

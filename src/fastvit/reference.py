@@ -207,7 +207,8 @@ def attention_packed(
     q, k = qk_norm_rope(qkv[None], *params, eps, norm_kind, interleaved)
     tensors = (q.to(qkv.dtype), k.to(qkv.dtype), qkv[None, :, 2])
     parts = zip(*(t.split(lengths, dim=1) for t in tensors), strict=True)
-    return torch.cat([attention(q, k, v, scale, dropout)[0] for q, k, v in parts])
+    sequences = [attention(q, k, v, scale, dropout)[0] for q, k, v in parts]
+    return torch.cat(sequences) if sequences else qkv[:, 2]
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -130,6 +130,7 @@ def init_small(model: ViT) -> None:
 class Run:
     """A training in progress: model, optimizer and history; `fit` runs what is left of it.
 
+    amp and compile are kept in its state, for they decide the result's last bits.
     history: per finished epoch, loss and accuracy in training and validation, and images/s.
     """
 
@@ -142,16 +143,18 @@ class Run:
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
-        self.forward: nn.Module = self.model
         self.optimizer = make_optimizer(self.model, self.settings)
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         shape = (self.data.channels, 1, 1)
         self._mean = torch.tensor(self.data.mean, device=self.device).view(shape)
         self._std = torch.tensor(self.data.std, device=self.device).view(shape)
+        self._prepare_forward()
+
+    def _prepare_forward(self) -> None:
+        """What amp and compile decide."""
         self.backend = self._backend()
-        if self.compile:
-            self.forward = torch.compile(self.model)  # pyright: ignore[reportAttributeAccessIssue]
+        self.forward: Any = torch.compile(self.model) if self.compile else self.model
 
     @property
     def steps_per_epoch(self) -> int:
@@ -289,6 +292,8 @@ class Run:
         """Everything that `resume` needs, in one file, moved into place."""
         state = {
             "settings": dataclasses.asdict(self.settings),
+            "amp": self.amp,
+            "compile": self.compile,
             "data": self.data.describe(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -302,7 +307,7 @@ class Run:
                 raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Take up a state of `load_state`; the data must be what it was."""
+        """Take up a state of `load_state`, amp and compile too; the data must be what it was."""
         if state["data"] != self.data.describe():
             raise UsageError(
                 f"--resume: the data changed: it was {state['data']!r}, "
@@ -311,6 +316,9 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.seconds = state["history"], state["seconds"]
+        # The first versions kept neither.
+        self.amp, self.compile = state.get("amp", self.amp), state.get("compile", self.compile)
+        self._prepare_forward()
 
     def _backend(self) -> str:
         """Which backend serves the training step, and why where it is not Triton."""
