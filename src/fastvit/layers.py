@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops, reference
-from fastvit.plain import runs, watched, why_not_fused
+from fastvit.plain import are_bare, runs, watched, why_not_fused
 from fastvit.pos_embed import Grid, Resample, resample_patches
 
 NORMS = ops.NORMS
@@ -415,6 +415,9 @@ def _linear_residual(
     return ops.linear_residual(x, linear.weight, linear.bias, residual, *branch)
 
 
+_BRANCHES = (Attention, Mlp, SwiGlu)
+
+
 class Block(nn.Module):
     """A pre-norm encoder block. x: (B, N, C) -> (B, N, C), or its first `rows` vectors alone."""
 
@@ -477,7 +480,8 @@ class Block(nn.Module):
         """Why a module behind the attention may look at all vectors; None: all are plain."""
         tail = {"norm2": self.norm2, "proj": self.attn.proj, **dict(self.mlp.named_children())}
         tail |= {name: ls for name, ls in (("ls1", self.ls1), ("ls2", self.ls2)) if ls is not None}
-        return why_not_fused(*_KINDS, Activation, LayerScale, **tail)
+        kinds = (*_KINDS, Activation, LayerScale)
+        return None if are_bare(kinds, *tail.values()) else why_not_fused(*kinds, **tail)
 
     def path_scale(self, x: Tensor) -> Tensor | None:
         """Drop path's factor per sample: 0 with probability drop_path, else 1 / keep. (B,)."""
@@ -490,7 +494,9 @@ class Block(nn.Module):
 
 def _why_apart(name: str, branch: nn.Module, scale_name: str, scale: Any) -> str | None:
     """Why a branch is to be called as timm calls its own, on the normed stream alone; or None."""
-    if not runs(branch, (Attention, Mlp, SwiGlu), "forward"):
+    if are_bare(_BRANCHES, branch) and (scale is None or are_bare((LayerScale,), scale)):
+        return None
+    if not runs(branch, _BRANCHES, "forward"):
         return f"{name} is {type(branch).__name__} or has its forward replaced"
     if watched(branch):
         return f"{name} has hooks"
