@@ -13,7 +13,7 @@ from torch.nn.functional import gelu
 
 half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 # Rows and columns of tiles that are cut off; few steps along K and many.
-sizes = pytest.mark.parametrize("size", [(300, 264, 256), (259, 520, 392)], ids=str)
+sizes = pytest.mark.parametrize("size", [(300, 264, 512), (259, 520, 776)], ids=str)
 
 
 @pytest.fixture
@@ -122,7 +122,10 @@ def test_residual(
 def test_rows_beside_a_step() -> None:
     """As few as the steps along K allow; none where there is no next tile or rows are too many."""
     config = tuned.Config(128, 256, 64, BESIDE=8)
-    found = [tuned.rows_beside(config, K, 1182, 132) for K in (4096, 1024, 768, 384, 192)]
-    assert found == [8, 8, 16, 32, 0]
-    assert tuned.rows_beside(config, 768, 132, 132) == 0
-    assert tuned.rows_beside(tuned.Config(128, 256, 64), 768, 1182, 132) == 0
+    lengths = (4096, 1024, 768, 384, 256, 192)
+    found = [tuned.rows_beside(config, "gelu", K, 1182, 132) for K in lengths]
+    assert found == [8, 8, 16, 32, 32, 0]
+    found = [tuned.rows_beside(config, "dgelu", K, 1182, 132) for K in lengths]
+    assert found == [8, 8, 16, 0, 0, 0]
+    assert tuned.rows_beside(config, "gelu", 768, 132, 132) == 0
+    assert tuned.rows_beside(tuned.Config(128, 256, 64), "gelu", 768, 1182, 132) == 0

@@ -531,7 +531,7 @@ def gemm(
         b_block = [config.BLOCK_K, config.BLOCK_N]
         beside = 0
         if epilogue in ("gelu", "dgelu"):
-            beside = tuned.rows_beside(config, K, tiles, programs)
+            beside = tuned.rows_beside(config, epilogue, K, tiles, programs)
         launch(
             _gemm_tma_kernel,
             (programs,),

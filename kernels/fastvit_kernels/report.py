@@ -66,6 +66,8 @@ MODELS = (
     Workload("Ti/16 batch 1 autocast", 192, 3, 768, batch=1, residual_dtype=torch.float32),
     Workload("Ti/16", 192, 3, 768),
     Workload("Ti/16 autocast", 192, 3, 768, residual_dtype=torch.float32, branch=True),
+    Workload("S/16", 384, 6, 1536),
+    Workload("S/16 autocast", 384, 6, 1536, residual_dtype=torch.float32, branch=True),
     Workload("so400m/14", 1152, 16, 4304, patch=14),
     Workload("H/14 autocast", 1280, 16, 5120, patch=14, residual_dtype=torch.float32),
     Workload("g/14", 1408, 16, 6144, patch=14),

@@ -261,15 +261,16 @@ def _gemm(M: int, N: int, dtype: torch.dtype, tma: bool, arch: int, sms: int) ->
     return table[gemm_class(M, N, dtype, sms, table)]
 
 
-def rows_beside(config: Config, K: int, tiles: int, programs: int) -> int:
+def rows_beside(config: Config, epilogue: str, K: int, tiles: int, programs: int) -> int:
     """How many rows of a tile a TMA product finishes beside each step of the next one's; 0 where
-    each tile finishes its own: where programs have no next one, or steps are so few that the rows
-    would leave no registers.
+    each tile finishes its own: where programs have no next one, or steps are so few that the rows,
+    of two operands in dGELU, would leave no registers.
     """
     rows, steps = config.BESIDE, -(-K // config.BLOCK_K)
+    most = config.BESIDE * (2 if epilogue == "dgelu" else 4)
     while rows and rows * steps < config.BLOCK_M:
         rows *= 2
-    return rows if tiles > programs and rows <= 4 * config.BESIDE else 0
+    return rows if tiles > programs and rows <= most else 0
 
 
 def patch_embed(
