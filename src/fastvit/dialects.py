@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvit.errors import UsageError
+from fastvit.plain import WRAPPERS
 from fastvit.pos_embed import DINOV2, HUGGING_FACE, NAFLEX, TORCHVISION, Resample
 
 State = dict[str, Tensor]
@@ -434,7 +435,7 @@ def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
     state, within = unwrap(state)
     if not any(isinstance(v, Tensor) for v in state.values()):
         state = {k: tensor_of(k, v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
-    tensors = {WRAPPERS.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {WRAPPED.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
     for anchor, holds, reader in _FAMILIES:
         found = [k for k in tensors if k == anchor or k.endswith("." + anchor)]
         vits = {}
@@ -472,7 +473,7 @@ def _order(prefix: str) -> tuple[bool, int]:
 
 
 # What torch.compile, activation checkpointing and FSDP put into the names of what they wrap.
-WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+WRAPPED = re.compile(rf"\b({'|'.join(WRAPPERS)})\.")
 
 
 def unwrap(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:

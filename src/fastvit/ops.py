@@ -617,12 +617,8 @@ def _integers(op: str, name: str, t: Tensor | None, size: int, device: torch.dev
 def _optional(
     op: str, name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> None:
-    if t is None:
-        return
-    if getattr(t, "device", None) != device:
-        raise _misplaced(op, name, t, device)
-    if t.shape != shape:
-        raise ValueError(f"{op}: {name} must be {shape}, got {_shape(t)}")
+    if t is not None:
+        _shaped(op, name, t, shape, device)
 
 
 def _shaped(op: str, name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

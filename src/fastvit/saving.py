@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fastvit.dialects import WRAPPERS
+from fastvit.dialects import WRAPPED
 from fastvit.errors import UsageError
 from fastvit.model import ViT
 from fastvit.pos_embed import Resample
@@ -63,7 +63,7 @@ def _umask() -> int:
 
 def weights_of(model: ViT) -> dict[str, torch.Tensor]:
     """The model's tensors on the CPU, without what wrappers of its modules put into their names."""
-    return {WRAPPERS.sub("", k): v.detach().cpu() for k, v in model.state_dict().items()}
+    return {WRAPPED.sub("", k): v.detach().cpu() for k, v in model.state_dict().items()}
 
 
 def standing(model: ViT, weights: dict[str, torch.Tensor]) -> ViT:
