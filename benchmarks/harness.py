@@ -173,6 +173,8 @@ def measure(
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     samples = {name: Samples() for name in calls}
+    if not calls:
+        return samples
     cost = 0.0
     for name, call in calls.items():
         cost += _warm_up(call, device, samples[name])

@@ -65,9 +65,9 @@ BOUNDS = {
     "SUBTILES": (1, 8),
     "CTAS": (1, 4),  # of a persistent kernel
 }
-# Configurations no step from a line leads to. Two programs an SM each run their epilogue beside
-# the other's products, and load a third more.
-RIVALS = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, BESIDE=8, tma=True),)}
+# Configurations no step from a line leads to. Of two programs an SM each runs its epilogue beside
+# the other's products; they load a third more.
+RIVALS = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, tma=True),)}
 TILE = 128 * 256  # accumulators that fit the registers of one program
 
 
@@ -118,14 +118,13 @@ def lines(arch: int) -> list[Line]:
 
 
 def neighbours(line: Line, config: Config) -> list[Config]:
-    """One field halved or doubled; stages one more or less; tiles finished at once or beside the
-    next; the one-kernel MLP not at all; and rivals.
+    """One field halved or doubled; stages one more or less; the one-kernel MLP not at all; and
+    rivals.
     """
     if not config.BLOCK_M:
         return []
     found = [Config(0, 0)] if line.table == "MLP_NARROW" else []
     if line.table == "GEMM" and config.tma:
-        found += [replace(config, BESIDE=rows) for rows in (0, 8, 16, 32) if rows != config.BESIDE]
         found += [rival for rival in RIVALS.get(line.name, ()) if rival != config]
     extra = ("GROUP_M", "SUBTILES", *(("CTAS",) if getattr(config, "tma", False) else ()))
     for field in FIELDS.get(line.table, TILES + extra):

@@ -8,7 +8,7 @@ overwritten or read too soon shows as wrong numbers. A warp runs until it must w
 take turns from the first to the last or, with `late`, from the last to the first. Shared memory and
 registers start as NaN, and an access outside of every tensor's storage is an error.
 
-    PTX_MACHINE=90 pytest -n0 tests/test_gemm_beside.py    runs tests so, PTX_MACHINE=90-late late
+    PTX_MACHINE=90 pytest -n0 tests/test_gemm_tma.py    runs tests so, PTX_MACHINE=90-late late
 """
 
 import contextlib

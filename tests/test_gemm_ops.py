@@ -308,8 +308,8 @@ def test_cheap_erf_is_under_half_a_rounding_of_16_bits(device: torch.device) -> 
     assert float((dy.double() - truth.grad).abs().max()) < 1e-6
 
 
-def test_what_the_kernel_lacks_runs_in_eager_and_says_so() -> None:
-    args = layernorm_mlp(2, 5, 16, 24)
+def test_what_the_kernel_lacks_runs_in_eager_and_says_so(device: torch.device) -> None:
+    args = {name: t.to(device) for name, t in layernorm_mlp(2, 5, 16, 24).items()}
     ops.layernorm_mlp(**args, dropout=0.5)
     with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="not in the kernel"):
         ops.layernorm_mlp(**args, dropout=0.5)

@@ -34,12 +34,12 @@ def test_auto_takes_the_reference_on_cpu_and_says_why() -> None:
     assert "attention" in str(report) and "reference" in str(report)
 
 
-def test_explicit_triton_raises_with_the_reason() -> None:
+def test_explicit_triton_raises_with_the_reason(device: torch.device) -> None:
     with fastvit.use_backend("triton"):
         with pytest.raises(RuntimeError, match=r"attention: backend 'triton'.*head dim 12 .*\(1,"):
-            ops.attention_qkv(_qkv(1, 5, 3, 2, 12))
+            ops.attention_qkv(_qkv(1, 5, 3, 2, 12).to(device))
         with pytest.raises(RuntimeError, match=r"float64 is not float32, float16 or bfloat16"):
-            ops.attention_qkv(_qkv(1, 5, 3, 2, 16, dtype=torch.float64))
+            ops.attention_qkv(_qkv(1, 5, 3, 2, 16, dtype=torch.float64).to(device))
 
 
 def test_use_backend_nests_and_restores() -> None:

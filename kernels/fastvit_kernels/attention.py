@@ -119,7 +119,8 @@ def plan_bwd(
     dropout: bool = False,
 ) -> list[Launch]:
     """The backward: one launch for short rows, else dQ and delta, then dK and dV."""
-    several = ragged or dropout or heads * 2 <= sms
+    few = heads * 2 <= sms
+    several = ragged or dropout or few
     for kernel in () if several else ("bwd_64_keys", "bwd_128_keys"):
         resident = tuned.attention(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
@@ -127,8 +128,7 @@ def plan_bwd(
             # is it worth a wgmma that waits at head dim 16.
             constants = _resident(N, resident, 2 if D in (32, 64) else 1)
             return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
-    # Philox keeps the arithmetic busy: nothing waits for memory then.
-    beside = "_beside" if N <= tuned.ATTENTION_SIDE_BY_SIDE and not dropout else ""
+    beside = "_beside" if few and N <= tuned.ATTENTION_SIDE_BY_SIDE and not dropout else ""
     if not tuned.attention("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
         beside = ""
     dq, dkv = (tuned.attention(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))

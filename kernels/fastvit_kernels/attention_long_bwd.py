@@ -2,10 +2,8 @@
 
 dQ is summed by programs that own query tiles, dK and dV by programs that own key tiles: each sum by
 one program in a fixed order, no atomics, no float32 copy of dQ. PART says which of them a launch
-has. "both": one grid, side by side. The programs of a head then read q, k, v, o and do from memory
-once, not twice, but each key tile computes delta = rowsum(o * do) for itself: right for short rows,
-which wait for memory. "dq" writes delta and "dkv" reads it: right for long rows, which wait for
-arithmetic.
+has. "dq" writes delta = rowsum(o * do), and "dkv" reads it. "both": one grid, side by side, where
+each key tile computes delta for itself: right for few heads, where two launches take longer.
 
 No single program has a head of more than 128 keys, as `attention_resident` has it below: with 208
 keys at D = 64, sm_90, 8 warps and 32 query rows in hand take all 255 registers and spill 16 bytes

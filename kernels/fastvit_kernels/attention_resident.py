@@ -60,7 +60,7 @@ def _fwd_rows(
     PRECISION: tl.constexpr,
 ):
     """o and lse of query rows m .. m + BLOCK_M."""
-    T: tl.constexpr = is_tail(BLOCK_M)
+    T: tl.constexpr = is_tail(BLOCK_M) and not MASK_M
     offs_m = m + tl.arange(0, BLOCK_M)
     q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
     scores = ()

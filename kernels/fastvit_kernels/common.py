@@ -133,9 +133,20 @@ def _issue(INSTRUCTION: tl.constexpr):
 
 
 @triton.jit
-def barrier():
-    """Let every thread of the program see what the others wrote."""
-    _issue("bar.sync 0;")
+def sleep_later_half(NANOSECONDS: tl.constexpr):
+    """Let the second half of a grid's programs start later. Two equal programs of an SM would do
+    the same at the same time, for good: both multiply, then both write.
+    """
+    if not INTERPRET:
+        if tl.program_id(0) >= tl.num_programs(0) // 2:
+            tl.inline_asm_elementwise(
+                "nanosleep.u32 $1; mov.b32 $0, $1;",
+                "=r,r",
+                [tl.full([32], NANOSECONDS, tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit

@@ -15,10 +15,8 @@ Epilogues act on the float32 accumulator:
                  columns, and a 16-bit copy of float32 rows (`row_statistics`)
 
 Two kernels share the epilogues. `_gemm_tma_kernel` takes plain 16-bit operands from TMA
-descriptors and is persistent. While a tile runs its epilogue the tensor cores wait. So a wide tile
-that "gelu" or "dgelu" follows leaves no more than acc + bias, where its result goes and in that
-dtype (eager rounds there too), and the rest is done a few rows at a time beside the products of the
-next tile, from L2. The registers of "residual" would spill.
+descriptors and is persistent. While a tile runs its epilogue its tensor cores wait: where an
+epilogue is long, tiles are smaller and an SM has two programs, one of which multiplies meanwhile.
 `_gemm_kernel` loads through pointers: prologues, float32, few rows, operands that TMA cannot
 address (a base or a row stride that is no multiple of 16 bytes) and GPUs without TMA.
 Operands are multiplied in the compute dtype with float32 accumulation.
@@ -34,7 +32,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit_kernels import tuned
-from fastvit_kernels.common import barrier, dgelu, dot, eights, gelu, tile_order
+from fastvit_kernels.common import (
+    dgelu,
+    dot,
+    eights,
+    gelu,
+    sleep_later_half,
+    tile_order,
+)
 from fastvit_kernels.launch import by_eights, cdiv, launch
 
 
@@ -280,50 +285,6 @@ def _gemm_kernel(
     )
 
 
-@triton.jit
-def _load_rows(
-    tile_m,
-    tile_n,
-    i,
-    left,
-    EPILOGUE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BESIDE: tl.constexpr,
-):
-    """Of the tile at (tile_m, tile_n) the i-th BESIDE rows, if there are: acc + bias as the tile
-    left it, and what else its epilogue reads.
-    """
-    raw_ptr, out, M, N = left
-    offs_m = tile_m + i * BESIDE + tl.arange(0, BESIDE)
-    offs, mask = _place(offs_m, tile_n + tl.arange(0, BLOCK_N), M, N)
-    mask &= i < BLOCK_M // BESIDE
-    raw = tl.load(raw_ptr + offs, mask=mask, other=0.0)
-    other = raw
-    if EPILOGUE == "dgelu":
-        other = tl.load(out[0][1] + offs, mask=mask, other=0.0)
-    return raw, other
-
-
-@triton.jit
-def _finish_rows(
-    tile_m,
-    tile_n,
-    i,
-    rows,
-    left,
-    EPILOGUE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BESIDE: tl.constexpr,
-):
-    """The epilogue of what _load_rows loaded."""
-    _, out, M, N = left
-    offs_m = tile_m + i * BESIDE + tl.arange(0, BESIDE)
-    at = (offs_m, tile_n, None, M, N)
-    _write(rows[0].to(tl.float32), rows[1], out, *at, EPILOGUE, ACTIVATION, False, BLOCK_N)
-
-
 @triton.jit(do_not_specialize=["M", "tokens"])
 def _gemm_tma_kernel(
     a_desc,
@@ -353,27 +314,18 @@ def _gemm_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
-    BESIDE: tl.constexpr,
+    STAGGER: tl.constexpr,
 ):
     """B_TRANSPOSED: b lies in memory as (N, K), as a weight does in forward. TMA gives zeros past
-    the edges. BESIDE: rows of the tile before that each step along K finishes; 0: every tile
-    finishes itself.
+    the edges.
     """
     N, K = eights(N, EIGHTS), eights(K, EIGHTS)
     tl.assume(K > 0)  # else the flattened loop is compiled twice, once for no K at all
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    if STAGGER:
+        sleep_later_half(STAGGER)
     matrices = (c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr)
     out = (matrices, (bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr))
-    FIRST: tl.constexpr = EPILOGUE if BESIDE == 0 else "none"
-    first = out
-    if BESIDE:
-        raw_ptr = c_ptr
-        if EPILOGUE == "gelu" and u_ptr is not None:
-            raw_ptr = u_ptr
-        first = ((raw_ptr, None, None, None, None, None), (bias_ptr, None, None, sums_ptr))
-        left = (raw_ptr, out, M, N)
-        before_m, before_n = M, N  # none yet: past the edges
-        rows = _load_rows(M, N, 0, left, EPILOGUE, BLOCK_M, BLOCK_N, BESIDE)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -384,14 +336,6 @@ def _gemm_tma_kernel(
             else:
                 b = b_desc.load([k, pid_n * BLOCK_N])
             acc = dot(a, b, acc, "ieee")
-            if BESIDE:
-                i = k // BLOCK_K
-                if i < BLOCK_M // BESIDE:
-                    # The next rows are on their way while these are finished.
-                    now, at = rows, (before_m, before_n, i + 1)
-                    rows = _load_rows(*at, left, EPILOGUE, BLOCK_M, BLOCK_N, BESIDE)
-                    done = (before_m, before_n, i, now, left)
-                    _finish_rows(*done, EPILOGUE, ACTIVATION, BLOCK_N, BESIDE)
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         path_scale = tl.zeros([BLOCK_M], tl.float32)
         mean = path_scale
@@ -404,28 +348,19 @@ def _gemm_tma_kernel(
             rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
         _finish(
             acc,
-            first,
+            out,
             offs_m,
             pid_n * BLOCK_N,
             (path_scale, mean, rstd),
             M,
             N,
-            FIRST,
+            EPILOGUE,
             ACTIVATION,
             False,
             BLOCK_M,
             BLOCK_N,
             SUBTILES,
         )
-        if BESIDE:
-            before_m, before_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-            barrier()
-            rows = _load_rows(before_m, before_n, 0, left, EPILOGUE, BLOCK_M, BLOCK_N, BESIDE)
-    if BESIDE:
-        for i in range(BLOCK_M // BESIDE):
-            rows = _load_rows(before_m, before_n, i, left, EPILOGUE, BLOCK_M, BLOCK_N, BESIDE)
-            args = (before_m, before_n, i, rows, left)
-            _finish_rows(*args, EPILOGUE, ACTIVATION, BLOCK_N, BESIDE)
 
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -458,11 +393,11 @@ def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 
-def _config(a: Tensor, b: Tensor, plain: bool) -> tuple[tuned.Config, Tensor]:
+def _config(a: Tensor, b: Tensor, plain: bool, epilogue: str) -> tuple[tuned.Config, Tensor]:
     """The configuration, and b or its transpose: the one whose columns lie at stride 1."""
     b_rows = b.t() if b.stride(0) == 1 else b
     tma = plain and tma_takes(a, b_rows)
-    return tuned.gemm(len(a), b.shape[1], b.dtype, a.device.index, tma), b_rows
+    return tuned.gemm(len(a), b.shape[1], b.dtype, a.device.index, tma, epilogue), b_rows
 
 
 def parts_of(a: Tensor, b: Tensor) -> Tensor:
@@ -470,7 +405,7 @@ def parts_of(a: Tensor, b: Tensor) -> Tensor:
     mean and the sum of squared deviations, (P, 2, M) float32. A piece has the power of two from
     N / P up.
     """
-    config, _ = _config(a, b, plain=True)
+    config, _ = _config(a, b, True, "residual")
     pieces = cdiv(b.shape[1], config.BLOCK_N // config.SUBTILES)
     return torch.empty((pieces, 2, len(a)), dtype=torch.float32, device=a.device)
 
@@ -508,7 +443,8 @@ def gemm(
         return out
     if residual is not None:
         residual = residual.contiguous()
-    config, b_rows = _config(a, b, plain=prologue == "none")
+    work = "fold" if fold is not None and epilogue == "none" else epilogue
+    config, b_rows = _config(a, b, prologue == "none", work)
     tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     programs = min(tiles, config.CTAS * tuned.num_sms(a.device.index))  # of a persistent kernel
     outputs = (out, u, h), (residual, copy, parts, bias)
@@ -529,9 +465,6 @@ def gemm(
     }
     if config.tma:
         b_block = [config.BLOCK_K, config.BLOCK_N]
-        beside = 0
-        if epilogue in ("gelu", "dgelu"):
-            beside = tuned.rows_beside(config, epilogue, K, tiles, programs)
         launch(
             _gemm_tma_kernel,
             (programs,),
@@ -548,7 +481,7 @@ def gemm(
             EPILOGUE=epilogue,
             ACTIVATION=activation,
             B_TRANSPOSED=b_rows is not b,
-            BESIDE=beside,
+            STAGGER=config.STAGGER if tiles > programs else 0,
             **blocks,
         )
         return out

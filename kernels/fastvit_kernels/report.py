@@ -274,7 +274,7 @@ _WORDS = {
     "PIECES": "of {} parts",
     "WIDTH": "by {}",
     "KNOWN": "known",
-    "BESIDE": "beside {}",
+    "STAGGER": "staggered",
     "RMS": "rms",
 }
 # Pointers whose absence compiles to less.

@@ -30,7 +30,7 @@ class Config:
     GROUP_M: int = 8
     SUBTILES: int = 1
     CTAS: int = 1  # resident programs per SM, of a persistent kernel
-    BESIDE: int = 0  # rows of a tile, at least, that are finished beside a step of the next one's
+    STAGGER: int = 0  # nanoseconds that the later half of the programs starts after the others
     tma: bool = False
     maxnreg: int | None = None  # registers a thread may have at most; None: as ptxas sees fit
 
@@ -101,8 +101,8 @@ DEFAULT = 80
 GEMM: dict[int, dict[str, Config]] = {
     0: {
         **{name: Config(128, 128, 128) for name in ("wide", "square", "small", "float32")},
-        "tma_wide": Config(128, 256, 128, SUBTILES=4, BESIDE=32, tma=True),
-        "tma_square": Config(128, 128, 128, BESIDE=32, tma=True),
+        "tma_wide": Config(128, 256, 128, SUBTILES=4, tma=True),
+        "tma_square": Config(128, 128, 128, tma=True),
     },
     80: {
         "wide": Config(128, 128, 32, num_warps=8, num_stages=4, SUBTILES=2),
@@ -112,8 +112,24 @@ GEMM: dict[int, dict[str, Config]] = {
         "float32": Config(64, 64, 32, num_warps=4, num_stages=3),
     },
     90: {
-        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=4, SUBTILES=4, BESIDE=8, tma=True),
+        "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=4, SUBTILES=4, tma=True),
         "tma_square": Config(128, 128, 64, num_warps=8, num_stages=6, SUBTILES=2, tma=True),
+        "tma_gelu": Config(128, 128, 64, num_warps=4, num_stages=3, CTAS=2, STAGGER=4000, tma=True),
+        "tma_dgelu": Config(
+            128, 128, 64, num_stages=3, num_warps=8, SUBTILES=8, CTAS=2, STAGGER=4000, tma=True
+        ),
+        "tma_residual": Config(
+            128,
+            128,
+            64,
+            num_warps=4,
+            num_stages=3,
+            GROUP_M=4,
+            SUBTILES=4,
+            CTAS=2,
+            STAGGER=4000,
+            tma=True,
+        ),
         "wide": Config(128, 256, 64, num_warps=8, num_stages=3, SUBTILES=4),
         "square": Config(128, 128, 64, num_warps=8, num_stages=4, SUBTILES=2),
         "small": Config(64, 64, 64, num_warps=4, num_stages=4),
@@ -183,6 +199,7 @@ GEMM_DW: dict[int, dict[str, Config]] = {
         "tma": Config(64, 128, 256, num_warps=8, num_stages=4, tma=True),
         "tma_square": Config(64, 128, 128, num_warps=8, num_stages=6, tma=True),
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
+        "patch_embed": Config(64, 128, 256, num_warps=8, num_stages=2),
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3, CTAS=4),
     },
     100: {
@@ -248,29 +265,31 @@ def mlp_narrow(
     return config if 2 * -(-M // config.BLOCK_M) >= num_sms(device_index) else None
 
 
-def gemm(M: int, N: int, dtype: torch.dtype, device_index: int | None, tma: bool = False) -> Config:
+def gemm(
+    M: int,
+    N: int,
+    dtype: torch.dtype,
+    device_index: int | None,
+    tma: bool = False,
+    epilogue: str = "none",
+) -> Config:
     """The configuration of one forward or dX product. tma: TMA can take its operands."""
-    return _gemm(M, N, dtype, tma, arch(device_index), num_sms(device_index))
+    return _gemm(M, N, dtype, tma, epilogue, arch(device_index), num_sms(device_index))
 
 
 @choice
-def _gemm(M: int, N: int, dtype: torch.dtype, tma: bool, arch: int, sms: int) -> Config:
+def _gemm(
+    M: int, N: int, dtype: torch.dtype, tma: bool, epilogue: str, arch: int, sms: int
+) -> Config:
     table = look_up(GEMM, arch)
-    if tma:
-        table = table | {k.removeprefix("tma_"): c for k, c in table.items() if c.tma}
-    return table[gemm_class(M, N, dtype, sms, table)]
-
-
-def rows_beside(config: Config, epilogue: str, K: int, tiles: int, programs: int) -> int:
-    """How many rows of a tile a TMA product finishes beside each step of the next one's; 0 where
-    each tile finishes its own: where programs have no next one, or steps are so few that the rows,
-    of two operands in dGELU, would leave no registers.
-    """
-    rows, steps = config.BESIDE, -(-K // config.BLOCK_K)
-    most = config.BESIDE * (2 if epilogue == "dgelu" else 4)
-    while rows and rows * steps < config.BLOCK_M:
-        rows *= 2
-    return rows if tiles > programs and rows <= most else 0
+    if not tma or dtype == torch.float32:
+        return table[gemm_class(M, N, dtype, sms, table)]
+    table = table | {k.removeprefix("tma_"): c for k, c in table.items() if c.tma}
+    config = table[gemm_class(M, N, dtype, sms, table)]
+    # A long epilogue has a line of its own, where all its programs have several tiles.
+    own = table.get({"fold": "gelu"}.get(epilogue, epilogue), config)
+    tiles = -(-M // own.BLOCK_M) * -(-N // own.BLOCK_N)
+    return own if config.tma and tiles >= 2 * own.CTAS * sms else config
 
 
 def patch_embed(
@@ -506,6 +525,19 @@ ATTENTION: dict[int, dict[str, Config]] = {
     },
     90: _ATTENTION_WGMMA
     | {
+        "fwd_resident_64": Config(64, 256, num_warps=4, num_stages=3),
+        "fwd_64": Config(64, 32, num_warps=4, num_stages=3),
+        "dq_64": Config(64, 32, num_warps=4, num_stages=3),
+        "dkv_64": Config(32, 64, num_warps=4, num_stages=3),
+        "fwd_80": Config(128, 64, num_warps=8, num_stages=2),
+        "dq_80": Config(64, 64, num_warps=4, num_stages=1),
+        "dkv_80": Config(32, 64, num_warps=8, num_stages=1),
+        "fwd_64_dropout": Config(128, 64, num_warps=8, num_stages=2),
+        "dq_64_dropout": Config(64, 64, num_warps=4, num_stages=2),
+        "dkv_64_dropout": Config(32, 64, num_warps=4, num_stages=1),
+        "fwd_80_dropout": Config(128, 64, num_warps=8, num_stages=2),
+        "dq_80_dropout": Config(64, 32, num_warps=4, num_stages=1),
+        "dkv_80_dropout": Config(16, 64, num_warps=8, num_stages=1),
         # With two stages ptxas has each wgmma of these wait for the one before.
         "dkv_dropout": Config(32, 64, num_warps=4, num_stages=1),
         "fwd_96_dropout": Config(128, 32, num_warps=8, num_stages=1),
@@ -577,9 +609,9 @@ ATTENTION_BOUNDED: dict[int, tuple[int | str, ...]] = {
     120: ("maps_56", "qk_128"),
 }
 
-# Up to this many keys the programs of dq_beside and dkv_beside share one launch, where a table has
-# these lines: about where a backward of an H100 stops waiting for memory (computed: 12 passes over
-# tensors the size of q become 8, while each key tile's delta costs a fifth more arithmetic).
+# Up to this many keys, where heads are few, the programs of dq_beside and dkv_beside share one
+# launch, where a table has these lines. Each key tile's delta costs it arithmetic. H200, D = 64, us
+# together and apart: 1 x 197 tokens of 12 heads 11 and 15, 16 x 197 54 and 41, 131 x 384 833 and 719.
 ATTENTION_SIDE_BY_SIDE = 384
 
 

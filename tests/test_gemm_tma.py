@@ -1,6 +1,5 @@
-"""The TMA product whose tiles are finished beside the next one's, against float64."""
+"""The persistent TMA product, several tiles a program, under each of its lines against float64."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,23 +16,18 @@ sizes = pytest.mark.parametrize("size", [(300, 264, 512), (259, 520, 776)], ids=
 
 
 @pytest.fixture
-def beside(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[int]:
-    """Two programs for all tiles, and how many rows each launch finished beside a step."""
-    found: list[int] = []
-    table = tuned.look_up(tuned.GEMM, tuned.arch(device.index))
-    if "tma_wide" not in table:
-        pytest.skip("this GPU has no TMA")
-    config = replace(table["tma_wide"], BESIDE=table["tma_wide"].BESIDE or 8)
-    monkeypatch.setattr(tuned, "gemm", lambda *_, **__: config)
+def line(request: Any, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
+    """The line that serves; on two SMs, so that each program has several tiles."""
+    table = tuned.look_up(tuned.GEMM, tuned.arch(device.index) or 90)
+    if request.param not in table:
+        pytest.skip("this GPU has no such line")
+    monkeypatch.setattr(tuned, "gemm", lambda *_, **__: table[request.param])
     monkeypatch.setattr(tuned, "num_sms", lambda _: 2)
+    return request.param
 
-    def launch(kernel: Any, *args: Any, **constants: Any) -> None:
-        found.append(constants["BESIDE"])
-        launch_it(kernel, *args, **constants)
 
-    launch_it = gemm.launch
-    monkeypatch.setattr(gemm, "launch", launch)
-    return found
+def lines(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("line", names, indirect=True)
 
 
 def operands(size: tuple[int, int, int], dtype: torch.dtype, device: Any) -> tuple[Tensor, Tensor]:
@@ -49,13 +43,13 @@ def poisoned(a: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Ten
 
 @half
 @sizes
+@lines("tma_wide", "tma_gelu")
 @pytest.mark.parametrize("saves", [True, False], ids=["training", "inference"])
-def test_gelu(saves: bool, size: Any, dtype: torch.dtype, device: Any, beside: list[int]) -> None:
+def test_gelu(saves: bool, size: Any, dtype: torch.dtype, device: Any, line: str) -> None:
     a, weight = operands(size, dtype, device)
     bias = torch.randn(size[1]).to(device)
     h, u = poisoned(a, weight), poisoned(a, weight) if saves else None
     gemm.gemm(a, weight.t(), h, epilogue="gelu", bias=bias, u=u)
-    assert all(beside)
     eager = a @ weight.t() + bias.to(dtype)
     truth = a.double() @ weight.double().t() + bias.double()
     check("h", h, gelu(eager), gelu(truth))
@@ -65,12 +59,12 @@ def test_gelu(saves: bool, size: Any, dtype: torch.dtype, device: Any, beside: l
 
 @half
 @sizes
-def test_dgelu(size: Any, dtype: torch.dtype, device: Any, beside: list[int]) -> None:
+@lines("tma_square", "tma_dgelu")
+def test_dgelu(size: Any, dtype: torch.dtype, device: Any, line: str) -> None:
     a, weight = operands(size, dtype, device)
     b, u = weight.t().contiguous(), torch.randn(size[0], size[1]).to(device, dtype)
     du, h = poisoned(a, weight), poisoned(a, weight)
     gemm.gemm(a, b, du, epilogue="dgelu", u=u, h=h)
-    assert all(beside)
     check("h", h, gelu(u), gelu(u.double()))
 
     def backward(u: Tensor, dh: Tensor) -> Tensor:
@@ -82,10 +76,11 @@ def test_dgelu(size: Any, dtype: torch.dtype, device: Any, beside: list[int]) ->
 
 @half
 @sizes
+@lines("tma_wide", "tma_residual")
 @pytest.mark.parametrize("branch", [True, False], ids=["scaled", "plain"])
 @pytest.mark.parametrize("wide", [True, False], ids=["float32 stream", "16-bit stream"])
 def test_residual(
-    wide: bool, branch: bool, size: Any, dtype: torch.dtype, device: Any, beside: list[int]
+    wide: bool, branch: bool, size: Any, dtype: torch.dtype, device: Any, line: str
 ) -> None:
     a, weight = operands(size, dtype, device)
     M, N, _ = size
@@ -98,7 +93,6 @@ def test_residual(
     out, copy = poisoned(a, weight, stream), poisoned(a, weight) if wide else None
     parts = gemm.parts_of(a, weight.t()).fill_(float("nan"))
     gemm.gemm(a, weight.t(), out, epilogue="residual", parts=parts, copy=copy, **options)
-    assert not any(beside)
 
     def eager(wider: torch.dtype, narrow: torch.dtype) -> Tensor:
         y = (a.to(narrow) @ weight.to(narrow).t() + bias.to(narrow)).to(wider)
@@ -117,15 +111,3 @@ def test_residual(
         torch.testing.assert_close(part[0].double(), mean, rtol=1e-5, atol=1e-5)
         squares = (piece - mean[:, None]).square().sum(1)
         torch.testing.assert_close(part[1].double(), squares, rtol=1e-5, atol=1e-5)
-
-
-def test_rows_beside_a_step() -> None:
-    """As few as the steps along K allow; none where there is no next tile or rows are too many."""
-    config = tuned.Config(128, 256, 64, BESIDE=8)
-    lengths = (4096, 1024, 768, 384, 256, 192)
-    found = [tuned.rows_beside(config, "gelu", K, 1182, 132) for K in lengths]
-    assert found == [8, 8, 16, 32, 32, 0]
-    found = [tuned.rows_beside(config, "dgelu", K, 1182, 132) for K in lengths]
-    assert found == [8, 8, 16, 0, 0, 0]
-    assert tuned.rows_beside(config, "gelu", 768, 132, 132) == 0
-    assert tuned.rows_beside(tuned.Config(128, 256, 64), "gelu", 768, 1182, 132) == 0
