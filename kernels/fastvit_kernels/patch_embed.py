@@ -403,7 +403,8 @@ def _bwd(
     if needs_weight or needs_bias:
         geometry = _geometry(images, weight)
         gather = _access(images, geometry) == "gather"
-        config, plan = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather)
+        plain = images.dtype == dtype
+        config, plan = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather, plain)
         slabs = gemm_dw.new_slabs(config, plan, N, K, dout.device)
         tiles = cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K)
         launch(

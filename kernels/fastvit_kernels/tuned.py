@@ -114,7 +114,9 @@ GEMM: dict[int, dict[str, Config]] = {
     90: {
         "tma_wide": Config(128, 256, 64, num_warps=8, num_stages=4, SUBTILES=4, tma=True),
         "tma_square": Config(128, 128, 64, num_warps=8, num_stages=6, SUBTILES=2, tma=True),
-        "tma_gelu": Config(128, 128, 64, num_warps=4, num_stages=3, CTAS=2, STAGGER=4000, tma=True),
+        "tma_gelu": Config(
+            128, 128, 64, num_warps=4, num_stages=3, SUBTILES=2, CTAS=2, STAGGER=4000, tma=True
+        ),
         "tma_dgelu": Config(
             128, 128, 64, num_stages=3, num_warps=8, SUBTILES=8, CTAS=2, STAGGER=4000, tma=True
         ),
@@ -199,7 +201,7 @@ GEMM_DW: dict[int, dict[str, Config]] = {
         "tma": Config(64, 128, 256, num_warps=8, num_stages=4, tma=True),
         "tma_square": Config(64, 128, 128, num_warps=8, num_stages=6, tma=True),
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
-        "patch_embed": Config(64, 128, 256, num_warps=8, num_stages=2),
+        "patch_embed_plain": Config(64, 128, 256, num_warps=8, num_stages=2),
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3, CTAS=4),
     },
     100: {
@@ -363,12 +365,14 @@ def _part_steps(dtype: torch.dtype) -> int:
 
 
 def patch_embed_dw(
-    M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, gather: bool
+    M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, gather: bool, plain: bool
 ) -> tuple[Config, Plan]:
-    """The same of the patch embedding's dW, whose one operand are pixels."""
+    """The same of the patch embedding's dW, whose one operand are pixels; plain: of `dtype`."""
     config, _ = gemm_dw(M, N, K, dtype, device_index)
     if dtype != torch.float32:
-        config = look_up(GEMM_DW, arch(device_index)).get("patch_embed", config)
+        table = look_up(GEMM_DW, arch(device_index))
+        config = table.get("patch_embed", config)
+        config = table.get("patch_embed_plain", config) if plain else config
     if gather and arch(device_index):
         config = PATCH_GATHER_DW
     parts = slabs(M, N, K, config, arch(device_index), num_sms(device_index))
@@ -610,8 +614,9 @@ ATTENTION_BOUNDED: dict[int, tuple[int | str, ...]] = {
 }
 
 # Up to this many keys, where heads are few, the programs of dq_beside and dkv_beside share one
-# launch, where a table has these lines. Each key tile's delta costs it arithmetic. H200, D = 64, us
-# together and apart: 1 x 197 tokens of 12 heads 11 and 15, 16 x 197 54 and 41, 131 x 384 833 and 719.
+# launch, where a table has these lines; but each key tile then computes its own delta. H200, D =
+# 64, 12 heads, us together and apart: 1 x 197 tokens 11 and 15, 16 x 197 54 and 41, 131 x 384 833
+# and 719.
 ATTENTION_SIDE_BY_SIDE = 384
 
 
