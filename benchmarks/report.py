@@ -94,6 +94,52 @@ def ops_table(found: list[dict]) -> str:
     return table(header.split(","), lines)
 
 
+def _against_best(found: list[dict]) -> list[tuple[dict, dict]]:
+    """Ours and the fastest peer of each op and shape that both were timed on."""
+    groups: dict[tuple, list[dict]] = {}
+    for r in found:
+        if r["status"] == "ok":
+            groups.setdefault((r["op"], r["shape"], r["dtype"], r["pass"]), []).append(r)
+    pairs = []
+    for group in groups.values():
+        ours = [r for r in group if r["provider"] == "fastvit"]
+        peers = [r for r in group if not r["provider"].startswith("fastvit")]
+        if ours and peers:
+            pairs.append((ours[0], min(peers, key=lambda r: r["median_ms"])))
+    return pairs
+
+
+def peers_table(found: list[dict]) -> str:
+    """Each op beside its fastest peer; of the bare products the range alone."""
+    lines, ratios = [], []
+    for own, best in _against_best(found):
+        ratio = best["median_ms"] / own["median_ms"]
+        if own["op"] == "gemm":
+            ratios.append(ratio)
+            continue
+        times = [number(own["median_ms"]), best["provider"], number(best["median_ms"])]
+        lines.append([own["op"], f"{own['shape']} {own['pass']}", *times, f"{ratio:.2f}x"])
+    out = [table("op,shape,ms,fastest peer,its ms,speed".split(","), lines)]
+    if ratios:
+        low, high = min(ratios), max(ratios)
+        out.append(
+            f"Bare products (`bench_gemm`, {len(ratios)} shapes): {low:.2f}x to {high:.2f}x "
+            "cuBLAS's speed."
+        )
+    return "\n\n".join(out)
+
+
+def profile_line(found: list[dict]) -> str:
+    """Kernel time of one training step by provider; '' where none was profiled."""
+    totals: dict[tuple[str, str], float] = {}
+    for r in found:
+        if r.get("kind") == "profile":
+            name = r["model"], r["provider"]
+            totals[name] = totals.get(name, 0.0) + r["us"] / 1e3
+    times = [f"{model} {provider} {number(ms)} ms" for (model, provider), ms in totals.items()]
+    return f"Kernel time of one training step, profiled: {', '.join(times)}." if times else ""
+
+
 def parity_table(result: dict) -> str:
     lines = []
     for key, step in result["steps"].items():
@@ -313,9 +359,16 @@ def readme(results: Path = RESULTS) -> str:
     if not gpus:
         out.append(NOTHING)
     for path, result in gpus.items():
-        own = ("train", "infer")
-        found = [r for part in own for r in rows(result, part) if "images_per_s" in r]
-        out += [f"{provenance(result)}. {ceilings_line(result)}", models_table(found)]
+        out.append(f"{provenance(result)}. {ceilings_line(result)}")
+        for part, name in (("train", "Training"), ("infer", "Inference")):
+            found = [r for r in rows(result, part) if "images_per_s" in r]
+            # Peers alone compare nothing.
+            ours = {(r["model"], r["batch"]) for r in found if r["provider"] == "fastvit"}
+            found = [r for r in found if (r["model"], r["batch"]) in ours]
+            out += [f"{name}:", models_table(found)] if found else []
+        out += [line for line in [profile_line(rows(result, "train"))] if line]
+        pairs = rows(result, "ops")
+        out += [peers_table(pairs)] if _against_best(pairs) else []
         out.append(f"All figures: `benchmarks/results/{path.stem}.md`.")
     out += without_gpu(results)
     cpu = results / "cpu.json"

@@ -43,6 +43,7 @@ def check_rows(rows: list[dict]) -> None:
         # sm_86 and sm_89 run the lines of sm_80, with as much shared memory as sm_120.
         serial = row["serial"] and not all(word in row["name"] for word in SERIAL_ALLOWED)
         assert not serial, f"{label}: {row['serial']} wgmma, each waited for alone"
+        assert row["stray"] == 0, f"{label}: {row['stray']} wgmma read at a parameter"
         limit = LIMITS[120 if row["arch"] == 80 else row["arch"]].shared_block
         assert row["shared"] <= limit, f"{label}: {row['shared']} bytes shared, limit {limit}"
         assert row["ctas_per_sm"] >= 1, f"{label}: no CTA fits an SM"
@@ -90,6 +91,31 @@ def test_attention_at_every_head_dim(arch: int, tmp_path: Path) -> None:
     rows = report("--arch", str(arch), *dims, path=path, kernels={"attention"})
     assert {f"D{D}" for D in range(16, 129, 8)} <= {w for row in rows for w in row["name"].split()}
     check_rows(rows)
+
+
+def test_a_descriptor_made_of_a_parameter_is_found() -> None:
+    from fastvit_kernels.sass import stray_descriptors
+
+    code = """
+        /*0000*/                   ULDC.64 UR26, c[0x0][0x210] ;
+        /*0010*/                   UMOV UR24, 0x400 ;
+        /*0020*/                   UMOV UR25, 0x40000040 ;
+.L_x_0:
+        /*0030*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR24].tnspA.tnspB, R24 ;
+        /*0040*/              @!P0 BRA `(.L_x_0) ;
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R24, R72, gdesc[UR20], R24, gsb0 ;
+        /*0060*/                   EXIT ;
+"""
+    right = code.replace(
+        "UMOV UR24,", "UMOV UR26, 0x800 ;\n /*0011*/ UMOV UR27, URZ ;\n /*0012*/ UMOV UR24,"
+    )
+    assert stray_descriptors(code) == 1 and stray_descriptors(right) == 0
+    # Round the loop it is a parameter again; with A in registers the first two are not read.
+    late = right.replace("@!P0 BRA", "UIADD3 UR26, UR26, UR28, URZ ;\n /*0041*/ @!P0 BRA")
+    late = late.replace("UMOV UR24,", "ULDC UR28, c[0x0][0x218] ;\n /*0013*/ UMOV UR24,")
+    assert stray_descriptors(late) == 1
+    assert stray_descriptors(code.replace("gdesc[UR20]", "gdesc[UR24]")) == 2
+    assert stray_descriptors(code.replace("gdesc[UR24]", "gdesc[UR16]")) == 0
 
 
 def test_worse_names_what_grew_and_what_is_new() -> None:

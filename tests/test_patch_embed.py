@@ -50,6 +50,24 @@ def test_without(absent: str, device: torch.device) -> None:
     check_parity("patch_embed", {**args, absent: None}, device=device)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_float32_images_are_those_of_16_bits(training: bool, device: torch.device) -> None:
+    args = {k: t.to(device) for k, t in arguments(2, 3, 32, 16, 8, 8, 40, 1).items()}
+    args["images"] = args["images"].detach()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        given = {**args, "images": args["images"].to(dtype)}
+        given["weight"] = args["weight"].detach().clone().requires_grad_()
+        with torch.set_grad_enabled(training), torch.autocast(device.type, torch.bfloat16):
+            with fastvit.use_backend("triton"):
+                out = ops.patch_embed(**given)
+        if training:
+            out.sum().backward()
+        found.append((out.detach(), given["weight"].grad))
+    for one, other in zip(*found, strict=True):
+        assert (one is other is None) or torch.equal(one, other)
+
+
 def test_autocast(device: torch.device) -> None:
     args = arguments(2, 3, 32, 16, 8, 8, 40, 1)
     check_parity("patch_embed", args, torch.bfloat16, device, autocast=True)

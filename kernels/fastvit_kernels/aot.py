@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # `launch` notes Triton's own run when it is imported: before `intercept` puts another there.
 from fastvit_kernels import launch as _launch  # noqa: F401
 from fastvit_kernels import tuned
+from fastvit_kernels.sass import stray_descriptors
 
 ARCHS = (80, 90, 100, 120)
 
@@ -146,7 +147,8 @@ def _type(value: Any, specialize: bool = True) -> str | None:
 class Cost:
     """What one compiled case costs; spills in bytes a thread, shared memory in bytes a CTA.
 
-    serial: wgmma instructions that ptxas has made wait for one another.
+    serial: wgmma instructions that ptxas has made wait for one another; stray: those that would
+    read at a wrong address (`sass`, sm_90 alone).
     """
 
     name: str
@@ -160,6 +162,7 @@ class Cost:
     tma_loads: int
     tcgen05: int
     serial: int = 0
+    stray: int = 0
 
 
 def build(case: Case, arch: int) -> Any:
@@ -207,6 +210,7 @@ def compile_case(case: Case, arch: int) -> Cost:
         len(re.findall(r"\bUTMALDG\b", sass)),
         len(re.findall(r"\bUT[A-Z]*MMA\b", sass)),
         hgmma if 2 < hgmma <= waits else 0,
+        stray_descriptors(sass) if arch == 90 else 0,
     )
 
 

@@ -93,7 +93,7 @@ def plan_fwd(
 
     With dropout, whose Philox takes most of the time and many registers, no row is held whole.
     """
-    for kernel in () if ragged or dropout else ("fwd_176_keys", "fwd_resident"):
+    for kernel in () if ragged or dropout else ("fwd_fewer_keys", "fwd_resident"):
         resident = tuned.attention(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
             # Few heads: every query tile its own program, though each then loads all keys.

@@ -4,8 +4,8 @@ images: (B, C, H, W) at any strides; weight: (dim, C, p_h, p_w); pos: (m, dim); 
 Row t of sample b is the patch at (t // grid_w, t % grid_w), column k the pixel (c, y, x) of it;
 both are address arithmetic on the image, so there is no unfolded or permuted copy, and the kernel
 adds bias and positions and writes the prefix rows into the one token buffer (B, P + m, dim).
-Saved for backward: images and weight. float32 images that need no gradient are rounded once for
-16-bit products: addresses for half the bytes, here and in dW, take less time than the copy does.
+Saved for backward: images and weight. For 16-bit products float32 images that need no gradient,
+and float32 gradients, are rounded once: twice the bytes through addresses take longer than a copy.
 Backward: dW and db over fixed slabs of rows and a sum in order, dpos and dprefix by one pass over
 dout along the batch, dimages scattered straight to its pixels: no atomics, and only what is asked.
 FLOPs: 2 B m K dim forward, K = C p_h p_w; as many again for dW, and for dimages.
@@ -399,18 +399,18 @@ def _bwd(
     dimages = images.new_empty(images.shape) if needs_images else None
     dpos = torch.empty_like(pos) if needs_pos and pos is not None else None
     dprefix = torch.empty_like(prefix) if needs_prefix and prefix is not None else None
+    rounded = dout.to(dtype)  # the products' operand, as eager's convolution has it under autocast
     dw = db = None
     if needs_weight or needs_bias:
         geometry = _geometry(images, weight)
         gather = _access(images, geometry) == "gather"
-        plain = images.dtype == dtype
-        config, plan = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather, plain)
+        config, plan = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather)
         slabs = gemm_dw.new_slabs(config, plan, N, K, dout.device)
         tiles = cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K)
         launch(
             _patch_embed_dw_kernel,
             (*tiles, max(1, plan.chunks)),
-            dout,
+            rounded,
             images,
             slabs.dw,
             slabs.db,
@@ -458,7 +458,7 @@ def _bwd(
         launch(
             _patch_embed_dimages_kernel,
             (cdiv(B * m, config.BLOCK_M) * cdiv(K, config.BLOCK_N),),
-            dout,
+            rounded,
             weight,
             dimages,
             B,
@@ -505,8 +505,6 @@ class PatchEmbedFunction(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         w = weight.to(dtype).contiguous()
-        if images.dtype == torch.float32 != dtype and not ctx.needs_input_grad[0]:
-            images = images.to(dtype)
         bias, pos, prefix = (None if t is None else t.contiguous() for t in (bias, pos, prefix))
         ctx.save_for_backward(images, w, weight, bias, pos, prefix)
         added = [t.dtype for t in (pos, prefix) if t is not None]
@@ -535,4 +533,6 @@ def patch_embed(
     if images.stride(1) == 1 and images.stride(3) == images.shape[1] > 1:
         # channels_last is one channel of C times the width, with the weight's columns to match.
         images, weight = (t.permute(0, 2, 3, 1).flatten(2)[:, None] for t in (images, weight))
+    if images.dtype == torch.float32 and not images.requires_grad:
+        images = images.to(dtype)
     return library.apply(PatchEmbedFunction, images, weight, bias, pos, prefix, dtype)

@@ -358,8 +358,8 @@ def _compile_named(key: tuple[str, int]) -> aot.Cost:
 
 
 def table(rows: list[aot.Cost]) -> str:
-    head = ("arch", "regs", "spill", "shared", "CTAs", "HGMMA", "serial", "HMMA", "tcgen05", "TMA")
-    head += ("kernel",)
+    head = ("arch", "regs", "spill", "shared", "CTAs", "HGMMA", "serial", "stray", "HMMA")
+    head += ("tcgen05", "TMA", "kernel")
     lines = [head] + [
         (
             f"sm_{c.arch}",
@@ -369,6 +369,7 @@ def table(rows: list[aot.Cost]) -> str:
             c.ctas_per_sm,
             c.hgmma,
             c.serial,
+            c.stray,
             c.hmma,
             c.tcgen05,
             c.tma_loads,

@@ -201,7 +201,6 @@ GEMM_DW: dict[int, dict[str, Config]] = {
         "tma": Config(64, 128, 256, num_warps=8, num_stages=4, tma=True),
         "tma_square": Config(64, 128, 128, num_warps=8, num_stages=6, tma=True),
         "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
-        "patch_embed_plain": Config(64, 128, 256, num_warps=8, num_stages=2),
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3, CTAS=4),
     },
     100: {
@@ -365,14 +364,12 @@ def _part_steps(dtype: torch.dtype) -> int:
 
 
 def patch_embed_dw(
-    M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, gather: bool, plain: bool
+    M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, gather: bool
 ) -> tuple[Config, Plan]:
-    """The same of the patch embedding's dW, whose one operand are pixels; plain: of `dtype`."""
+    """The same of the patch embedding's dW, whose one operand are pixels."""
     config, _ = gemm_dw(M, N, K, dtype, device_index)
     if dtype != torch.float32:
-        table = look_up(GEMM_DW, arch(device_index))
-        config = table.get("patch_embed", config)
-        config = table.get("patch_embed_plain", config) if plain else config
+        config = look_up(GEMM_DW, arch(device_index)).get("patch_embed", config)
     if gather and arch(device_index):
         config = PATCH_GATHER_DW
     parts = slabs(M, N, K, config, arch(device_index), num_sms(device_index))
@@ -512,7 +509,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
     80: _ATTENTION_MMA
     | {
         # Over 176 keys no third CTA fits beside two, whatever its registers.
-        "fwd_176_keys_64": Config(32, 176, num_warps=4, num_stages=1),
+        "fwd_fewer_keys_64": Config(32, 176, num_warps=4, num_stages=1),
         "fwd_resident_64": Config(32, 256, num_warps=4, num_stages=1, maxnreg=255),
         "fwd_resident_32": Config(32, 256, num_warps=4, num_stages=1, maxnreg=168),
         "dq_to_128": Config(64, 32, num_warps=8, num_stages=1),
@@ -529,13 +526,14 @@ ATTENTION: dict[int, dict[str, Config]] = {
     },
     90: _ATTENTION_WGMMA
     | {
-        "fwd_resident_64": Config(64, 256, num_warps=4, num_stages=3),
-        "fwd_64": Config(64, 32, num_warps=4, num_stages=3),
-        "dq_64": Config(64, 32, num_warps=4, num_stages=3),
-        "dkv_64": Config(32, 64, num_warps=4, num_stages=3),
-        "fwd_80": Config(128, 64, num_warps=8, num_stages=2),
-        "dq_80": Config(64, 64, num_warps=4, num_stages=1),
-        "dkv_80": Config(32, 64, num_warps=8, num_stages=1),
+        "fwd_fewer_keys_64": Config(64, 224, num_warps=4, num_stages=3),
+        "fwd_resident_64": Config(64, 256, num_warps=4, num_stages=2),
+        "fwd_64": Config(64, 64, num_warps=4, num_stages=3),
+        "dq_64": Config(64, 64, num_warps=4, num_stages=3),
+        "dkv_64": Config(64, 64, num_warps=4, num_stages=2),
+        "fwd_80": Config(64, 64, num_warps=4, num_stages=2),
+        "dq_80": Config(64, 32, num_warps=4, num_stages=3),
+        "dkv_80": Config(64, 64, num_warps=4, num_stages=1),
         "fwd_64_dropout": Config(128, 64, num_warps=8, num_stages=2),
         "dq_64_dropout": Config(64, 64, num_warps=4, num_stages=2),
         "dkv_64_dropout": Config(32, 64, num_warps=4, num_stages=1),

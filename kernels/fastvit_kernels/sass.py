@@ -1,0 +1,97 @@
+"""Follow a kernel's parameters through its machine code, to where they must not come.
+
+ptxas 12.8, which Triton ships for sm_90, at times adds to the wrong uniform register where two
+wgmma descriptors share a base: the descriptor then holds a parameter's bits, and the product reads
+what lies there. `stray_descriptors` finds such products. It follows integer registers through all
+branches; what is loaded from memory, or made of floats, counts as no parameter.
+"""
+
+import re
+
+_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][\w.]*)\s*(.*?);")
+_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+_REGISTER = re.compile(r"\b(U?R)(\d+)\b")
+_CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
+_FIRST_PARAMETER = 0x210  # of sm_90's constant bank 0
+# Integer results that are made of their operands; every other result is no parameter.
+_COPYING = set(
+    "IADD3 UIADD3 IADD IMAD UIMAD LEA ULEA MOV UMOV R2UR SHF USHF LOP3 ULOP3 SEL USEL VIADD SGXT "
+    "USGXT PRMT UPRMT ULDC LDC IABS VIMNMX UVIMNMX IMNMX SHFL".split()
+)
+_NO_RESULT = set("ST STG STS STL STSM RED BAR BRA EXIT HGMMA UTMALDG UTMASTG SYNCS".split())
+_WIDTHS = ((".128", 4), ("HMMA", 4), (".64", 2), (".WIDE", 2), ("CS2R", 2))
+
+
+def stray_descriptors(sass: str) -> int:
+    """Products of `nvdisasm -c` code for sm_90 whose descriptors depend on a parameter."""
+    code, labels = _parse(sass)
+    before: list[frozenset[str] | None] = [None] * (len(code) + 1)
+    todo, stray = [(0, frozenset[str]())], set()
+    while todo:
+        i, state = todo.pop()
+        known = before[i]
+        state = state if known is None else state | known
+        if i == len(code) or state == known:
+            continue
+        before[i] = state
+        predicate, op, operands = code[i]
+        name = op.partition(".")[0]
+        if name == "HGMMA" and not _descriptors(operands).isdisjoint(state):
+            stray.add(i)
+        if name == "BRA":
+            target = re.search(r"\.L_x_\d+", operands)
+            if target:
+                todo.append((labels[target.group()], state))
+            # A branch may depend on a uniform predicate that stands among its operands.
+            if predicate is None and "UP" not in operands.partition("`")[0]:
+                continue
+        elif name == "EXIT" and predicate is None:
+            continue
+        todo.append((i + 1, _after(state, predicate, op, operands)))
+    return len(stray)
+
+
+def _parse(sass: str) -> tuple[list[tuple[str | None, str, str]], dict[str, int]]:
+    """(predicate, operation, operands) of each instruction, and where the labels stand."""
+    code, labels = [], {}
+    for line in sass.splitlines():
+        if label := _LABEL.match(line):
+            labels[label.group(1)] = len(code)
+        elif found := _LINE.match(line):
+            code.append((found.group(1), found.group(2), found.group(3).strip()))
+    return code, labels
+
+
+def _descriptors(operands: str) -> set[str]:
+    """Of four uniform registers the first two describe A, unless it comes from registers."""
+    described = set()
+    for found in re.finditer(r"gdesc\[UR(\d+)\]", operands):
+        first, both = int(found.group(1)), operands.split(",")[1].lstrip().startswith("gdesc")
+        described |= {f"UR{r}" for r in range(first if both else first + 2, first + 4)}
+    return described
+
+
+def _after(state: frozenset[str], predicate: str | None, op: str, operands: str) -> frozenset[str]:
+    """The registers that depend on parameters behind an instruction."""
+    name = op.partition(".")[0]
+    parts = [p.strip() for p in operands.split(",")]
+    while parts and re.match(r"U?P[0-9T]", parts[0]):
+        parts.pop(0)
+    result = _REGISTER.match(parts[0]) if parts else None
+    if name in _NO_RESULT or result is None:
+        return state
+    width = next((n for word, n in _WIDTHS if word in op), 1)
+    kind, first = result.group(1), int(result.group(2))
+    results = {f"{kind}{first + i}" for i in range(width)}
+    sources = ",".join(parts[1:])
+    depends = name in _COPYING and (
+        any(int(c, 16) >= _FIRST_PARAMETER for c in _CONSTANT.findall(sources))
+        or any(
+            f"{kind}{int(n) + i}" in state
+            for kind, n in _REGISTER.findall(sources)
+            for i in range(2 if ".64" in op else 1)
+        )
+    )
+    if depends:
+        return state | results
+    return state if predicate else state - results
