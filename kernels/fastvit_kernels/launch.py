@@ -1,6 +1,6 @@
 """Launch kernels at little cost to the CPU.
 
-A ViT block makes 7 launches forward and 14 backward, of some 25 arguments each; in small batches
+A ViT block makes 7 launches forward and 15 backward, of some 25 arguments each; in small batches
 and small models the GPU waits for them. Triton binds and classifies every argument of every call;
 here what it compiled is kept under the few facts that it compiles for, and is called with the
 arguments as they are.

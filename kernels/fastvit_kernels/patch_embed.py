@@ -399,9 +399,9 @@ def _bwd(
     dimages = images.new_empty(images.shape) if needs_images else None
     dpos = torch.empty_like(pos) if needs_pos and pos is not None else None
     dprefix = torch.empty_like(prefix) if needs_prefix and prefix is not None else None
-    rounded = dout.to(dtype)  # the products' operand, as eager's convolution has it under autocast
     dw = db = None
     if needs_weight or needs_bias:
+        rounded = dout.to(dtype)  # as eager's convolution has it under autocast
         geometry = _geometry(images, weight)
         gather = _access(images, geometry) == "gather"
         config, plan = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather)
@@ -458,7 +458,7 @@ def _bwd(
         launch(
             _patch_embed_dimages_kernel,
             (cdiv(B * m, config.BLOCK_M) * cdiv(K, config.BLOCK_N),),
-            rounded,
+            dout,
             weight,
             dimages,
             B,
