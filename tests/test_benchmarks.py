@@ -361,22 +361,21 @@ def test_readme_without_gpu_results_says_so(tmp_path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "kernels")])
     code = (
-        "import torch, time; t = time.perf_counter(); import fastvit; "
-        "print(time.perf_counter() - t)"
+        "import sys, time; clock = time.process_time; start = clock(); import torch; "
+        "between = clock(); before = set(sys.modules); import fastvit; "
+        "print((clock() - between) / (between - start)); "
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
-    best = 1.0
-    for _ in range(5):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        best = min(best, float(done.stdout))
-        if best < 0.15:
-            break
-        time.sleep(1)  # another process may hold the core
-    assert best < 0.15, f"import fastvit takes {best:.3f} s beyond torch"
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    share, packages = done.stdout.splitlines()
+    assert set(packages.split()) <= {"fastvit", "fastvit_kernels", "einops", "safetensors"}
+    # A share of torch's own import: seconds would depend on the machine and on what else it does.
+    assert float(share) < 0.1, f"import fastvit takes {float(share):.0%} of what import torch takes"
