@@ -14,7 +14,8 @@ CASES = Path(__file__).with_name("ptx_cases.py")
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what is compiled for it")
 @pytest.mark.parametrize(
-    "machine", ["90", "90-late", pytest.param("80-late", marks=pytest.mark.slow)]
+    "machine",
+    ["90-late", *(pytest.param(name, marks=pytest.mark.slow) for name in ("90", "80-late"))],
 )
 def test_compiled_kernels(machine: str) -> None:
     env = {**os.environ, "PTX_MACHINE": machine}

@@ -147,8 +147,8 @@ def _type(value: Any, specialize: bool = True) -> str | None:
 class Cost:
     """What one compiled case costs; spills in bytes a thread, shared memory in bytes a CTA.
 
-    serial: wgmma instructions that ptxas has made wait for one another; stray: those that would
-    read at a wrong address (`sass`, sm_90 alone).
+    serial: wgmma instructions that ptxas has made wait for one another; stray: wgmma and tcgen05
+    products that would read at a wrong address (`sass`).
     """
 
     name: str
@@ -210,7 +210,7 @@ def compile_case(case: Case, arch: int) -> Cost:
         len(re.findall(r"\bUTMALDG\b", sass)),
         len(re.findall(r"\bUT[A-Z]*MMA\b", sass)),
         hgmma if 2 < hgmma <= waits else 0,
-        stray_descriptors(sass) if arch == 90 else 0,
+        stray_descriptors(sass, arch) if arch in (90, 100) else 0,
     )
 
 

@@ -13,8 +13,8 @@ Saved for backward: q, k, v (or qkv), o and lse. p is computed again, from lse, 
 Forward: one launch, all keys held at once up to 256 of them (`attention_resident`), else an online
 softmax (`attention_long`). Backward: one launch, with a program a head up to 128 keys where heads
 are many (`attention_resident`), with programs for dQ and for dK, dV side by side up to 384 keys
-(`attention_long_bwd`); beyond, dQ with delta (float32, of the shape of lse), then dK and dV.
-`tuned` sets the limits.
+where they are few (`attention_long_bwd`); else dQ with delta (float32, of the shape of lse), then
+dK and dV. `tuned` sets the limits.
 Dropout zeroes p with probability `dropout` where it meets v, and scales what is left by 1 / (1 -
 dropout). The mask is a function of a seed, the head, the row and the key, computed again in
 backward. The seed is one number on the device, drawn by torch's generator of that device:

@@ -2,8 +2,9 @@
 
 ptxas 12.8, which Triton ships for sm_90, at times adds to the wrong uniform register where two
 wgmma descriptors share a base: the descriptor then holds a parameter's bits, and the product reads
-what lies there. `stray_descriptors` finds such products. It follows integer registers through all
-branches; what is loaded from memory, or made of floats, counts as no parameter.
+what lies there. `stray_descriptors` finds such products, on sm_100 as well, whose ptxas is another.
+It follows integer registers through all branches; what is loaded from memory, or made of floats,
+counts as no parameter.
 """
 
 import re
@@ -12,19 +13,20 @@ _LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][\w.]*
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _REGISTER = re.compile(r"\b(U?R)(\d+)\b")
 _CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
-_FIRST_PARAMETER = 0x210  # of sm_90's constant bank 0
+_FIRST_PARAMETER = {90: 0x210, 100: 0x380}  # of constant bank 0
 # Integer results that are made of their operands; every other result is no parameter.
 _COPYING = set(
     "IADD3 UIADD3 IADD IMAD UIMAD LEA ULEA MOV UMOV R2UR SHF USHF LOP3 ULOP3 SEL USEL VIADD SGXT "
-    "USGXT PRMT UPRMT ULDC LDC IABS VIMNMX UVIMNMX IMNMX SHFL".split()
+    "USGXT PRMT UPRMT ULDC LDC LDCU IABS VIMNMX UVIMNMX IMNMX SHFL".split()
 )
 _NO_RESULT = set("ST STG STS STL STSM RED BAR BRA EXIT HGMMA UTMALDG UTMASTG SYNCS".split())
 _WIDTHS = ((".128", 4), ("HMMA", 4), (".64", 2), (".WIDE", 2), ("CS2R", 2))
 
 
-def stray_descriptors(sass: str) -> int:
-    """Products of `nvdisasm -c` code for sm_90 whose descriptors depend on a parameter."""
+def stray_descriptors(sass: str, arch: int) -> int:
+    """Products of `nvdisasm -c` code (sm_90, sm_100) whose addresses depend on a parameter."""
     code, labels = _parse(sass)
+    parameters = _FIRST_PARAMETER[arch]
     before: list[frozenset[str] | None] = [None] * (len(code) + 1)
     todo, stray = [(0, frozenset[str]())], set()
     while todo:
@@ -36,7 +38,7 @@ def stray_descriptors(sass: str) -> int:
         before[i] = state
         predicate, op, operands = code[i]
         name = op.partition(".")[0]
-        if name == "HGMMA" and not _descriptors(operands).isdisjoint(state):
+        if name.endswith("MMA") and not _addresses(name, operands).isdisjoint(state):
             stray.add(i)
         if name == "BRA":
             target = re.search(r"\.L_x_\d+", operands)
@@ -47,7 +49,7 @@ def stray_descriptors(sass: str) -> int:
                 continue
         elif name == "EXIT" and predicate is None:
             continue
-        todo.append((i + 1, _after(state, predicate, op, operands)))
+        todo.append((i + 1, _after(state, predicate, op, operands, parameters)))
     return len(stray)
 
 
@@ -62,8 +64,15 @@ def _parse(sass: str) -> tuple[list[tuple[str | None, str, str]], dict[str, int]
     return code, labels
 
 
-def _descriptors(operands: str) -> set[str]:
-    """Of four uniform registers the first two describe A, unless it comes from registers."""
+def _addresses(name: str, operands: str) -> set[str]:
+    """The registers that say where a product's operands lie.
+
+    Of wgmma's four the first two describe A, unless it comes from registers; tcgen05 has two for
+    each descriptor, and one for what lies in tensor memory.
+    """
+    if name != "HGMMA":
+        found = re.findall(r"(gdesc|tmem|idesc)\[UR(\d+)\]", operands)
+        return {f"UR{int(n) + i}" for kind, n in found for i in range(1 + (kind == "gdesc"))}
     described = set()
     for found in re.finditer(r"gdesc\[UR(\d+)\]", operands):
         first, both = int(found.group(1)), operands.split(",")[1].lstrip().startswith("gdesc")
@@ -71,7 +80,9 @@ def _descriptors(operands: str) -> set[str]:
     return described
 
 
-def _after(state: frozenset[str], predicate: str | None, op: str, operands: str) -> frozenset[str]:
+def _after(
+    state: frozenset[str], predicate: str | None, op: str, operands: str, parameters: int
+) -> frozenset[str]:
     """The registers that depend on parameters behind an instruction."""
     name = op.partition(".")[0]
     parts = [p.strip() for p in operands.split(",")]
@@ -85,7 +96,7 @@ def _after(state: frozenset[str], predicate: str | None, op: str, operands: str)
     results = {f"{kind}{first + i}" for i in range(width)}
     sources = ",".join(parts[1:])
     depends = name in _COPYING and (
-        any(int(c, 16) >= _FIRST_PARAMETER for c in _CONSTANT.findall(sources))
+        any(int(c, 16) >= parameters for c in _CONSTANT.findall(sources))
         or any(
             f"{kind}{int(n) + i}" in state
             for kind, n in _REGISTER.findall(sources)
