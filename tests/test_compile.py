@@ -132,6 +132,12 @@ def test_an_address_made_of_a_parameter_is_found_on_sm_100() -> None:
     assert stray_descriptors(code.replace("UR4, 0x12000", "UR20, 0x12000"), 100) == 1
     assert stray_descriptors(code.replace("gdesc[UR36]", "gdesc[UR20]"), 100) == 1
     assert stray_descriptors(code.replace("tmem[UR17]", "tmem[UR21]"), 100) == 2
+    # What the elected thread has made replaces a parameter; what any other has may not.
+    made = code.replace("UR4, 0x12000", "UR20, 0x12000")
+    elected = "ELECT P0, URZ, PT ;\n /*0041*/ @P0 R2UR UR34, R8 ;\n /*0042*/ UMOV UR35"
+    made = made.replace("UMOV UR35", elected)
+    assert stray_descriptors(made, 100) == 0
+    assert stray_descriptors(made.replace("@P0 R2UR", "@P1 R2UR"), 100) == 1
 
 
 def test_worse_names_what_grew_and_what_is_new() -> None:

@@ -54,13 +54,23 @@ def stray_descriptors(sass: str, arch: int) -> int:
 
 
 def _parse(sass: str) -> tuple[list[tuple[str | None, str, str]], dict[str, int]]:
-    """(predicate, operation, operands) of each instruction, and where the labels stand."""
-    code, labels = [], {}
+    """(predicate, operation, operands) of each instruction, and where the labels stand.
+
+    What the elected thread alone does is done for the product that follows: no predicate.
+    """
+    code, labels, elected = [], {}, ""
     for line in sass.splitlines():
         if label := _LABEL.match(line):
-            labels[label.group(1)] = len(code)
+            labels[label.group(1)], elected = len(code), ""
         elif found := _LINE.match(line):
-            code.append((found.group(1), found.group(2), found.group(3).strip()))
+            predicate, op, operands = found.groups()
+            if op == "ELECT":
+                elected = operands.partition(",")[0]
+            elif elected and re.match(rf"{elected}\b", operands):
+                elected = ""
+            elif predicate == elected and op.partition(".")[0] not in ("BRA", "EXIT"):
+                predicate = None
+            code.append((predicate, op, operands.strip()))
     return code, labels
 
 
