@@ -38,12 +38,13 @@ def test_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "tf32"), [*GRADIENTS, ("float32", True)])
 def test_weight_gradient(name: str, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of more rows than the pipeline holds."""
+    """Of more rows than the pipeline holds, in each of a program's loops."""
     dtype = torch.float32 if name == "float32" else torch.bfloat16
     config = tuned.look_up(tuned.GEMM_DW, ARCH)[name]
-    M, N, K = 11 * config.BLOCK_M + 9, config.BLOCK_N - 8, config.BLOCK_K + 8
-    plan = dw_plan.plan(2, 12, 2, 0)
+    M, N, K = 15 * config.BLOCK_M + 9, config.BLOCK_N - 8, config.BLOCK_K + 8
+    plan = dw_plan.plan(2, 16, 2, 0)
     monkeypatch.setattr(tuned, "gemm_dw", lambda *_, **__: (config, plan))
+    monkeypatch.setattr(tuned, "dw_columns", lambda *_: 2)
     torch.backends.cuda.matmul.allow_tf32 = tf32
     g, x = torch.randn(M, N).to(dtype), torch.randn(M, K).to(dtype)
     w, bias = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype)

@@ -35,13 +35,24 @@ class Plan:
         _, rounds, idle, last = self._again()
         return self.tiles - left + left * self.chunks + rounds * idle + last * self.chunks2
 
-    @property
-    def longest(self) -> int:
-        """Steps of the program that has most."""
+    def longest(self, stretch: float = 0) -> float:
+        """Steps of the program that has most, each of its stretches counted as so many more."""
         rest, rounds, _, last = self._again()
-        again = rounds * rest + (-(-rest // self.chunks2) if last else 0)
-        cut = max(min(self.share, self.steps), again) if self.tiles % self.programs else 0
-        return self.tiles // self.programs * self.steps + cut
+        again = rounds * (rest + stretch)
+        again += -(-rest // self.chunks2) + stretch if last else 0
+        whole = self.tiles // self.programs * (self.steps + stretch)
+        if self.tiles % self.programs == 0:
+            return whole
+        return whole + max(min(self.share, self.steps) + stretch, again)
+
+    def columns(self, num_n: int) -> int:
+        """Columns of tiles, `num_n` tiles each, that share the sums of G's rows: all of them where
+        all tiles are cut alike, or those of whole tiles alone.
+        """
+        whole = self.tiles // self.programs * self.programs
+        if whole in (0, self.tiles):
+            return self.tiles // num_n
+        return max(1, whole // num_n)
 
     def _again(self) -> tuple[int, int, int, int]:
         """Steps that the chunks leave of each tile, whole rounds over those, programs of a round,
@@ -70,19 +81,28 @@ def plan(tiles: int, steps: int, programs: int, part_steps: float) -> Plan:
     most = programs // left
     shares = sorted({-(-steps // chunks) for chunks in range(1, most + 1)})
     plans = [Plan(tiles, steps, programs, -(-steps // share), share, 0) for share in shares]
-    # Or once more what is left where programs are.
-    idle, share = programs - left * most, -(-left * steps // programs)
-    rest = steps - most * share
-    if idle and rest > 0:
-        last = left % idle
-        chunks2 = -(-rest // -(-rest // (idle // last))) if last else 0
-        plans.append(Plan(tiles, steps, programs, most, share, chunks2))
+    # Or once more what those leave of each tile, where programs are: cut so that all programs have
+    # as many steps, or in whole rounds.
+    idle = programs - left * most
+    if idle:
+        last, rounds = left % idle, range(left // idle, -(-left // idle) + 1)
+        even_share = -(-left * steps // programs)
+        shares = {even_share, *(-(-n * steps // (n * most + 1)) for n in rounds)}
+        for share in sorted(shares):
+            rest = steps - most * share
+            if 0 < rest and share > 0:
+                chunks2 = -(-rest // -(-rest // (idle // last))) if last else 0
+                plans.append(Plan(tiles, steps, programs, most, share, chunks2))
     return min(plans, key=lambda p: time(p, part_steps))
 
 
 def time(plan: Plan, part_steps: float) -> float:
-    """In steps of one program; writing a part and reading it again costs `part_steps` of them."""
-    return plan.longest + part_steps * plan.parts / plan.programs
+    """In steps of one program; writing a part and reading it again costs `part_steps` of them.
+
+    Its own program writes it, after a pipeline that was filled for it. On an H200 the times of 18
+    plans, of ViT-B, -L and -H, lie within 4 % of these steps, if one with sums counts as 9 / 8.
+    """
+    return plan.longest(0.6 * part_steps) + 0.5 * part_steps * plan.parts / plan.programs
 
 
 @triton.jit
@@ -139,3 +159,16 @@ def segment(pid, i, tiles, steps, programs, chunks, share, chunks2):
         tile += whole * programs
     part = first_part(tile, tiles, steps, programs, chunks, share, chunks2) + nth
     return tile, first, end, part
+
+
+@triton.jit
+def owned(column, columns, first, end, steps, chunks, share):
+    """First and last step (excluded), of a stretch, whose rows of G a column of tiles sums: its
+    share of the stretch, or of what the chunks leave of a tile, which may be cut once more.
+    """
+    cut = chunks * share
+    from_step, to_step = tl.where(first >= cut, cut, first), tl.where(first >= cut, steps, end)
+    part = to_step - from_step
+    lo = from_step + part * column // columns
+    hi = from_step + part * (column + 1) // columns
+    return tl.minimum(tl.maximum(lo, first), end), tl.minimum(tl.maximum(hi, first), end)

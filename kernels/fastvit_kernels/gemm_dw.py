@@ -3,7 +3,8 @@
 M, the tokens, is long and dW small: `dw_plan` cuts the tiles of dW along M so that all programs
 have as many rows. A program leaves the float32 sum of its stretch of a tile as a slab, and
 `reduce_slabs` adds the slabs of each tile in order: no atomics, bitwise repeatable. db comes from
-the tiles of G that one column of tiles has loaded anyway.
+the tiles of G that are loaded anyway, each column of tiles summing its share of the rows: a step
+with sums is an eighth longer on sm_90 (wgmma reads G once more), and the longest program counts.
 Bytes: G once per column of tiles and X once per row of them (from L2 but for the first), and two
 times 4 BLOCK_N BLOCK_K for each slab.
 """
@@ -17,24 +18,25 @@ from torch import Tensor
 
 from fastvit_kernels import gemm, tuned
 from fastvit_kernels.common import dot, eights
-from fastvit_kernels.dw_plan import Plan, first_part, num_segments, segment
+from fastvit_kernels.dw_plan import Plan, first_part, num_segments, owned, segment
 from fastvit_kernels.launch import by_eights, cdiv, launch
 
 _PLAN = ("tiles", "steps", "programs", "chunks", "share", "chunks2")
 
 
 @triton.jit
-def add_sums(sums, g):
-    """sums (BLOCK_N, 16) and the column sums of g (BLOCK_M, BLOCK_N), every column alike.
+def add_sums(sums, gt):
+    """sums (BLOCK_N, 16) and the sums over the rows of G, gt (BLOCK_N, BLOCK_M) transposed, every
+    column alike.
 
     Of 16 bits they are a product with ones. For where a tile is both read here and an operand of
     wgmma, the pipeliner takes its memory for free as soon as it was read here, and loads the next
-    one into it, while wgmma still runs. So a g of TF32 is one that was loaded for this alone.
+    one into it, while wgmma still runs. So a gt of TF32 is one that was loaded for this alone.
     """
-    if g.dtype == tl.float32:
-        return sums + tl.sum(g, axis=0)[:, None]
-    ones = tl.full([g.shape[0], 16], 1.0, tl.float32)  # the interpreter has no constants of bf16
-    return dot(tl.trans(g), ones.to(g.dtype), sums, "ieee")
+    if gt.dtype == tl.float32:
+        return sums + tl.sum(gt, axis=1)[:, None]
+    ones = tl.full([gt.shape[1], 16], 1.0, tl.float32)  # the interpreter has no constants of bf16
+    return dot(gt, ones.to(gt.dtype), sums, "ieee")
 
 
 @triton.jit
@@ -44,7 +46,6 @@ def store_slab(
     acc,
     sums,
     slab,
-    has_sums,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -52,65 +53,54 @@ def store_slab(
     offs_n = tl.arange(0, BLOCK_N)
     offs = offs_n[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     tl.store(slabs_ptr + slab.to(tl.int64) * (BLOCK_N * BLOCK_K) + offs, acc)
-    if has_sums:
-        tl.store(db_slabs_ptr + slab * BLOCK_N + offs_n, tl.sum(sums, axis=1) / 16)
+    tl.store(db_slabs_ptr + slab * BLOCK_N + offs_n, tl.sum(sums, axis=1) / 16)
 
 
 @triton.jit
-def _stretch(
+def _add_steps(
+    acc,
+    sums,
     g,
     x,
-    tile,
     first,
     end,
     M,
-    N,
-    K,
-    num_n,
+    col_n,
+    col_k,
+    cols_n,
+    cols_k,
     strides,
-    slabs_ptr,
-    db_slabs_ptr,
-    slab,
     TMA: tl.constexpr,
     SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """Store what steps first .. end add to a tile of dW, and with SUMS to db.
+    """acc and sums with what steps first .. end add to a tile of dW, and with SUMS to db.
 
-    g, x: TMA descriptors, or pointers to rows at these strides.
+    g, x: TMA descriptors, or pointers to the tile's columns of rows at these strides.
     """
-    pid_n, pid_k = tile % num_n, tile // num_n
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    sums = tl.zeros([BLOCK_N, 16], tl.float32)
-    if not TMA:
-        cols_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
-        cols_k = (pid_k * BLOCK_K + tl.arange(0, BLOCK_K)) % K
-        g += tl.max_contiguous(tl.multiple_of(cols_n, 8), 8)[None, :]
-        x += tl.max_contiguous(tl.multiple_of(cols_k, 8), 8)[None, :]
     for m in range(first * BLOCK_M, end * BLOCK_M, BLOCK_M):
         if TMA:
             # Zeros past row M: stretches are whole blocks of rows.
-            g_tile = g.load([m, pid_n * BLOCK_N])
-            x_tile = x.load([m, pid_k * BLOCK_K])
+            gt_tile = tl.trans(g.load([m, col_n]))
+            x_tile = x.load([m, col_k])
         else:
-            offs_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-            g_ptrs = g + offs_m * strides[0]
-            g_tile = tl.load(g_ptrs, mask=offs_m < M, other=0.0)
-            x_tile = tl.load(x + offs_m * strides[1], mask=offs_m < M, other=0.0)
+            offs_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+            gt_ptrs = g + offs_m[None, :] * strides[0] + cols_n[:, None]
+            x_ptrs = x + offs_m[:, None] * strides[1] + cols_k[None, :]
+            gt_tile = tl.load(gt_ptrs, mask=(offs_m < M)[None, :], other=0.0)
+            x_tile = tl.load(x_ptrs, mask=(offs_m < M)[:, None], other=0.0)
         if SUMS:
+            again = gt_tile
             if PRECISION == "tf32":
-                again = tl.load(g_ptrs, mask=offs_m < M, other=0.0, eviction_policy="evict_first")
-                sums = add_sums(sums, again)
-            else:
-                sums = add_sums(sums, g_tile)
-        acc = dot(tl.trans(g_tile), x_tile, acc, PRECISION)
-    store_slab(slabs_ptr, db_slabs_ptr, acc, sums, slab, SUMS, BLOCK_N, BLOCK_K)
+                mask = (offs_m < M)[None, :]
+                again = tl.load(gt_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
+            sums = add_sums(sums, again)
+        acc = dot(gt_tile, x_tile, acc, PRECISION)
+    return acc, sums
 
 
-@triton.jit(do_not_specialize=["M", *_PLAN])
+@triton.jit(do_not_specialize=["M", "columns", *_PLAN])
 def _gemm_dw_kernel(
     g,
     x,
@@ -119,6 +109,7 @@ def _gemm_dw_kernel(
     M,
     N,
     K,
+    columns,
     tiles,
     steps,
     programs,
@@ -135,18 +126,39 @@ def _gemm_dw_kernel(
     BLOCK_K: tl.constexpr,
 ):
     N, K = eights(N, EIGHTS), eights(K, EIGHTS)
-    stride_gm, stride_xm = eights(stride_gm, EIGHTS), eights(stride_xm, EIGHTS)
+    strides = eights(stride_gm, EIGHTS), eights(stride_xm, EIGHTS)
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
-    sizes = (M, N, K, num_n, (stride_gm, stride_xm))
     for i in range(num_segments(pid, tiles, steps, programs, chunks, share, chunks2)):
         tile, first, end, slab = segment(pid, i, tiles, steps, programs, chunks, share, chunks2)
-        part = (g, x, tile, first, end)
-        out = (slabs_ptr, db_slabs_ptr, slab)
-        # db is summed beside the first column of tiles alone.
-        if tile < num_n:
-            _stretch(*part, *sizes, *out, TMA, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-        else:
-            _stretch(*part, *sizes, *out, TMA, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        col_n, col_k = tile % num_n * BLOCK_N, tile // num_n * BLOCK_K
+        lo, hi = owned(tile // num_n, columns, first, end, steps, chunks, share)
+        cols_n = (col_n + tl.arange(0, BLOCK_N)) % N
+        cols_k = (col_k + tl.arange(0, BLOCK_K)) % K
+        cols_n = tl.max_contiguous(tl.multiple_of(cols_n, 8), 8)
+        cols_k = tl.max_contiguous(tl.multiple_of(cols_k, 8), 8)
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        sums = tl.zeros([BLOCK_N, 16], tl.float32)
+        edges = first, lo, hi, end
+        for j in tl.static_range(3):
+            acc, sums = _add_steps(
+                acc,
+                sums,
+                g,
+                x,
+                edges[j],
+                edges[j + 1],
+                M,
+                col_n,
+                col_k,
+                cols_n,
+                cols_k,
+                strides,
+                TMA,
+                j == 1,
+                PRECISION,
+                BLOCK_M,
+            )
+        store_slab(slabs_ptr, db_slabs_ptr, acc, sums, slab, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -162,21 +174,25 @@ def _reduce_weight(
     dlayer_scale_ptr,
     N,
     K,
+    columns,
     plan,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_N rows of dW, which lie in one row of tiles of TILE_N x TILE_K."""
+    """BLOCK_N rows of dW, which lie in one row of tiles of TILE_N x TILE_K; db's parts lie beside
+    the first `columns` columns of those.
+    """
     offs_n = rows * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     pid_n, num_n = rows * BLOCK_N // TILE_N, tl.cdiv(N, TILE_N)
     tile_n = offs_n % TILE_N
     db = tl.zeros([BLOCK_N], tl.float32)
-    first = first_part(pid_n, *plan)
-    for i in range(first_part(pid_n + 1, *plan) - first):
-        db += tl.load(db_slabs_ptr + (first + i) * TILE_N + tile_n)
+    for column in range(columns):
+        first = first_part(column * num_n + pid_n, *plan)
+        for i in range(first_part(column * num_n + pid_n + 1, *plan) - first):
+            db += tl.load(db_slabs_ptr + (first + i) * TILE_N + tile_n)
     layer_scale = tl.zeros([BLOCK_N], tl.float32)
     dlayer_scale = tl.zeros([BLOCK_N], tl.float32)
     if layer_scale_ptr is not None:
@@ -239,7 +255,7 @@ def _reduce_norm(
 _PLAN2 = tuple(name + "_2" for name in _PLAN)
 
 
-@triton.jit(do_not_specialize=[*_PLAN, *_PLAN2, "R"])
+@triton.jit(do_not_specialize=["columns", *_PLAN, "columns_2", *_PLAN2, "R"])
 def _reduce_slabs_kernel(
     slabs_ptr,
     db_slabs_ptr,
@@ -251,6 +267,7 @@ def _reduce_slabs_kernel(
     dlayer_scale_ptr,
     N,
     K,
+    columns,
     tiles,
     steps,
     programs,
@@ -263,6 +280,7 @@ def _reduce_slabs_kernel(
     db2_ptr,
     N2,
     K2,
+    columns_2,
     tiles_2,
     steps_2,
     programs_2,
@@ -307,6 +325,7 @@ def _reduce_slabs_kernel(
             dlayer_scale_ptr,
             N,
             K,
+            columns,
             (tiles, steps, programs, chunks, share, chunks2),
             TILE_N,
             TILE_K,
@@ -327,6 +346,7 @@ def _reduce_slabs_kernel(
                 None,
                 N2,
                 K2,
+                columns_2,
                 (tiles_2, steps_2, programs_2, chunks_2, share_2, chunks2_2),
                 TILE_N2,
                 TILE_K2,
@@ -340,13 +360,21 @@ def _reduce_slabs_kernel(
 
 @dataclass(frozen=True)
 class Slabs:
-    """Parts of dW (N, K), float32: of tiles (S, BLOCK_N, BLOCK_K), and of db (S, BLOCK_N)."""
+    """Parts of dW (N, K), float32: of tiles (S, BLOCK_N, BLOCK_K), and of db (S, BLOCK_N), beside
+    the first `columns` columns of tiles.
+    """
 
     dw: Tensor
     db: Tensor
     N: int
     K: int
+    columns: int
     plan: Plan
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """As the kernels take them."""
+        return self.N, self.K, self.columns, *self.plan.arguments
 
 
 def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
@@ -354,7 +382,8 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
     (M, N), K = g.shape, x.shape[1]
     tma = gemm.tma_takes(g, x)
     config, plan = tuned.gemm_dw(M, N, K, x.dtype, g.device.index, tma)
-    slabs = new_slabs(config, plan, N, K, g.device)
+    columns = tuned.dw_columns(plan, cdiv(N, config.BLOCK_N), g.device.index)
+    slabs = new_slabs(config, plan, N, K, columns, g.device)
     operands: tuple = (g, x)
     if config.tma:
         blocks = [config.BLOCK_M, config.BLOCK_N], [config.BLOCK_M, config.BLOCK_K]
@@ -366,9 +395,7 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
         slabs.dw,
         slabs.db,
         M,
-        N,
-        K,
-        *plan.arguments,
+        *slabs.arguments,
         g.stride(0),
         x.stride(0),
         TMA=config.tma,
@@ -383,10 +410,13 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
     return slabs
 
 
-def new_slabs(config: tuned.Config, plan: Plan, N: int, K: int, device: torch.device) -> Slabs:
+def new_slabs(
+    config: tuned.Config, plan: Plan, N: int, K: int, columns: int, device: torch.device
+) -> Slabs:
     shape = (plan.parts, config.BLOCK_N, config.BLOCK_K)
     dw = torch.empty(shape, dtype=torch.float32, device=device)
-    return Slabs(dw, torch.empty(shape[:2], dtype=torch.float32, device=device), N, K, plan)
+    db = torch.empty(shape[:2], dtype=torch.float32, device=device)
+    return Slabs(dw, db, N, K, columns, plan)
 
 
 def reduce_slabs(
@@ -402,14 +432,14 @@ def reduce_slabs(
     """
     grads = [_like(p) for p in (weight, bias, layer_scale)]
     tiles = slabs2_tiles = slabs.dw.shape[1:]
-    args2: tuple = (None,) * 4 + (1,) * 8
+    args2: tuple = (None,) * 4 + (1,) * 9
     widths = [slabs.K]
     if second is not None:
         slabs2, *params2 = second
         grads += [_like(p) for p in params2]
         slabs2_tiles = slabs2.dw.shape[1:]
         widths.append(slabs2.K)
-        args2 = (slabs2.dw, slabs2.db, *grads[3:], slabs2.N, slabs2.K, *slabs2.plan.arguments)
+        args2 = (slabs2.dw, slabs2.db, *grads[3:], *slabs2.arguments)
     args3: tuple = (None, None, None, 1, 1)
     norm_config = tuned.REDUCE_NORM
     if norm is not None:
@@ -431,9 +461,7 @@ def reduce_slabs(
         None if layer_scale is None else bias,
         layer_scale,
         *grads[:3],
-        slabs.N,
-        slabs.K,
-        *slabs.plan.arguments,
+        *slabs.arguments,
         *args2,
         *args3,
         TILE_N=tiles[0],

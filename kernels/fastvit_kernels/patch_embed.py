@@ -192,17 +192,17 @@ def _patch_embed_dw_kernel(
         g_ptrs = dout_ptr + out_rows[:, None] * N + cols[None, :]
         g = tl.load(g_ptrs, mask=mask_m[:, None], other=0.0)
         if g.dtype != tl.float32:
-            sums = add_sums(sums, g)
+            sums = add_sums(sums, tl.trans(g))
         elif pid_k == 0:
             again = g
             if PRECISION == "tf32":
                 again = tl.load(
                     g_ptrs, mask=mask_m[:, None], other=0.0, eviction_policy="evict_first"
                 )
-            sums = add_sums(sums, again)
+            sums = add_sums(sums, tl.trans(again))
         acc = dot(tl.trans(g.to(COMPUTE)), _cast(x, COMPUTE), acc, PRECISION)
     slab = (pid_k * tl.num_programs(0) + pid_n) * tl.num_programs(2) + pid_s
-    store_slab(slabs_ptr, db_slabs_ptr, acc, sums, slab, pid_k == 0, BLOCK_N, BLOCK_K)
+    store_slab(slabs_ptr, db_slabs_ptr, acc, sums, slab, BLOCK_N, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["B", "m", "P"])
@@ -405,7 +405,7 @@ def _bwd(
         geometry = _geometry(images, weight)
         gather = _access(images, geometry) == "gather"
         config, plan = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather)
-        slabs = gemm_dw.new_slabs(config, plan, N, K, dout.device)
+        slabs = gemm_dw.new_slabs(config, plan, N, K, 1, dout.device)
         tiles = cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K)
         launch(
             _patch_embed_dw_kernel,

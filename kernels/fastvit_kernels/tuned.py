@@ -200,7 +200,8 @@ GEMM_DW: dict[int, dict[str, Config]] = {
     90: {
         "tma": Config(64, 128, 256, num_warps=8, num_stages=4, tma=True),
         "tma_square": Config(64, 128, 128, num_warps=8, num_stages=6, tma=True),
-        "16-bit": Config(64, 128, 128, num_warps=8, num_stages=3),
+        "16-bit": Config(32, 128, 128, num_warps=8, num_stages=3),
+        "patch_embed": Config(64, 128, 128, num_warps=8, num_stages=3),
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3, CTAS=4),
     },
     100: {
@@ -344,10 +345,18 @@ def _gemm_dw(
         found = dw_plan.plan(tiles, steps, programs, part_steps / config.BLOCK_M if arch else 0)
         area = config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
         seconds = dw_plan.time(found, part_steps / config.BLOCK_M) * area
-        return seconds / _RATES["wide" if config.BLOCK_K == 256 else "square"], found
+        return seconds / (1.0 if config.BLOCK_K == 256 else 0.85), found
 
     config = min((table[name] for name in names), key=lambda config: planned(config)[0])
     return config, planned(config)[1]
+
+
+def dw_columns(plan: Plan, num_n: int, device_index: int | None) -> int:
+    """Columns of tiles, `num_n` tiles each, that share the sums of db. Each then walks in three
+    loops, whose starts and ends take about as long as 4 of its steps do: not for a few rows.
+    """
+    few = arch(device_index) and plan.longest() < 64
+    return 1 if few else plan.columns(num_n)
 
 
 def _dw_tiles(M: int, N: int, K: int, config: Config) -> tuple[int, int]:
