@@ -105,18 +105,23 @@ def _layernorm_bwd_kernel(
     EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     C, stride_xm = eights(C, EIGHTS), eights(stride_xm, EIGHTS)
     pid = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    w = tl.zeros([BLOCK_C], tl.float32) + 1.0
+    w, b = tl.zeros([BLOCK_C], tl.float32) + 1.0, tl.zeros([BLOCK_C], tl.float32)
     if norm_weight_ptr is not None:
         w = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    if norm_bias_ptr is not None:
+        b = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_C], tl.float32)
     db = tl.zeros([BLOCK_C], tl.float32)
     first = pid * rows_per_program
-    for m in range(first, tl.minimum(first + rows_per_program, M), BLOCK_M):
+    end = tl.minimum(first + rows_per_program, M)
+    # The next rows are on their way while these are summed.
+    for m in tl.range(first, end, BLOCK_M, num_stages=NUM_STAGES):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_c[None, :]
@@ -126,20 +131,21 @@ def _layernorm_bwd_kernel(
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_c[None, :], mask=mask, other=0.0)
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        residual = 0.0
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         xhat = tl.where(mask, (x.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
         if norm_rows_ptr is not None:
             dw += tl.sum(dy * xhat, axis=0)
             db += tl.sum(dy, axis=0)
         if y_ptr is not None:
-            y = _affine(xhat, norm_weight_ptr, norm_bias_ptr, offs_c, C)
+            y = xhat * w[None, :] + b[None, :]
             tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
         dxhat = dy * w[None, :]
         dx = dxhat - xhat * (tl.sum(dxhat * xhat, axis=1) / C)[:, None]
         if not RMS:
             dx -= (tl.sum(dxhat, axis=1) / C)[:, None]
-        dx *= rstd[:, None]
-        if residual_ptr is not None:
-            dx += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dx = dx * rstd[:, None] + residual
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if copy_ptr is not None:
             if path_scale_ptr is not None:
@@ -214,7 +220,7 @@ def layernorm_bwd(
     dx = torch.empty((M, C), dtype=x.dtype, device=x.device)
     y = None if y_dtype is None else torch.empty((M, C), dtype=y_dtype, device=x.device)
     copy = None if copy_dtype is None else torch.empty_like(dx, dtype=copy_dtype)
-    config, programs = tuned.layernorm_bwd(M, C, x.device.index)
+    config, programs = tuned.layernorm_bwd(M, C, x.dtype, x.device.index)
     rows_per_program = cdiv(cdiv(M, programs), config.BLOCK_M) * config.BLOCK_M
     programs = cdiv(M, rows_per_program)
     has_params = norm_weight is not None or norm_bias is not None
@@ -243,6 +249,8 @@ def layernorm_bwd(
         EIGHTS=by_eights(C, x.stride(0)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_N,
+        NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
+        maxnreg=config.maxnreg,
     )
     return dx, copy, y, norm_rows

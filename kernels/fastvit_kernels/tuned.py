@@ -424,11 +424,26 @@ def layernorm_fwd(C: int) -> Config:
     return Config(max(1, 4096 // block_c), block_c, num_warps=4 if block_c <= 2048 else 8)
 
 
-def layernorm_bwd(M: int, C: int, device_index: int | None) -> tuple[Config, int]:
-    """Whole rows, and the number of programs, each of which owns a run of rows."""
+def layernorm_bwd(
+    M: int, C: int, dtype: torch.dtype, device_index: int | None
+) -> tuple[Config, int]:
+    """Whole rows of x, and the number of programs, each of which owns a run of rows: as many as
+    the SMs hold, by registers. Loads go two steps ahead where an SM's share of the bandwidth is
+    large, or one.
+    """
     block_c = _power_of_two(C)
-    config = Config(max(1, 2048 // block_c), block_c, num_warps=4 if block_c <= 1024 else 8)
-    return config, min(-(-M // config.BLOCK_M), 4 * num_sms(device_index))
+    num_warps = min(16, max(4, block_c // 256))
+    per_sm = {4: 4, 8: 2, 16: 1}[num_warps]
+    if num_warps == 4 and (dtype == torch.float32 or arch(device_index) // 10 == 12):
+        per_sm = 3
+    config = Config(
+        max(1, 2048 // block_c),
+        block_c,
+        num_warps=num_warps,
+        num_stages=3 if arch(device_index) // 10 in (9, 10) else 2,
+        maxnreg=65536 // (32 * num_warps * per_sm) // 8 * 8,
+    )
+    return config, min(-(-M // config.BLOCK_M), per_sm * num_sms(device_index))
 
 
 # Attention. "fwd_resident" and ".._keys" hold every key of a row, at most BLOCK_N of them; the
