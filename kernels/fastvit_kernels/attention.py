@@ -132,6 +132,9 @@ def plan_bwd(
     if not tuned.attention("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
         beside = ""
     dq, dkv = (tuned.attention(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))
+    if N <= tuned.ATTENTION_FEWER_QUERIES and not (ragged or dropout or beside):
+        fewer = tuned.attention("dkv_fewer_queries", D, dtype, arch)
+        dkv = fewer if fewer.BLOCK_N else dkv
     pieces = 2 if D <= 64 else 1  # wider tiles leave no registers for a tail in two pieces
     dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, "STEP_")
     dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_", always=bool(beside))

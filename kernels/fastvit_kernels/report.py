@@ -81,7 +81,8 @@ MODELS = (
 # Attention alone, in bfloat16: rows of every length, and every option on top of them. The table
 # has head dim 64 and, by way of MODELS, those of published models. --head-dim compiles any, with
 # dropout at every length as well; a slow test holds them to no spills.
-LENGTHS = range(1, 513)  # longer rows are cut as the last 128 of these
+# Those between are cut as the 128 before them, and all longer ones as the last 128.
+LENGTHS = (*range(1, 513), *range(641, 769))
 HEAD_DIMS = range(16, 129, 8)
 ATTENTION = {f"attention D{D}": D for D in HEAD_DIMS}
 OPTIONS = {f"attention options D{D}": D for D in HEAD_DIMS}
