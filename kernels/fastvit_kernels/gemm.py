@@ -46,6 +46,7 @@ from fastvit_kernels.launch import by_eights, cdiv, launch
 @triton.jit
 def _epilogue(
     acc,
+    other,
     out,
     offs_m,
     first_n,
@@ -57,8 +58,10 @@ def _epilogue(
     EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """Of some columns of the tile. other: u of "dgelu", the residual of "residual"."""
     matrices, vectors = out
-    bias_ptr, sums_ptr = vectors[0], vectors[3]
+    c_ptr, u_ptr, h_ptr, _, copy_ptr, parts_ptr = matrices
+    bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr = vectors
     path_scale, mean, rstd = row_values
     offs_n = first_n + tl.arange(0, WIDTH)
     if sums_ptr is not None:
@@ -66,47 +69,10 @@ def _epilogue(
         acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if EPILOGUE == "gelu":
-        if matrices[1] is not None:
-            offs, mask = _place(offs_m, offs_n, M, N)
-            tl.store(matrices[1] + offs, acc.to(matrices[1].dtype.element_ty), mask=mask)
-    other = acc
-    if EPILOGUE == "dgelu" or EPILOGUE == "residual":
-        offs, mask = _place(offs_m, offs_n, M, N)
-        other_ptr = matrices[1] if EPILOGUE == "dgelu" else matrices[3]
-        other = tl.load(other_ptr + offs, mask=mask, other=0.0)
-    sizes = (M, N)
-    _write(acc, other, out, offs_m, first_n, path_scale, *sizes, EPILOGUE, ACTIVATION, EXACT, WIDTH)
-
-
-@triton.jit
-def _place(offs_m, offs_n, M, N):
-    """Where rows and columns lie in an (M, N) matrix, and which of them do."""
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    return offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], mask
-
-
-@triton.jit
-def _write(
-    acc,
-    other,
-    out,
-    offs_m,
-    first_n,
-    path_scale,
-    M,
-    N,
-    EPILOGUE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EXACT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The epilogue beyond acc + bias. other: u of "dgelu", the residual of "residual"."""
-    matrices, vectors = out
-    c_ptr, _, h_ptr, _, copy_ptr, parts_ptr = matrices
-    offs_n = first_n + tl.arange(0, WIDTH)
     offs, mask = _place(offs_m, offs_n, M, N)
     if EPILOGUE == "gelu":
+        if u_ptr is not None:
+            tl.store(u_ptr + offs, acc.to(u_ptr.dtype.element_ty), mask=mask)
         acc = gelu(acc, ACTIVATION, EXACT)
     elif EPILOGUE == "dgelu":
         u = other.to(tl.float32)
@@ -114,10 +80,10 @@ def _write(
         if h_ptr is not None:
             tl.store(h_ptr + offs, gelu(u, ACTIVATION, EXACT).to(h_ptr.dtype.element_ty), mask=mask)
     elif EPILOGUE == "residual":
-        if vectors[1] is not None:
-            w = tl.load(vectors[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        if layer_scale_ptr is not None:
+            w = tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
             acc = acc * w[None, :]
-        if vectors[2] is not None:
+        if path_scale_ptr is not None:
             acc = acc * path_scale[:, None]
         acc += other.to(tl.float32)
     c = acc.to(c_ptr.dtype.element_ty)
@@ -126,6 +92,13 @@ def _write(
         tl.store(copy_ptr + offs, acc.to(copy_ptr.dtype.element_ty), mask=mask)
     if parts_ptr is not None:
         _store_parts(c, parts_ptr, offs_m, first_n, M, N, WIDTH)
+
+
+@triton.jit
+def _place(offs_m, offs_n, M, N):
+    """Where rows and columns lie in an (M, N) matrix, and which of them do."""
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    return offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], mask
 
 
 @triton.jit
@@ -139,6 +112,29 @@ def _store_parts(c, parts_ptr, offs_m, first_n, M, N, WIDTH: tl.constexpr):
     mask = offs_m < tl.where(first_n < N, M, 0)
     tl.store(parts_ptr + offs_m, mean, mask=mask)
     tl.store(parts_ptr + M + offs_m, tl.sum(deviation * deviation, axis=1), mask=mask)
+
+
+@triton.jit
+def _other(other_ptr, offs_m, offs_n, M, N, READS: tl.constexpr):
+    """What the epilogue reads beside the product, if it does."""
+    other = 0.0
+    if READS:
+        offs, mask = _place(offs_m, offs_n, M, N)
+        other = tl.load(other_ptr + offs, mask=mask, other=0.0)
+    return other
+
+
+@triton.jit
+def _columns(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr):
+    """The columns of acc in SUBTILES parts."""
+    if SUBTILES == 1:
+        parts = (acc,)
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        lo, hi = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, HALF]), [0, 2, 1]))
+        parts = _columns(lo, BLOCK_M, HALF, SUBTILES // 2)
+        parts = parts + _columns(hi, BLOCK_M, HALF, SUBTILES // 2)
+    return parts
 
 
 @triton.jit
@@ -157,27 +153,35 @@ def _finish(
     BLOCK_N: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):
-    """The epilogue of SUBTILES parts of the tile in turn: each needs its own share of registers."""
-    if SUBTILES == 1:
-        _epilogue(acc, out, offs_m, first_n, row_values, M, N, EPILOGUE, ACTIVATION, EXACT, BLOCK_N)
-    else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        halves = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, HALF]), [0, 2, 1]))
-        for i in tl.static_range(2):
-            _finish(
-                halves[i],
+    """The epilogue of SUBTILES parts of the tile in turn: each needs its own share of registers.
+    What the next ones read is loaded before this one stores, which no load may pass.
+    """
+    WIDTH: tl.constexpr = BLOCK_N // SUBTILES
+    READS: tl.constexpr = EPILOGUE == "dgelu" or EPILOGUE == "residual"
+    other_ptr = out[0][1] if EPILOGUE == "dgelu" else out[0][3]
+    # Four bytes an element would take too many registers.
+    WIDE: tl.constexpr = READS and other_ptr.dtype.element_ty == tl.float32
+    AHEAD: tl.constexpr = 2 if SUBTILES >= 8 else 0 if WIDE else 1
+    parts = _columns(acc, BLOCK_M, BLOCK_N, SUBTILES)
+    offs_n = first_n + tl.arange(0, WIDTH)
+    others = ()
+    for i in tl.static_range(SUBTILES + AHEAD):
+        if i < SUBTILES:
+            others += (_other(other_ptr, offs_m, offs_n + i * WIDTH, M, N, READS),)
+        if i >= AHEAD:
+            _epilogue(
+                parts[i - AHEAD],
+                others[i - AHEAD],
                 out,
                 offs_m,
-                first_n + i * HALF,
+                first_n + (i - AHEAD) * WIDTH,
                 row_values,
                 M,
                 N,
                 EPILOGUE,
                 ACTIVATION,
                 EXACT,
-                BLOCK_M,
-                HALF,
-                SUBTILES // 2,
+                WIDTH,
             )
 
 
