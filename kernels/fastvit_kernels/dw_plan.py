@@ -46,8 +46,8 @@ class Plan:
         return whole + max(min(self.share, self.steps) + stretch, again)
 
     def columns(self, num_n: int) -> int:
-        """Columns of tiles, `num_n` tiles each, that share the sums of G's rows: all of them where
-        all tiles are cut alike, or those of whole tiles alone.
+        """Columns of tiles, `num_n` tiles each, that can share the sums of G's rows: all of them
+        where all tiles are cut alike, those of whole tiles alone, or the first, however it is cut.
         """
         whole = self.tiles // self.programs * self.programs
         if whole in (0, self.tiles):
@@ -97,10 +97,11 @@ def plan(tiles: int, steps: int, programs: int, part_steps: float) -> Plan:
 
 
 def time(plan: Plan, part_steps: float) -> float:
-    """In steps of one program; writing a part and reading it again costs `part_steps` of them.
+    """In steps of one program, `part_steps` of which take as long as writing a part and reading it
+    again.
 
-    Its own program writes it, after a pipeline that was filled for it. On an H200 the times of 18
-    plans, of ViT-B, -L and -H, lie within 4 % of these steps, if one with sums counts as 9 / 8.
+    Its program fills a pipeline for it and writes it; all share the reading. On an H200 the times
+    of 18 plans, of ViT-B, -L and -H, lie within 4 % of these steps, if one with sums counts as 9/8.
     """
     return plan.longest(0.6 * part_steps) + 0.5 * part_steps * plan.parts / plan.programs
 

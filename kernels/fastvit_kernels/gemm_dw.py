@@ -3,8 +3,8 @@
 M, the tokens, is long and dW small: `dw_plan` cuts the tiles of dW along M so that all programs
 have as many rows. A program leaves the float32 sum of its stretch of a tile as a slab, and
 `reduce_slabs` adds the slabs of each tile in order: no atomics, bitwise repeatable. db comes from
-the tiles of G that are loaded anyway, each column of tiles summing its share of the rows: a step
-with sums is an eighth longer on sm_90 (wgmma reads G once more), and the longest program counts.
+the tiles of G that are loaded anyway. A step with sums is an eighth longer on sm_90 (wgmma reads G
+once more), and the longest program counts: where rows are many, columns of tiles share the sums.
 Bytes: G once per column of tiles and X once per row of them (from L2 but for the first), and two
 times 4 BLOCK_N BLOCK_K for each slab.
 """
@@ -189,10 +189,15 @@ def _reduce_weight(
     pid_n, num_n = rows * BLOCK_N // TILE_N, tl.cdiv(N, TILE_N)
     tile_n = offs_n % TILE_N
     db = tl.zeros([BLOCK_N], tl.float32)
-    for column in range(columns):
+    # Of several columns at once: one by one, each load would wait for the one before.
+    for start in range(0, columns, 16):
+        column = start + tl.arange(0, 16)
         first = first_part(column * num_n + pid_n, *plan)
-        for i in range(first_part(column * num_n + pid_n + 1, *plan) - first):
-            db += tl.load(db_slabs_ptr + (first + i) * TILE_N + tile_n)
+        parts = first_part(column * num_n + pid_n + 1, *plan) - first
+        parts = tl.where(column < columns, parts, 0)
+        for i in range(tl.max(parts, axis=0)):
+            ptrs = db_slabs_ptr + (first + i)[:, None] * TILE_N + tile_n[None, :]
+            db += tl.sum(tl.load(ptrs, mask=(i < parts)[:, None], other=0.0), axis=0)
     layer_scale = tl.zeros([BLOCK_N], tl.float32)
     dlayer_scale = tl.zeros([BLOCK_N], tl.float32)
     if layer_scale_ptr is not None:

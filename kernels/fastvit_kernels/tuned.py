@@ -352,11 +352,14 @@ def _gemm_dw(
 
 
 def dw_columns(plan: Plan, num_n: int, device_index: int | None) -> int:
-    """Columns of tiles, `num_n` tiles each, that share the sums of db. Each then walks in three
-    loops, whose starts and ends take about as long as 4 of its steps do: not for a few rows.
+    """Columns of tiles, `num_n` tiles each, that share the sums of db: as many as can, or one, in
+    an eighth of a step for each step that is summed. Who shares walks over a stretch in three loops
+    instead of one, whose starts and ends take about as long as 4 steps.
     """
-    few = arch(device_index) and plan.longest() < 64
-    return 1 if few else plan.columns(num_n)
+    columns, whole = plan.columns(num_n), plan.tiles // plan.programs
+    alone = plan.steps * max(1, num_n // plan.programs) if whole else plan.longest()
+    shared = plan.longest() / columns + 8 * 4 * (whole + 1)
+    return columns if shared < alone or arch(device_index) == 0 else 1
 
 
 def _dw_tiles(M: int, N: int, K: int, config: Config) -> tuple[int, int]:
@@ -388,8 +391,8 @@ def patch_embed_dw(
 def reduce_slabs(*tile_widths: int) -> Config:
     """Rows and columns of the tiles that are added at a time: columns divide both tiles' widths."""
     width = min(256, *tile_widths)
-    bound = 64 if width == 32 else None  # of float32: there are no programs for a second CTA an SM
-    return Config(0, BLOCK_N=1024 // width, BLOCK_K=width, num_warps=8, maxnreg=bound)
+    # Bounded, for ptxas spills to make room for more CTAs than there are programs.
+    return Config(0, BLOCK_N=1024 // width, BLOCK_K=width, num_warps=8, maxnreg=64)
 
 
 @choice
@@ -431,18 +434,21 @@ def layernorm_bwd(
     the SMs hold, by registers. Loads go two steps ahead where an SM's share of the bandwidth is
     large, or one.
     """
-    block_c = _power_of_two(C)
-    num_warps = min(16, max(4, block_c // 256))
-    per_sm = {4: 4, 8: 2, 16: 1}[num_warps]
-    if num_warps == 4 and (dtype == torch.float32 or arch(device_index) // 10 == 12):
-        per_sm = 3
-    config = Config(
-        max(1, 2048 // block_c),
-        block_c,
-        num_warps=num_warps,
-        num_stages=3 if arch(device_index) // 10 in (9, 10) else 2,
-        maxnreg=65536 // (32 * num_warps * per_sm) // 8 * 8,
-    )
+    block_c, part = _power_of_two(C), arch(device_index) // 10
+    if block_c > 4096:  # rows that shared memory would not hold twice
+        config, per_sm = Config(1, block_c, num_warps=8, num_stages=1), 1
+    else:
+        num_warps = min(16, max(4, block_c // 256))
+        per_sm = {4: 4, 8: 2, 16: 1}[num_warps]
+        if num_warps == 4 and (dtype == torch.float32 or part in (10, 12)):
+            per_sm = 3
+        config = Config(
+            max(1, 2048 // block_c),
+            block_c,
+            num_warps=num_warps,
+            num_stages=3 if part in (9, 10) else 2,
+            maxnreg=65536 // (32 * num_warps * per_sm) // 8 * 8,
+        )
     return config, min(-(-M // config.BLOCK_M), per_sm * num_sms(device_index))
 
 
