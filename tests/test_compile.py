@@ -68,7 +68,8 @@ def check_not_worse(rows: list[dict]) -> None:
     )
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+# sm_120 runs what sm_80 does, in other tiles.
+@pytest.mark.parametrize("arch", [80, 90, 100, pytest.param(120, marks=pytest.mark.slow)])
 def test_what_ci_compiles(arch: int, tmp_path: Path) -> None:
     rows = report("--ci", "--arch", str(arch), path=tmp_path / "report.json")
     check_rows(rows)
