@@ -94,18 +94,18 @@ def test_every_step_once(most: int, data: st.DataObject, steps: int, part_steps:
     "dims",
     [
         *[(2304, 768), (768, 768), (3072, 768), (768, 3072)],
-        *[(3072, 1024), (4096, 1024), (1024, 4096), (5120, 1280)],
+        *[(3072, 1024), (4096, 1024), (1024, 4096)],
     ],
 )
 def test_programs_of_an_h100_are_busy(dims: tuple[int, int]) -> None:
-    """ViT-B, -L and -H, 50,432 tokens: within 8 % of an even share with the time of every
+    """ViT-B and -L, 50,432 tokens: within 8 % of an even share with the time of every
     stretch's start and end, which is that of 9 steps on an H200, and in few slabs.
     """
     with tuned.target(90, 132):
         config, plan = tuned.gemm_dw(50432, *dims, torch.bfloat16, None, tma=True)
     assert config.tma and plan.programs == 132
     assert plan.longest(9) < 1.08 * plan.tiles * plan.steps / plan.programs + 9
-    assert plan.parts <= 2.5 * plan.programs
+    assert plan.parts <= 2 * plan.programs
 
 
 def test_columns_share_the_sums() -> None:

@@ -356,10 +356,15 @@ def dw_columns(plan: Plan, num_n: int, device_index: int | None) -> int:
     an eighth of a step for each step that is summed. Who shares walks over a stretch in three loops
     instead of one, whose starts and ends take about as long as 4 steps.
     """
+    return _dw_columns(plan, num_n, arch(device_index))
+
+
+@choice
+def _dw_columns(plan: Plan, num_n: int, arch: int) -> int:
     columns, whole = plan.columns(num_n), plan.tiles // plan.programs
     alone = plan.steps * max(1, num_n // plan.programs) if whole else plan.longest()
     shared = plan.longest() / columns + 8 * 4 * (whole + 1)
-    return columns if shared < alone or arch(device_index) == 0 else 1
+    return columns if shared < alone or arch == 0 else 1
 
 
 def _dw_tiles(M: int, N: int, K: int, config: Config) -> tuple[int, int]:
