@@ -1,4 +1,5 @@
-"""Run launches against a driver that only keeps them, and compare `launch` with Triton's own road.
+"""Run launches against a driver that only keeps them, and compare `launch`, and the recipes of
+`replay`, with Triton's own road.
 
 A script, for a process without TRITON_INTERPRET: prints how many launches agreed.
 """
@@ -18,6 +19,7 @@ from fastvit_kernels import (
     linear_residual,
     mlp_narrow,
     patch_embed,
+    replay,
     swiglu,
     tuned,
 )
@@ -57,14 +59,35 @@ class Compiled:
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
         made.append((self.key, (x, y, z), [_value(a) for a in rest[6:]]))
 
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        return lambda *args: self.run(*grid[:3], *[None] * 6, *args)
+
+class Address(int):
+    """Of a tensor, or bytes behind it."""
+
+    of: Tensor
+
+    def __add__(self, offset: int) -> "Address":
+        moved = Address(int(self) + offset)
+        moved.of = self.of
+        return moved
+
+
+def data_ptr(t: Tensor) -> Address:
+    address = Address(torch._C.TensorBase.data_ptr(t))
+    address.of = t
+    return address
 
 
 def _value(arg: Any) -> Any:
+    """What does not differ from run to run."""
     if isinstance(arg, TensorDescriptor):
-        return arg.base.dtype, tuple(arg.shape), tuple(arg.strides), tuple(arg.block_shape)
-    return (arg.dtype, tuple(arg.shape)) if isinstance(arg, Tensor) else arg
+        sizes = tuple(arg.shape), tuple(arg.strides), tuple(arg.block_shape)
+        return _value(arg.base.data_ptr()), *sizes
+    if isinstance(arg, Tensor):
+        arg = data_ptr(arg)
+    if not isinstance(arg, Address):
+        return arg
+    storage = arg.of.untyped_storage()
+    return arg.of.dtype, storage.nbytes(), int(arg) - storage.data_ptr()
 
 
 def compile_nothing(kernel: Any, key: Any, *args: Any, **kwargs: Any) -> Compiled:
@@ -128,23 +151,37 @@ if __name__ == "__main__":
     def tritons(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         kernel[grid](*args, **constants)
 
-    everything()
-    first, made = made, []
+    def launches() -> list[tuple]:
+        global made
+        made = []
+        everything()
+        return made
+
+    torch.Tensor.data_ptr = data_ptr  # type: ignore[method-assign]
+    first = launches()
     kept = len(launch._compiled)
-    everything()
-    again, made = made, []
+    again = launches()
     assert len(launch._compiled) == kept, "the same launches were not found again"
+    recipes = list(replay._recipes.values())
+    assert all(type(r) is replay.Recipe for r in recipes), "some launcher has no recipe"
+    used: list[Any] = []
+    repeat = replay.Recipe.repeat
+    replay.Recipe.repeat = lambda self, tensors: used.append(self) or repeat(self, tensors)
+    repeated = launches()
+    assert {id(r) for r in used} == {id(r) for r in recipes}, "some recipe was not used"
     # Whoever stands in for Triton's launch is given every launch, kept ones too, and none is kept.
     seen: list[Any] = []
     run, JITFunction.run = JITFunction.run, cast(Any, lambda *args, **kwargs: seen.append(args))
-    everything()
+    assert launches() == []
     JITFunction.run = run
-    assert (len(seen), len(launch._compiled), made) == (len(first), kept, [])
+    assert (len(seen), len(launch._compiled)) == (len(first), kept)
     rows = (layernorm, layernorm_fold, mlp_narrow, patch_embed, swiglu)
     for module in (attention, gemm, gemm_dw, *rows):
         setattr(module, "launch", tritons)  # noqa: B010
-    everything()
-    assert first == made and again == made, next(
-        pair for pair in zip(again, made, strict=True) if pair[0] != pair[1]
-    )
-    print(f"{len(made)} launches of {kept} kinds agree")
+    replay.run = lambda launcher, args: launcher(*args)
+    expected = launches()
+    for made_so in (first, again, repeated):
+        assert made_so == expected, next(
+            pair for pair in zip(made_so, expected, strict=True) if pair[0] != pair[1]
+        )
+    print(f"{len(expected)} launches of {kept} kinds agree, by {len(recipes)} recipes")

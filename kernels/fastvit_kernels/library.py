@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fastvit_kernels import replay
+
 _library = torch.library.Library("fastvit", "FRAGMENT")
 launchers: dict[str, Callable[..., Any]] = {}  # what `torch.ops.fastvit.<name>` runs on a GPU
 
@@ -13,6 +15,8 @@ launchers: dict[str, Callable[..., Any]] = {}  # what `torch.ops.fastvit.<name>`
 def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Make a launcher the op `torch.ops.fastvit.<name>`; `fake` gives shapes and dtypes alone.
 
+    What it does must follow from its tensors' shapes, strides and dtypes and its other arguments:
+    no values are read, and no state but `tuned`'s, whose changes it forgets (`replay`).
     What comes back calls the launcher itself where nobody watches: the dispatcher takes longer than
     most launches.
     """
@@ -26,8 +30,8 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
             # Triton launches on the current GPU, which need not be the one that holds the tensors.
             if first.is_cuda and first.device.index != torch.cuda.current_device():
                 with torch.cuda.device_of(first):
-                    return launch(first, *args)
-            return launch(first, *args)
+                    return replay.run(launch, (first, *args))
+            return replay.run(launch, (first, *args))
 
         _library.impl(name, on_its_device, "CompositeExplicitAutograd")
         launchers[name] = launch

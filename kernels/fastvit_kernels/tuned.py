@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -37,20 +37,25 @@ class Config:
 
 T = TypeVar("T")
 Choose = TypeVar("Choose", bound=Callable)
-_choices: list[Any] = []
+_forget: list[Callable[[], None]] = []
 
 
 def choice(choose: Choose) -> Choose:
     """Remember what `choose` answers: every launch asks."""
     cached = functools.lru_cache(maxsize=4096)(choose)
-    _choices.append(cached)
+    _forget.append(cached.cache_clear)
     return cached  # type: ignore[return-value]
+
+
+def when_forgotten(clear: Callable[[], None]) -> None:
+    """Call clear() too where choices are forgotten: for what was made of them."""
+    _forget.append(clear)
 
 
 def forget_choices() -> None:
     """For after a table was edited."""
-    for cached in _choices:
-        cached.cache_clear()
+    for clear in _forget:
+        clear()
 
 
 _target: tuple[int, int] | None = None

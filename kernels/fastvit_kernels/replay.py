@@ -1,0 +1,328 @@
+"""Repeat what a launcher did, for tensors of the same kind at other addresses.
+
+What a launcher of `library` allocates and launches follows from its tensors' shapes, strides and
+dtypes and from its other arguments. Finding that out takes several times as long as the launches
+themselves, for which the GPU waits in small batches and small models. So the second call under the
+same facts is watched, and those after it repeat its allocations and launches with the addresses of
+their own tensors. Shapes that never come back are never watched.
+
+A recipe counts tensors: first the launcher's arguments, then what it makes, in order. It lets go of
+what it made after its last use, as the launcher does or earlier.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastvit_kernels import gemm, launch, tuned
+
+MOST = 4096  # recipes kept
+_SEEN = object()  # one call under these facts
+_recipes: dict[tuple, Any] = {}
+tuned.when_forgotten(_recipes.clear)
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: `offset` bytes behind the start of number `of`, or all of that."""
+
+    of: int
+    offset: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    whole: bool
+
+    def find(self, tensors: list[Any]) -> Tensor:
+        found = tensors[self.of]
+        if self.whole:
+            return found
+        start = found.storage_offset() + self.offset // found.element_size()
+        return torch.as_strided(found, self.shape, self.strides, start)
+
+
+class Allocation(NamedTuple):
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    counts: bool  # its changes, as no tensor that is made in inference mode does
+
+    def repeat(self, tensors: list[Any], addresses: list[int], _: Any) -> None:
+        shape, strides, dtype, device, counts = self
+        if counts:
+            with torch.inference_mode(False):
+                made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        else:
+            made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        tensors.append(made)
+        addresses.append(made.data_ptr())
+
+
+class Call(NamedTuple):
+    """Of an op of PyTorch's own, which makes a tensor or returns one of its arguments."""
+
+    op: Any
+    args: tuple
+    options: dict[str, Any]
+    makes: bool
+
+    def repeat(self, tensors: list[Any], addresses: list[int], _: Any) -> None:
+        def found(arg: Any) -> Any:
+            return arg.find(tensors) if isinstance(arg, Place) else arg
+
+        made = self.op(*map(found, self.args), **{k: found(a) for k, a in self.options.items()})
+        if self.makes:
+            tensors.append(made)
+            addresses.append(made.data_ptr())
+
+
+class Launch(NamedTuple):
+    """places: which of args are tensors, and which are descriptors of these."""
+
+    again: launch.Again
+    args: tuple
+    places: list[tuple[int, Place, TensorDescriptor | None]]
+    compiled: bool
+
+    def repeat(self, tensors: list[Any], addresses: list[int], stream: Any) -> None:
+        args = list(self.args)
+        if self.compiled:
+            for i, place, descriptor in self.places:
+                address = addresses[place.of] + place.offset
+                args[i] = address if descriptor is None else _moved(descriptor, _Address(address))
+        else:
+            for i, place, descriptor in self.places:
+                t = place.find(tensors)
+                args[i] = t if descriptor is None else _moved(descriptor, t)
+        self.again(stream, args)
+
+
+class LastUse(NamedTuple):
+    of: int
+
+    def repeat(self, tensors: list[Any], _: list[int], __: Any) -> None:
+        tensors[self.of] = None
+
+
+class _Address(NamedTuple):
+    """What Triton asks of a descriptor's base."""
+
+    value: int
+
+    def data_ptr(self) -> int:
+        return self.value
+
+
+def _moved(descriptor: TensorDescriptor, base: Any) -> TensorDescriptor:
+    """The same of another base, past the checks that the first has passed."""
+    moved = object.__new__(TensorDescriptor)
+    moved.__dict__.update(descriptor.__dict__, base=base)
+    return moved
+
+
+class Recipe(NamedTuple):
+    steps: list[Any]
+    results: list[Place]
+    form: type  # of what comes back: a tensor, or a list or tuple of them
+    on_stream: bool
+
+    def repeat(self, tensors: list[Any]) -> Any:
+        addresses = [t.data_ptr() for t in tensors]
+        stream = launch.current_stream() if self.on_stream else None
+        for step in self.steps:
+            step.repeat(tensors, addresses, stream)
+        found = [place.find(tensors) for place in self.results]
+        return self.form(found) if self.form in (list, tuple) else found[0]
+
+
+_ALLOCATE = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+}
+
+
+class Watch(TorchDispatchMode):
+    """Keeps the steps of a launcher. lost: it did what no recipe can tell."""
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.steps: list[Any] = []
+        self.lost = self.busy = False
+        self.inference = torch.is_inference_mode_enabled()
+        self.counted: list[tuple[int, torch.Size, tuple[int, ...]]] = []
+        self.numbers = WeakTensorKeyDictionary()
+        for t in inputs:
+            self._count(t)
+
+    def __enter__(self) -> "Watch":
+        launch.watching.by = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        launch.watching.by = None
+        super().__exit__(*error)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not self.busy:
+            self._see(func, args, kwargs or {}, made)
+        return made
+
+    def _see(self, func: Any, args: Any, options: dict[str, Any], made: Any) -> None:
+        tensors = list(made) if isinstance(made, (list, tuple)) else [made]
+        base = next((a for a in args if isinstance(a, Tensor)), None)
+        if func in _ALLOCATE:
+            place = self._count(made)
+            counts = self.inference and not made.is_inference()
+            kind = (made.dtype, made.device, counts)
+            self.steps.append(Allocation(place.shape, place.strides, *kind))
+        elif func.is_view and base is not None and all(_shares(t, base) for t in tensors):
+            for t in tensors:
+                self.numbers[t] = self.numbers.get(base)
+        elif isinstance(made, Tensor):
+            makes = made not in self.numbers
+            places = [self._place(a) if isinstance(a, Tensor) else a for a in args]
+            options = {
+                k: self._place(a) if isinstance(a, Tensor) else a for k, a in options.items()
+            }
+            self.steps.append(Call(func, tuple(places), options, makes))
+            if makes:
+                self._count(made)
+        else:
+            self.lost = True
+
+    def launch(self, again: launch.Again, stream: Any, args: tuple, compiled: bool) -> Any:
+        places = []
+        for i, arg in enumerate(args):
+            if isinstance(arg, TensorDescriptor):
+                places.append((i, self._place(arg.base), _moved(arg, None)))
+            elif isinstance(arg, Tensor):
+                places.append((i, self._place(arg), None))
+        self.steps.append(Launch(again, _without_tensors(args), places, compiled))
+        self.busy = True
+        try:
+            return again(stream, args)
+        finally:
+            self.busy = False
+
+    def _count(self, t: Tensor) -> Place:
+        self.numbers[t] = len(self.counted), t.data_ptr()
+        self.counted.append((t.data_ptr(), t.shape, t.stride()))
+        return self._place(t)
+
+    def _place(self, t: Tensor) -> Any:
+        found = self.numbers.get(t)
+        if found is None:
+            self.lost = True
+            return None
+        number, start = found
+        offset = t.data_ptr() - start
+        whole = (offset, t.shape, t.stride()) == (0, *self.counted[number][1:])
+        return Place(number, offset, t.shape, t.stride(), whole)
+
+    def recipe(self, inputs: int, result: Any) -> Recipe | None:
+        """Of a launcher of so many tensors that gave this; None if there is none."""
+        form = type(result)
+        results = [self._place(t) for t in (result if form in (list, tuple) else [result])]
+        if self.lost or any(place.of < inputs for place in results):
+            return None
+        steps: list[Any] = []
+        used = {place.of for place in results} | set(range(inputs))
+        made = len(self.counted)
+        for step in reversed(self.steps):
+            places = {place.of for place in _places(step)}
+            if _makes(step):
+                made -= 1
+                places.add(made)
+            steps += [*map(LastUse, sorted(places - used)), step]
+            used |= places
+        on_stream = any(isinstance(step, Launch) and step.compiled for step in steps)
+        return Recipe(steps[::-1], results, form, on_stream)
+
+
+def _shares(t: Tensor, base: Tensor) -> bool:
+    return t.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
+
+
+def _without_tensors(args: tuple) -> tuple:
+    return tuple(None if isinstance(a, (Tensor, TensorDescriptor)) else a for a in args)
+
+
+def _places(step: Any) -> list[Place]:
+    if isinstance(step, Launch):
+        return [place for _, place, _ in step.places]
+    if isinstance(step, Call):
+        return [a for a in (*step.args, *step.options.values()) if isinstance(a, Place)]
+    return []
+
+
+def _makes(step: Any) -> bool:
+    return isinstance(step, Allocation) or (isinstance(step, Call) and step.makes)
+
+
+def run(launcher: Callable[..., Any], args: tuple) -> Any:
+    """launcher(*args), by its recipe where there is one."""
+    if type(gemm._gemm_kernel) is not JITFunction or not launch.is_tritons():
+        return launcher(*args)
+    return repeat(launcher, args)
+
+
+def repeat(launcher: Callable[..., Any], args: tuple) -> Any:
+    """`run`, whoever makes the launches."""
+    key, tensors = _facts(launcher, args)
+    if key is None or launch.watching.by is not None:
+        return launcher(*args)
+    recipe = _recipes.get(key)
+    if type(recipe) is Recipe:
+        return recipe.repeat(tensors)
+    if recipe is None:
+        if len(_recipes) >= MOST:
+            _recipes.clear()
+        _recipes[key] = _SEEN
+    if recipe is not _SEEN:
+        return launcher(*args)
+    result, recipe = watched(launcher, args, tensors)
+    _recipes[key] = recipe or False
+    return result
+
+
+def watched(
+    launcher: Callable[..., Any], args: tuple, tensors: list[Tensor]
+) -> tuple[Any, Recipe | None]:
+    """launcher(*args), and how to do it again. tensors: those of args, in order."""
+    with Watch(tensors) as watch:
+        result = launcher(*args)
+    return result, watch.recipe(len(tensors), result)
+
+
+def _facts(launcher: Callable[..., Any], args: tuple) -> tuple[tuple | None, list[Any]]:
+    """What a launcher's work follows from, None where it is not to be repeated, and its tensors."""
+    tensors: list[Any] = []
+    facts: list[Any] = [launcher, args[0].device, torch.is_inference_mode_enabled()]
+    addresses, wide = 0, False
+    for arg in args:
+        if isinstance(arg, Tensor):
+            dtype = arg.dtype
+            wide = wide or dtype is torch.float32
+            tensors.append(arg)
+            addresses |= arg.data_ptr()
+            facts += (dtype, arg.shape, None if arg.is_contiguous() else arg.stride())
+        else:
+            facts.append(arg)
+    if addresses % 16:
+        return None, tensors
+    if wide:
+        facts.append(gemm.precision(torch.float32))
+    if len({id(t) for t in tensors}) < len(tensors):
+        ids = [id(t) for t in tensors]
+        facts.append(tuple(map(ids.index, ids)))
+    return tuple(facts), tensors
