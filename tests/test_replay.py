@@ -167,6 +167,23 @@ def test_the_third_call_is_repeated(device: torch.device) -> None:
     assert three(x, factor, 2.0) == expected
 
 
+def test_compiled_ops_are_repeated(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler gives lists for tuples."""
+    repeats: list[replay.Recipe] = []
+    again = replay.Recipe.repeat
+    monkeypatch.setattr(replay, "run", replay.repeat)
+    monkeypatch.setattr(replay.Recipe, "repeat", lambda r, t: repeats.append(r) or again(r, t))
+    images, weight = torch.randn(2, 3, 8, 8, device=device), torch.randn(16, 3, 4, 4, device=device)
+    compiled = torch.compile(ops.patch_embed, backend="aot_eager", fullgraph=True)
+    grads = []
+    for _ in range(3):
+        w = weight.clone().requires_grad_()
+        with fastvit.use_backend("triton"):
+            compiled(images, w).square().sum().backward()
+        grads.append(w.grad)
+    assert len(repeats) == 2 and torch.equal(grads[0], grads[2])
+
+
 def test_never_repeated(device: torch.device) -> None:
     """Addresses that kernels are compiled for alone, and what no recipe can tell."""
 

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import register_flop_formula
 
-from fastvit_kernels import replay
+from fastvit_kernels import flops, replay
 
 _library = torch.library.Library("fastvit", "FRAGMENT")
 launchers: dict[str, Callable[..., Any]] = {}  # what `torch.ops.fastvit.<name>` runs on a GPU
@@ -36,7 +38,11 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         _library.impl(name, on_its_device, "CompositeExplicitAutograd")
         launchers[name] = launch
         torch.library.register_fake(f"fastvit::{name}", fake, lib=_library)
-        op = getattr(torch.ops.fastvit, name).default
+        packet = getattr(torch.ops.fastvit, name)
+        formula = register_flop_formula(packet, get_raw=True)(flops.counts(name, launch))
+        for mode in _get_current_dispatch_mode_stack():  # a count that began before this import
+            getattr(getattr(mode, "counter", None), "flop_registry", {})[packet] = formula
+        op = packet.default
 
         def call(first: torch.Tensor, *args: Any) -> Any:
             return op(first, *args) if is_watched(first) else on_its_device(first, *args)

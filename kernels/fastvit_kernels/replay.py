@@ -317,7 +317,7 @@ def _facts(launcher: Callable[..., Any], args: tuple) -> tuple[tuple | None, lis
             addresses |= arg.data_ptr()
             facts += (dtype, arg.shape, None if arg.is_contiguous() else arg.stride())
         else:
-            facts.append(arg)
+            facts.append(tuple(arg) if type(arg) is list else arg)
     if addresses % 16:
         return None, tensors
     if wide:

@@ -354,7 +354,9 @@ class ViT(VitPytorchNames, nn.Module):
         if self.pos_embed is None:
             return None, prefix
         covered = 0 if self.no_embed_class else self.num_prefix_tokens
-        own, table = self.pos_embed[0].tensor_split([covered])
+        # What torch's counters of modules ask of an argument, no view of a leaf has under no_grad.
+        pos = self.pos_embed if torch.is_grad_enabled() else self.pos_embed.detach()
+        own, table = pos[0].tensor_split([covered])
         if prefix is not None and covered:
             prefix = prefix + own
         if grid is not None:

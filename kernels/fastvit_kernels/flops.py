@@ -1,0 +1,67 @@
+"""FLOPs of the ops as `torch.utils.flop_counter` counts PyTorch's: of products alone.
+
+Each formula has a launcher's arguments by name. A backward of attention makes the scores again.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+
+def _product(rows: Tensor, weight: Tensor, times: int = 1) -> int:
+    return 2 * times * len(rows) * weight.numel()
+
+
+def _attention(q: Tensor, a: Any, times: int) -> int:
+    """`times` products with the scores of q, (B, N, H, D), or of packed sequences."""
+    B, N, H, D = q.shape
+    lengths = [N] * B
+    if a.cu_seqlens is not None:
+        lengths = a.cu_seqlens.diff().tolist()
+    return 2 * times * H * D * sum(n * n for n in lengths)
+
+
+def _maps(a: Any) -> int:
+    B, N, H, D = a.q.shape
+    return 2 * B * H * len(a.rows) * N * D * (2 if a.lse is None else 1)
+
+
+def _patches(a: Any) -> int:
+    """The one product of the patch embedding's forward."""
+    B, _, height, width = a.images.shape
+    p_h, p_w = a.weight.shape[2:]
+    return 2 * B * (height // p_h) * (width // p_w) * a.weight.numel()
+
+
+FORMULAS: dict[str, Callable[[Any], int]] = {
+    "patch_embed_fwd": _patches,
+    "patch_embed_bwd": lambda a: _patches(a) * sum(a.needs[:2]),
+    "layernorm_linear_fwd": lambda a: _product(a.x, a.param),
+    "layernorm_linear_bwd": lambda a: _product(a.x, a.param, 1 + a.needs_params),
+    "linear_residual_fwd": lambda a: _product(a.x, a.weight),
+    "linear_residual_bwd": lambda a: _product(a.x, a.weight, 1 + a.needs_params),
+    "layernorm_mlp_fwd": lambda a: _product(a.x, a.fc1_param, 2),
+    "layernorm_mlp_bwd": lambda a: _product(
+        a.x, a.fc1_param, 2 + 2 * a.needs_params + (a.u.numel() == 0)
+    ),
+    "attention_fwd": lambda a: _attention(a.q, a, 2),
+    "attention_bwd": lambda a: _attention(a.q, a, 5),
+    "attention_qkv_bwd": lambda a: _attention(a.qkv.select(2, 0), a, 5),
+    "attention_qk_bwd": lambda a: _attention(a.qkv.select(2, 0), a, 5),
+    "attention_maps": _maps,
+}
+
+
+def counts(name: str, launcher: Callable[..., Any]) -> Callable[..., int]:
+    """`launcher`'s FLOPs, as `register_flop_formula(get_raw=True)` asks for them."""
+    signature = inspect.signature(launcher)
+
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return FORMULAS.get(name, lambda _: 0)(SimpleNamespace(**bound.arguments))
+
+    return count

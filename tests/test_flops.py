@@ -1,0 +1,68 @@
+"""`FlopCounterMode` counts the kernels' products as it counts eager's."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from fastvit_kernels import flops, library
+from test_gradient_copy import model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastvit
+from fastvit import ops
+
+
+def counted(function: Any, backend: str) -> int:
+    with (
+        fastvit.use_backend(backend),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("what", ["forward", "images want gradients", "frozen", "recompute"])
+def test_a_model(what: str, device: torch.device) -> None:
+    vit = model(1, registers=1, pool="mean").to(device)
+    if what == "recompute":
+        vit.set_mlp_recompute()
+    if what == "frozen":
+        block = vit.blocks[0]
+        for part in (vit.patch_embed, block.attn.proj, block.norm2, block.mlp):
+            part.requires_grad_(False)
+    images = torch.randn(3, 3, 16, 16, device=device)
+    images.requires_grad_(what == "images want gradients")
+
+    def run() -> None:
+        with torch.set_grad_enabled(what != "forward"):
+            out = vit(images).sum()
+        if what != "forward":
+            out.backward()
+
+    # The scores that a backward makes again: of 3 images, 2 heads of 16 channels, 18 vectors.
+    again = 2 * 3 * 2 * 16 * 18 * 18 if what != "forward" else 0
+    assert counted(run, "triton") == counted(run, "reference") + again
+
+
+def test_attention_alone(device: torch.device) -> None:
+    qkv = torch.randn(1, 12, 3, 2, 16, device=device, requires_grad=True)
+    bounds = torch.tensor([0, 4, 12], dtype=torch.int32, device=device)
+    q, k, v = qkv.unbind(2)
+    unit = 2 * 2 * 16
+    for function, expected in (
+        (lambda: ops.attention(q, k, v).sum().backward(), 7 * 144),
+        (lambda: ops.attention_packed(qkv[0], bounds, 8).sum().backward(), 7 * (16 + 64)),
+        (lambda: ops.attention_qkv(qkv, norm_kind="rmsnorm").sum().backward(), 7 * 144),
+        (lambda: ops.attention_maps(q, k, rows=(0, 3)), 2 * 2 * 12),
+    ):
+        assert counted(function, "triton") == unit * expected
+
+
+def test_every_op_has_a_formula() -> None:
+    for op in ("attention_maps", "attention_qk", "layernorm_mlp", "patch_embed", "swiglu"):
+        importlib.import_module(f"fastvit_kernels.{op}")
+    without = set(library.launchers) - set(flops.FORMULAS)
+    assert without == {"attention_qk", "swiglu_fwd", "swiglu_bwd"}  # no products
