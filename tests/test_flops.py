@@ -30,7 +30,7 @@ def test_a_model(what: str, device: torch.device) -> None:
     if what == "recompute":
         vit.set_mlp_recompute()
     if what == "frozen":
-        block = vit.blocks[0]
+        block: Any = vit.blocks[0]
         for part in (vit.patch_embed, block.attn.proj, block.norm2, block.mlp):
             part.requires_grad_(False)
     images = torch.randn(3, 3, 16, 16, device=device)
