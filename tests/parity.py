@@ -1,5 +1,7 @@
 """Run an op on the Triton backend, in eager and in float64, and hold the first to the others."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -29,24 +31,30 @@ def check_parity(
     device: torch.device | str = "cpu",
     autocast: bool = False,
     together: bool = False,
+    views: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
 ) -> None:
     """Output and every gradient of `ops.<op>(**args)` against float64, by the rule of checks.py.
 
     Tensors of args are float32 and are cast to dtype first; with autocast they stay float32 and
     torch.autocast(dtype) casts as it does for eager. together: all results are held to the rule in
     L2 as one vector, each in units of its largest element: among hundreds of random shapes eager's
-    worst element is somewhere a lucky one.
+    worst element is somewhere a lucky one. views: what the op gets of the tensors of args, which
+    the gradients are of.
     """
+
+    def viewed(function: Any) -> Any:
+        return lambda **given: function(**given | {k: view(given[k]) for k, view in views.items()})
+
     inputs = args
     if not autocast:
         inputs = {k: _cast(v, dtype) for k, v in args.items()}
     context = torch.autocast(torch.device(device).type, dtype, enabled=autocast)
     with context:
-        eager = results(getattr(reference, op), inputs, device)
+        eager = results(viewed(getattr(reference, op)), inputs, device)
     with fastvit.use_backend("triton"), context:
-        got = results(getattr(ops, op), inputs, device)
+        got = results(viewed(getattr(ops, op)), inputs, device)
     wide = {k: _cast(v, torch.float64) for k, v in inputs.items()}
-    truth = results(getattr(reference, op), wide, dout_dtype=eager["out"].dtype)
+    truth = results(viewed(getattr(reference, op)), wide, dout_dtype=eager["out"].dtype)
     if together:
         scales = {name: t.detach().abs().max().item() or 1.0 for name, t in truth.items()}
         got, eager, truth = (

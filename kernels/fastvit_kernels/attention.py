@@ -40,7 +40,7 @@ from fastvit_kernels.attention_resident import (
     _attention_bwd_resident_kernel,
     _attention_fwd_resident_kernel,
 )
-from fastvit_kernels.gemm import precision
+from fastvit_kernels.gemm import precision, vectors
 from fastvit_kernels.launch import cdiv, launch
 
 _LOG2E = 1.4426950408889634
@@ -463,15 +463,15 @@ def attention(
 
     lengths: (B,) integers; keys from lengths[b] on are left out. dropout: of the probabilities.
     """
-    seed = draw_seed(q, dropout)
-    return library.apply(AttentionFunction, q, k, v, _scale(q, scale), lengths, dropout, seed)
+    options = (_scale(q, scale), *vectors(lengths), dropout, draw_seed(q, dropout))
+    return library.apply(AttentionFunction, q, k, v, *options)
 
 
 def attention_qkv(
     qkv: Tensor, scale: float | None = None, lengths: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     """`attention` of a packed projection, (B, N, 3, H, D); its gradient is one tensor likewise."""
-    sequences = (lengths, None, 0)
+    sequences = (*vectors(lengths), None, 0)
     seed = draw_seed(qkv, dropout)
     return library.apply(AttentionQKVFunction, qkv, _scale(qkv, scale), *sequences, dropout, seed)
 
@@ -488,7 +488,7 @@ def attention_packed(
     cu_seqlens: (B + 1,) integers, from 0 to total: sequence b is rows cu_seqlens[b] up to
     cu_seqlens[b + 1], at most max_seqlen of them. Returns (total, H, D).
     """
-    sequences = (None, cu_seqlens, max_seqlen)
+    sequences = (None, cu_seqlens.contiguous(), max_seqlen)
     args = (_scale(qkv, scale), *sequences, dropout, draw_seed(qkv, dropout))
     return library.apply(AttentionQKVFunction, qkv[None], *args)[0]
 
@@ -499,7 +499,7 @@ def attention_lse(
     """log sum exp of each row of q k^T * scale: (B, H, N) float32, without a gradient."""
     q, k = q.detach(), k.detach()
     scale = _scale(q, scale)
-    return attention_fwd(q, k, k, scale, lengths)[1] * scale
+    return attention_fwd(q, k, k, scale, *vectors(lengths))[1] * scale
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -381,6 +381,13 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.stride(-1) == 1 else x.contiguous().flatten(0, -2)
 
 
+def vectors(*given: Tensor | None) -> list[Tensor | None]:
+    """Vectors as the kernels read them, element beside element; copied only where they lie apart.
+    For ahead of an autograd Function, so that a gradient finds its way back to what was given.
+    """
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in given]
+
+
 def tma_takes(*tensors: Tensor) -> bool:
     """Whether TMA can address 16-bit matrices: unit column stride, 16-byte base and row stride."""
     return all(

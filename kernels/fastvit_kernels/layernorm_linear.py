@@ -242,6 +242,7 @@ def layernorm_linear(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm(x) weight^T + bias in `dtype`, and x. x: (..., C); weight: (O, C) -> (..., O)."""
+    norm_weight, norm_bias, bias = gemm.vectors(norm_weight, norm_bias, bias)
     args = (x, norm_weight, norm_bias, weight, bias)
     options = (*row_statistics.take(x, dtype), eps, rms, dtype, library.wants_gradient(*args))
     return library.apply(LayerNormLinearFunction, *args, *options)

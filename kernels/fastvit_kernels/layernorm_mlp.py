@@ -327,6 +327,10 @@ def layernorm_mlp(
 
     x: (B, N, C); activation: 'gelu', 'gelu_tanh' or 'quick_gelu' -> (B, N, C) in eager's dtype.
     """
+    norm_weight, norm_bias, layer_scale, path_scale = gemm.vectors(
+        norm_weight, norm_bias, layer_scale, path_scale
+    )
+    fc1_bias, fc2_bias = gemm.vectors(fc1_bias, fc2_bias)
     # Without a backward u would be written for nothing.
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
     backward = library.wants_gradient(*tensors)

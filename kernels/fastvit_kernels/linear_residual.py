@@ -154,6 +154,5 @@ def linear_residual(
 
     x: (B, N, K); weight: (C, K); residual: (B, N, C) -> (B, N, C) in eager's dtype.
     """
-    return library.apply(
-        LinearResidualFunction, x, weight, bias, residual, layer_scale, path_scale, dtype
-    )
+    bias, *branch = gemm.vectors(bias, layer_scale, path_scale)
+    return library.apply(LinearResidualFunction, x, weight, bias, residual, *branch, dtype)

@@ -1,0 +1,91 @@
+"""Vectors and matrices of other strides: what lies between their elements must not be read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from parity import check_parity, leaf
+from test_gemm_ops import layernorm_linear, layernorm_mlp, linear_residual
+from torch import Tensor
+
+import fastvit
+from fastvit import ops, reference
+
+
+def patch_embed() -> dict[str, Any]:
+    images = {"images": leaf(2, 3, 8, 12), "weight": leaf(16, 3, 4, 4, scale=0.1)}
+    return {**images, "bias": leaf(16), "pos": leaf(6, 16), "prefix": leaf(2, 16)}
+
+
+def qk_params(tokens: int) -> dict[str, Any]:
+    angles = torch.randn(tokens, 8)
+    norms = {f"{t}_{kind}": leaf(16) for t in "qk" for kind in ("weight", "bias")}
+    return {**norms, "cos": angles.cos(), "sin": angles.sin(), "norm_kind": "layernorm"}
+
+
+def attention() -> dict[str, Any]:
+    return {**{t: leaf(2, 9, 2, 16) for t in "qkv"}, "key_padding": torch.tensor([5, 7])}
+
+
+def attention_qkv() -> dict[str, Any]:
+    padding = {"key_padding": torch.tensor([5, 7], dtype=torch.int32)}
+    return {"qkv": leaf(2, 9, 3, 2, 16), **padding, **qk_params(9)}
+
+
+def attention_packed() -> dict[str, Any]:
+    bounds = {"cu_seqlens": torch.tensor([0, 4, 9], dtype=torch.int32), "max_seqlen": 5}
+    return {"qkv": leaf(9, 3, 2, 16), **bounds}
+
+
+OPS: dict[str, Callable[[], dict[str, Any]]] = {
+    "patch_embed": patch_embed,
+    "layernorm_linear": lambda: layernorm_linear(2, 9, 32, 48),
+    "linear_residual": lambda: linear_residual(2, 9, 32, 48),
+    "layernorm_mlp": lambda: layernorm_mlp(2, 9, 32, 48),
+    "attention": attention,
+    "attention_qkv": attention_qkv,
+    "attention_packed": attention_packed,
+}
+ROWS = ("x", "residual", "images", "q", "k", "v", "qkv")  # at any strides in tests of their own
+
+
+def apart(t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """t as every second element of another tensor; the others would show in any result."""
+    other = torch.full_like(t, float("nan") if t.is_floating_point() else 1 << 20)
+    return torch.stack((t, other), -1), lambda base: base[..., 0]
+
+
+def repeated(t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The last of t over and over, at stride 0."""
+    return t[-1:], lambda base: base.expand(t.shape)
+
+
+def transposed(t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A matrix whose columns lie in one piece."""
+    return t.transpose(0, -1).contiguous(), lambda base: base.transpose(0, -1)
+
+
+@pytest.mark.parametrize("view", [apart, repeated, transposed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("op", OPS)
+def test_parity(op: str, view: Callable, device: torch.device) -> None:
+    """All vectors and matrices of an op as such views, and every gradient of what they view."""
+    args, views = OPS[op](), {}
+    for name, t in args.items():
+        if isinstance(t, Tensor) and name not in (*ROWS, *["cu_seqlens"] * (view is repeated)):
+            base, views[name] = view(t.detach())
+            args[name] = base.clone().requires_grad_(t.requires_grad)
+    # One number's gradient is one number, by which eager may be lucky.
+    check_parity(op, args, device=device, together=view is repeated, views=views)
+
+
+def test_lse_and_maps(device: torch.device) -> None:
+    q, k = (torch.randn(2, 9, 2, 16, device=device) for _ in "qk")
+    lengths, pick = apart(torch.tensor([5, 7], device=device))
+    lse, pick_lse = apart(reference.attention_lse(q, k))
+    with fastvit.use_backend("triton"):
+        got = ops.attention_lse(q, k, key_padding=pick(lengths))
+        maps = ops.attention_maps(q, k, pick_lse(lse), rows=[0, 4])
+    expected = reference.attention_lse(q, k, key_padding=pick(lengths))
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(maps, reference.attention_maps(q, k, pick_lse(lse), rows=[0, 4]))
