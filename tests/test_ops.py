@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fastvit_kernels.gemm import precision
 
 import fastvit
 from fastvit import backend, ops
@@ -281,3 +283,27 @@ def test_torch_func_takes_the_reference(
         torch.testing.assert_close(each[name].sum(0), p.grad, rtol=1e-3, atol=1e-4)
     with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(loss)(parameters, images[0])
+
+
+@pytest.mark.parametrize(
+    ("switch", "expected"),
+    [
+        (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), "tf32"),
+        (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
+        (lambda: torch.set_float32_matmul_precision("highest"), "ieee"),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), "tf32"),
+        (lambda: setattr(torch.backends, "fp32_precision", "tf32"), "tf32"),
+        (lambda: setattr(torch.backends, "fp32_precision", "ieee"), "ieee"),
+    ],
+)
+def test_float32_products_follow_every_switch_of_pytorch(
+    switch: Callable[[], None], expected: str
+) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    matmul.fp32_precision = "none"
+    try:
+        switch()
+        assert precision(torch.float32) == expected and precision(torch.bfloat16) == "ieee"
+    finally:  # the old switches can be read again once both agree
+        setattr(torch.backends, "fp32_precision", "none")  # noqa: B010
+        matmul.allow_tf32 = False

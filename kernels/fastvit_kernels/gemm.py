@@ -372,8 +372,10 @@ TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 products run: IEEE unless PyTorch's TF32 switch is on."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    # This follows allow_tf32, which may not be read once the newer switch was set.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def rows(x: Tensor) -> Tensor:
