@@ -93,7 +93,7 @@ def test_a_result_may_be_changed_in_place(op: str, device: torch.device) -> None
     args = OPS[op](2, 17, 72, 24)
     grads = []
     for in_place in (False, True):
-        leaves = {k: v.detach().to(device).requires_grad_() for k, v in args.items()}
+        leaves = {k: v.detach().to(device).requires_grad_(v.requires_grad) for k, v in args.items()}
         with fastvit.use_backend("triton"):
             out = getattr(ops, op)(**leaves)
         out = out.mul_(2.0) if in_place else out * 2.0
@@ -160,7 +160,9 @@ def test_fork_adds_the_residuals_gradient(device: torch.device) -> None:
     for uses in ("both", "product", "residual"):
         grads = []
         for backend in ("reference", "triton"):
-            given = {k: v.detach().to(device).requires_grad_() for k, v in args.items()}
+            given = {
+                k: v.detach().to(device).requires_grad_(v.requires_grad) for k, v in args.items()
+            }
             with fastvit.use_backend(backend):
                 y, x = ops.layernorm_linear_fork(**given)
             loss = (y.square().sum() if uses != "residual" else 0) + (
@@ -183,7 +185,7 @@ def test_frozen_parameters(op: str, device: torch.device) -> None:
         torch.manual_seed(0)
         for name, value in args.items():
             value.copy_(torch.randn(value.shape))
-            value.requires_grad_(name in ("x", "residual") or not frozen)
+            value.requires_grad_(name in ("x", "residual") or not (frozen or name == "path_scale"))
         with fastvit.use_backend("triton"):
             getattr(ops, op)(**args).square().sum().backward()
         assert frozen == (args["layer_scale" if op != "layernorm_linear" else "bias"].grad is None)
@@ -265,7 +267,8 @@ def test_repeatable_compiled_and_first_order(op: str, device: torch.device) -> N
 def test_saved_bytes_are_what_the_docstring_says(op: str, device: torch.device) -> None:
     """Under autocast: float32 residual stream, bf16 products."""
     B, N, C, F = 2, 33, 48, 64
-    args = {k: v.detach().to(device).requires_grad_() for k, v in OPS[op](B, N, C, F).items()}
+    args = OPS[op](B, N, C, F)
+    args = {k: v.detach().to(device).requires_grad_(v.requires_grad) for k, v in args.items()}
     params = {v.untyped_storage().data_ptr() for k, v in args.items() if k != "x"}
     saved: dict[int, int] = {}
 

@@ -3,15 +3,19 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fastvit_kernels.gemm import precision
+from parity import results
+from test_strides import OPS
+from torch.autograd import forward_ad
 
 import fastvit
-from fastvit import backend, ops
+from fastvit import backend, ops, reference
 from fastvit.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -307,3 +311,45 @@ def test_float32_products_follow_every_switch_of_pytorch(
     finally:  # the old switches can be read again once both agree
         setattr(torch.backends, "fp32_precision", "none")  # noqa: B010
         matmul.allow_tf32 = False
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_forward_mode_takes_the_reference(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels would drop the tangent."""
+    _as_on_a_gpu(monkeypatch)
+    x, tangent, weight = (t.to(device) for t in (X, torch.randn_like(X), W))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        got = forward_ad.unpack_dual(ops.layernorm_linear(dual, None, None, weight)).tangent
+        with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="forward-mode"):
+            ops.layernorm_linear(dual, None, None, weight)
+    eager = partial(reference.layernorm_linear, norm_weight=None, norm_bias=None, weight=weight)
+    torch.testing.assert_close(got, torch.func.jvp(eager, (x,), (tangent,))[1])
+
+
+@pytest.mark.parametrize(
+    ("op", "names"),
+    [
+        ("linear_residual", ["path_scale"]),
+        ("layernorm_mlp", ["path_scale"]),
+        ("attention_qkv", ["cos", "sin"]),
+    ],
+)
+def test_gradients_the_kernels_lack_are_the_references(
+    op: str, names: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _as_on_a_gpu(monkeypatch)
+    args = OPS[op]()
+    for name in names:
+        args[name].requires_grad_()
+    got, expected = (results(getattr(f, op), args, device) for f in (ops, reference))
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name])
+    given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+    with fastvit.use_backend("triton"):
+        with pytest.raises(RuntimeError, match=f"no gradient of {' and '.join(names)}"):
+            getattr(ops, op)(**given)
+        with torch.no_grad():
+            getattr(ops, op)(**given)

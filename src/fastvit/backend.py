@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from fastvit_kernels import limits
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "reference")
 HAS_TRITON = find_spec("triton") is not None
@@ -106,13 +107,15 @@ def _why_not_triton(x: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def _why_untraceable() -> str | None:
-    """torch.compile and torch.export see the kernels as ops; these two see through to nothing."""
+    """torch.compile and torch.export see the kernels as ops; these see through to nothing."""
     if torch.compiler.is_compiling():
         return None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records PyTorch's own ops alone"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active, and the kernels have no rules for those"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on, and the kernels carry no tangents"
     return None
 
 

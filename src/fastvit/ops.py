@@ -205,6 +205,7 @@ def attention_qkv(
     dtype = _compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
     unsupported = limits.attention(qkv.shape[-1], scale, _batch(qkv))
+    unsupported = unsupported or _no_gradient("cos and sin", cos, sin)
     if choose_triton(op, qkv, dtype, unsupported):
         if norm_kind is not None or cos is not None:
             from fastvit_kernels.attention_qk import attention_qk as kernel
@@ -258,6 +259,7 @@ def attention_packed(
     dtype = _compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
     unsupported = limits.attention(qkv.shape[-1], scale, _batch(cu_seqlens))
+    unsupported = unsupported or _no_gradient("cos and sin", cos, sin)
     if choose_triton(op, qkv, dtype, unsupported):
         if norm_kind is not None or cos is not None:
             from fastvit_kernels.attention_qk import attention_qk
@@ -377,6 +379,7 @@ def linear_residual(
     _optional(op, "path_scale", path_scale, (x.shape[0],), device)
     dtype = _compute_dtype(op, "x", x, weight=weight, bias=bias)
     unsupported = limits.linear(in_features, out_features) or (_NO_DROPOUT if dropout else None)
+    unsupported = unsupported or _no_gradient("path_scale", path_scale)
     if choose_triton(op, x, dtype, unsupported):
         from fastvit_kernels.linear_residual import linear_residual as kernel
 
@@ -435,6 +438,7 @@ def layernorm_mlp(
         fc2_bias=fc2_bias,
     )
     unsupported = limits.linear(dim, hidden) or (_NO_DROPOUT if dropout else None)
+    unsupported = unsupported or _no_gradient("path_scale", path_scale)
     args = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if choose_triton(op, x, dtype, unsupported):
         from fastvit_kernels.layernorm_mlp import layernorm_mlp as kernel
@@ -570,6 +574,14 @@ def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> to
                 "expected one dtype, or torch.autocast"
             )
     return dtype
+
+
+def _no_gradient(names: str, *tensors: Tensor | None) -> str | None:
+    """Why a kernel may not serve that takes these as constants."""
+    for t in tensors:
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            return f"the kernel has no gradient of {names}"
+    return None
 
 
 def _batch(t: Tensor) -> int:
