@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -353,3 +354,10 @@ def test_gradients_the_kernels_lack_are_the_references(
             getattr(ops, op)(**given)
         with torch.no_grad():
             getattr(ops, op)(**given)
+
+
+def test_a_gpu_of_another_maker_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm's tensors say is_cuda too."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert backend._why_not_triton(x, torch.bfloat16) == "the GPU is not NVIDIA's"

@@ -98,6 +98,8 @@ def _why_not_triton(x: Tensor, dtype: torch.dtype) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if x.is_cuda:
+        if torch.version.hip is not None:
+            return "the GPU is not NVIDIA's"
         capability = _capability(x.device.index)
         if capability < (8, 0):
             return "the GPU has compute capability {}.{}, under 8.0".format(*capability)
