@@ -108,15 +108,22 @@ def _merge(
 
 
 @triton.jit
-def _is_far(mean, rstd):
+def _variance(rstd, eps):
+    """Of the row itself: what is rounded knows nothing of eps."""
+    return 1.0 / (rstd * rstd) - eps
+
+
+@triton.jit
+def _is_far(mean, rstd, eps):
     """Rows that do not fit 16 bits as they are."""
-    return (tl.abs(mean) * rstd > 0.5) | (rstd > 1024.0) | (rstd < 1.0 / 512)
+    var = _variance(rstd, eps)
+    return (mean * mean > 0.25 * var) | (var < 1.0 / (1 << 20)) | (var > 1 << 18)
 
 
 @triton.jit
 def _scale(mean, rstd, eps):
     """rstd; 0 of a constant row, far from zero, where it would multiply rounding errors alone."""
-    deviates = 1.0 / (rstd * rstd) - eps > 1e-12 * mean * mean
+    deviates = _variance(rstd, eps) > 1e-12 * mean * mean
     return tl.where(deviates | (tl.abs(mean) * rstd < 1024.0), rstd, 0.0)
 
 
@@ -154,7 +161,7 @@ def _round_rows(
     if z_ptr is None:
         tl.store(scale_ptr + offs_m, _scale(mean, rstd, eps), mask=mask_m)
     else:
-        far = _is_far(mean, rstd)
+        far = _is_far(mean, rstd, eps)
         z = tl.where(far[:, None], (x - mean[:, None]) * rstd[:, None], x)
         tl.store(z_ptr + rows * C + offs_c[None, :], z.to(z_ptr.dtype.element_ty), mask=mask)
         tl.store(shift_ptr + offs_m, tl.where(far, 0.0, mean), mask=mask_m)
@@ -189,7 +196,7 @@ def _merge_rows(
     if z_ptr is None:
         tl.store(scale_ptr + offs_m, _scale(mean, rstd, eps), mask=mask_m)
     else:
-        far = _is_far(mean, rstd) & mask_m
+        far = _is_far(mean, rstd, eps) & mask_m
         tl.store(shift_ptr + offs_m, tl.where(far, 0.0, mean), mask=mask_m)
         tl.store(scale_ptr + offs_m, tl.where(far, 1.0, rstd), mask=mask_m)
         if tl.max(far.to(tl.int32), axis=0) > 0:
