@@ -81,14 +81,25 @@ def test_rmsnorm(op: str, dtype: torch.dtype, device: torch.device, folds: list[
 @half
 @pytest.mark.parametrize(
     "case",
-    ["mean", "constant", "outlier", "spread weights", "small", "tiny", "tiny, far", "large"],
+    [
+        "mean",
+        "constant",
+        "outlier",
+        "spread weights",
+        "small weights",
+        "small",
+        "tiny",
+        "tiny, far",
+        "large",
+    ],
 )
 def test_accuracy_where_folding_might_lose_it(
     case: str, op: str, dtype: torch.dtype, device: torch.device, folds: list[str]
 ) -> None:
     """Rows whose mean is 100 deviations away; rows of one value; a channel 300 times as large as
-    the others, its norm weight small, as trained models have; norm weights of 0 and 50; rows of
-    1e-2, 1e3 and, whose variance is nothing beside eps, 1e-5, about zero and 20 deviations off.
+    the others, its norm weight small, as trained models have; norm weights of 0 and 50, and of
+    1e-4; rows of 1e-2, 1e3 and, whose variance is nothing beside eps, 1e-5, about zero and 20
+    deviations off.
     """
     args = OPS[op](2, 33, 96, 64)
     x, norm_weight = args["x"].detach(), args["norm_weight"].detach()
@@ -102,10 +113,12 @@ def test_accuracy_where_folding_might_lose_it(
     elif case == "spread weights":
         norm_weight[::7] = 0
         norm_weight[3::7] = 50
+    elif case == "small weights":
+        norm_weight *= 1e-4
     else:
         x += 20 * (case == "tiny, far")
         x *= {"small": 1e-2, "large": 1e3}.get(case, 1e-5)
-    if "tiny" in case:  # beside which a bias is all that is seen
+    if case in ("small weights", "tiny", "tiny, far"):  # beside which a bias is all that is seen
         args |= {name: None for name in args if "bias" in name}
     check_parity(op, args, dtype, device)
     check_parity(op, args, dtype, device, autocast=True)

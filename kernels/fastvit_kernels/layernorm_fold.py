@@ -9,7 +9,8 @@ The product takes z itself through TMA and its epilogue the rest, two instructio
 output: no tile passes through registers on its way to the tensor cores, and a 16-bit x is z, so
 that no normed copy of it is written and read. s is summed from W' as rounded, so a row's mean
 cancels but for float32 accumulation, however far it lies from zero; rounding W' instead of the
-normed x is an error of the same size. RMSNorm has mean = 0.
+normed x is an error of the same size (in float16 after division by the largest norm weight, lest
+it be subnormal). RMSNorm has mean = 0.
 A float32 x, as under autocast, is rounded to z in 16 bits. Where that would cost digits or leave
 float16's range, rows whose mean is over half a deviation from zero or whose deviation is beyond
 2^-10 .. 2^9, z is the norm itself.
@@ -48,6 +49,21 @@ class Folded(NamedTuple):
 
 
 @triton.jit
+def _unit(norm_weight_ptr, C, BLOCK_C: tl.constexpr, HALF: tl.constexpr):
+    """The power of two under the largest norm weight, by which W' is divided and `scale` is
+    multiplied in float16. 1 elsewhere.
+    """
+    unit = 1.0
+    if HALF:
+        offs_c = tl.arange(0, BLOCK_C)
+        w = tl.load(norm_weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+        exponent = tl.max(tl.abs(w), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
+        unit = exponent.to(tl.float32, bitcast=True)
+        unit = tl.where((unit > 0.0) & (unit < float("inf")), unit, 1.0)
+    return unit
+
+
+@triton.jit
 def _fold_weight(
     offs_n,
     weight_ptr,
@@ -60,6 +76,7 @@ def _fold_weight(
     N,
     C,
     stride_wn,
+    unit,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -77,7 +94,7 @@ def _fold_weight(
         bias += tl.sum(w * norm_bias[None, :], axis=1)
     if norm_weight_ptr is not None:
         norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0)
-        w *= norm_weight.to(tl.float32)[None, :]
+        w *= (norm_weight.to(tl.float32) / unit)[None, :]
     folded = w.to(folded_ptr.dtype.element_ty)
     tl.store(folded_ptr + rows * C + offs_c[None, :], folded, mask=mask)
     tl.store(sums_ptr + offs_n, tl.sum(folded.to(tl.float32), axis=1), mask=mask_n)
@@ -140,6 +157,7 @@ def _round_rows(
     C,
     stride_xm,
     eps,
+    unit,
     RMS: tl.constexpr,
     KNOWN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -159,13 +177,13 @@ def _round_rows(
         tl.store(mean_ptr + offs_m, mean, mask=mask_m)
         tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
     if z_ptr is None:
-        tl.store(scale_ptr + offs_m, _scale(mean, rstd, eps), mask=mask_m)
+        tl.store(scale_ptr + offs_m, _scale(mean, rstd, eps) * unit, mask=mask_m)
     else:
         far = _is_far(mean, rstd, eps)
         z = tl.where(far[:, None], (x - mean[:, None]) * rstd[:, None], x)
         tl.store(z_ptr + rows * C + offs_c[None, :], z.to(z_ptr.dtype.element_ty), mask=mask)
         tl.store(shift_ptr + offs_m, tl.where(far, 0.0, mean), mask=mask_m)
-        tl.store(scale_ptr + offs_m, tl.where(far, 1.0, rstd), mask=mask_m)
+        tl.store(scale_ptr + offs_m, tl.where(far, 1.0, rstd) * unit, mask=mask_m)
 
 
 @triton.jit
@@ -182,6 +200,7 @@ def _merge_rows(
     C,
     stride_xm,
     eps,
+    unit,
     RMS: tl.constexpr,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -194,11 +213,11 @@ def _merge_rows(
     tl.store(mean_ptr + offs_m, mean, mask=mask_m)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
     if z_ptr is None:
-        tl.store(scale_ptr + offs_m, _scale(mean, rstd, eps), mask=mask_m)
+        tl.store(scale_ptr + offs_m, _scale(mean, rstd, eps) * unit, mask=mask_m)
     else:
         far = _is_far(mean, rstd, eps) & mask_m
         tl.store(shift_ptr + offs_m, tl.where(far, 0.0, mean), mask=mask_m)
-        tl.store(scale_ptr + offs_m, tl.where(far, 1.0, rstd), mask=mask_m)
+        tl.store(scale_ptr + offs_m, tl.where(far, 1.0, rstd) * unit, mask=mask_m)
         if tl.max(far.to(tl.int32), axis=0) > 0:
             rows = offs_m.to(tl.int64)[:, None]
             for c in range(0, C, 32):
@@ -261,6 +280,8 @@ def _layernorm_fold_kernel(
     BLOCK: tl.constexpr = BLOCK_M * BLOCK_C
     first2 = num_n + tl.cdiv(size1, BLOCK)
     first_row = first2 + tl.cdiv(size2, BLOCK)
+    HALF: tl.constexpr = norm_weight_ptr is not None and folded_ptr.dtype.element_ty == tl.float16
+    unit = _unit(norm_weight_ptr, C, BLOCK_C, HALF)
     if pid < num_n:
         _fold_weight(
             pid * BLOCK_M + tl.arange(0, BLOCK_M),
@@ -274,6 +295,7 @@ def _layernorm_fold_kernel(
             N,
             C,
             stride_wn,
+            unit,
             BLOCK_M,
             BLOCK_C,
         )
@@ -285,11 +307,11 @@ def _layernorm_fold_kernel(
             _cast(pid - first2, from2_ptr, to2_ptr, size2, BLOCK)
     elif parts_ptr is not None:
         stats = (parts_ptr, mean_ptr, rstd_ptr)
-        rows = ((pid - first_row) * ROWS, M, C, stride_xm, eps)
+        rows = ((pid - first_row) * ROWS, M, C, stride_xm, eps, unit)
         _merge_rows(x_ptr, z_ptr, shift_ptr, scale_ptr, *stats, *rows, RMS, PIECES, WIDTH, ROWS)
     else:
         stats = (mean_ptr, rstd_ptr)
-        rows = ((pid - first_row) * BLOCK_M, M, C, stride_xm, eps)
+        rows = ((pid - first_row) * BLOCK_M, M, C, stride_xm, eps, unit)
         _round_rows(x_ptr, z_ptr, shift_ptr, scale_ptr, *stats, *rows, RMS, KNOWN, BLOCK_M, BLOCK_C)
 
 
