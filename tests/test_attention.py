@@ -165,3 +165,7 @@ def test_batch_beyond_a_grid_is_refused_or_served_by_the_reference(device: torch
     with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="batch 65536 is over"):
         ops.attention_qkv(qkv)
     assert ops.attention_qkv(qkv).shape == (65536, 1, 1, 16)
+    # Compiled code may not choose by its batch.
+    compiled = torch.compile(ops.attention_qkv, backend="aot_eager")
+    with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="batch 65536 is over"):
+        compiled(qkv)

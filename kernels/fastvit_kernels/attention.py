@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import library, tuned
+from fastvit_kernels import library, limits, tuned
 from fastvit_kernels.attention_long import _attention_fwd_kernel
 from fastvit_kernels.attention_long_bwd import _attention_bwd_kernel
 from fastvit_kernels.attention_resident import (
@@ -56,6 +56,11 @@ class Launch:
     config: tuned.Config
 
     def __call__(self, heads: int, batch: int, *args: Any, **constants: Any) -> None:
+        if batch > limits.BATCH_MAX:  # compiled code, whose batch `ops` may not look at
+            raise RuntimeError(
+                f"attention: batch {batch} is over {limits.BATCH_MAX} in compiled code; "
+                "compile it under fastvit.use_backend('reference')"
+            )
         launch(
             self.kernel,
             (self.programs, heads, batch),
