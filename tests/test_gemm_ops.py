@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from fastvit_kernels import layernorm
 from fastvit_kernels.common import dgelu, gelu
 from parity import (
     DTYPES,
@@ -191,6 +192,21 @@ def test_frozen_parameters(op: str, device: torch.device) -> None:
         assert frozen == (args["layer_scale" if op != "layernorm_linear" else "bias"].grad is None)
         grads.append(args["x"].grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
+def test_no_norm_is_summed_for_frozen_parameters(
+    op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, launch = [], layernorm.layernorm_bwd
+    monkeypatch.setattr(layernorm, "layernorm_bwd", lambda *a: made.append(launch(*a)) or made[-1])
+    for frozen in (False, True):
+        args = {k: v.detach().to(device) for k, v in OPS[op](2, 17, 40, 24).items()}
+        args["x"].requires_grad_()
+        args["norm_weight"].requires_grad_(not frozen)
+        with fastvit.use_backend("triton"):
+            getattr(ops, op)(**args).sum().backward()
+    assert [norm_rows is None for *_, norm_rows in made] == [False, True]
 
 
 @pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])

@@ -209,10 +209,11 @@ def layernorm_bwd(
     y_dtype: torch.dtype | None = None,
     copy_dtype: torch.dtype | None = None,
     path_scale: Tensor | None = None,
+    needs_params: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx (+ residual, the gradient that bypasses the norm), path_scale * dx in copy_dtype, y in
     y_dtype (None: not written), and the rows (R, 2, C) that add up to dnorm_weight and dnorm_bias
-    (None without either).
+    (None without either, or where neither is needed).
 
     dy: (M, C) contiguous; x: (M, C) rows; residual: (M, C) contiguous. dx has x's dtype.
     """
@@ -223,7 +224,7 @@ def layernorm_bwd(
     config, programs = tuned.layernorm_bwd(M, C, x.dtype, x.device.index)
     rows_per_program = cdiv(cdiv(M, programs), config.BLOCK_M) * config.BLOCK_M
     programs = cdiv(M, rows_per_program)
-    has_params = norm_weight is not None or norm_bias is not None
+    has_params = needs_params and (norm_weight is not None or norm_bias is not None)
     norm_rows = x.new_empty((programs, 2, C), dtype=torch.float32) if has_params else None
     launch(
         _layernorm_bwd_kernel,

@@ -151,7 +151,7 @@ def _bwd(
     y_dtype = weight.dtype if needs_params else None
     copy_dtype = weight.dtype if copies else None
     dx, copy, y, norm_rows = layernorm.layernorm_bwd(
-        dh, x, *norm, rms, dx_residual, y_dtype, copy_dtype, path_scale
+        dh, x, *norm, rms, dx_residual, y_dtype, copy_dtype, path_scale, needs_params
     )
     dxs = [dx] if copy is None else [dx, copy]
     if y is None:

@@ -203,7 +203,7 @@ def _bwd(
         dh = gemm.gemm(du, fc1_weight, fc1_weight.new_empty(x.shape))
         dtypes = (w_dtype if wanted else None for wanted in (needs_params, copies))
         dx, copy, y, norm_rows = layernorm.layernorm_bwd(
-            dh, x, *norm, rms, dout, *dtypes, path_scale
+            dh, x, *norm, rms, dout, *dtypes, path_scale, needs_params
         )
     dxs = [dx] if copy is None else [dx, copy]
     if y is None or du is None or parts2 is None:
