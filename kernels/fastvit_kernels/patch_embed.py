@@ -191,6 +191,8 @@ def _patch_embed_dw_kernel(
         out_rows = (offs_m // m * (P + m) + P + offs_m % m).to(tl.int64)
         g_ptrs = dout_ptr + out_rows[:, None] * N + cols[None, :]
         g = tl.load(g_ptrs, mask=mask_m[:, None], other=0.0)
+        # Column 0's sums alone are read; but under a condition those of 16 bits cost the pipeliner
+        # a buffer of g on sm_90, and a ragged K five registers.
         if g.dtype != tl.float32:
             sums = add_sums(sums, tl.trans(g))
         elif pid_k == 0:
