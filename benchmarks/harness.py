@@ -121,10 +121,14 @@ def run(case: Case, device: torch.device, ceilings: Ceilings, seconds: float) ->
 def check_provider(
     case: Case, provider: Provider, args: tuple, eager: list[Tensor], truth: list[Tensor]
 ) -> dict:
-    """{} where the provider agrees with float64 as eager does, else its status and the reason."""
+    """{} where the provider agrees with float64 as eager does, else its status and the reason.
+
+    The third call is looked at on a GPU: ours goes by a recipe from there on, as when it is timed.
+    """
     assert provider.call is not None
     try:
-        got = _results(case, provider.call, args)
+        for _ in range(3 if args[0].is_cuda else 1):
+            got = _results(case, provider.call, args)
     except torch.OutOfMemoryError as error:
         return {"status": "out of memory", "reason": str(error)[:200]}
     except Exception as error:
