@@ -53,7 +53,6 @@ _POINTEES = {
     torch.bfloat16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
-    torch.uint8: "u8",
 }
 
 

@@ -1,8 +1,9 @@
 """Scaled dot-product attention for ViT: short, dense rows; scores never reach memory.
 
-o = softmax(q k^T * scale) v; lse = log sum exp of each row of scaled scores, over scale: so that
-p = exp2((q k^T - lse) * scale * log2(e)) is right however large the scores: in forward, with their
-maximum for lse, the largest p is 1 exactly, which a product fused into the difference would round
+o = softmax(q k^T * scale) v
+lse = (log sum exp of each row of q k^T * scale) / scale
+p = exp2((q k^T - lse) * scale * log2(e)), in forward with the row's maximum in place of lse: the
+difference is taken first, of scores as they are, so that the largest p is 1 however large they are
 ds = p * (do v^T - delta), delta = rowsum(o * do)
 dv = p^T do;  dk = scale ds^T q;  dq = scale ds k
 
@@ -19,9 +20,9 @@ Dropout zeroes p with probability `dropout` where it meets v, and scales what is
 dropout). The mask is a function of a seed, the head, the row and the key, computed again in
 backward. The seed is one number on the device, drawn by torch's generator of that device:
 torch.manual_seed repeats it, activation checkpointing restores it, and nothing waits for the CPU.
-Rows are cut into tiles that end at the next multiple of 16, so N = 197 costs 208 x 208 scores: the
-share of scores computed for nothing is 39 % at N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 4 % at
-785, 2 % at 1029 and 1 % at 1370.
+Where all rows have N tokens their last tile is one power of two or the sum of two, 16 at least
+(`round_up`), so N = 197 costs 208 x 208 scores in forward: the share of scores computed for nothing
+is 39 % at N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 4 % at 785, 2 % at 1029 and 1 % at 1370.
 FLOPs: 4 B H N^2 D forward, 10 backward where one program has a head, else 14. Bytes: each of q, k,
 v, o once forward; q, k, v, o, do, dq, dk, dv once backward in one launch, q, k, v and do twice in
 two; tiles are read again from L2.
@@ -40,10 +41,9 @@ from fastvit_kernels.attention_resident import (
     _attention_bwd_resident_kernel,
     _attention_fwd_resident_kernel,
 )
+from fastvit_kernels.common import LOG2E
 from fastvit_kernels.gemm import precision, vectors
 from fastvit_kernels.launch import cdiv, launch
-
-_LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def _fwd(
     strides = (*at.strides(q), *at.strides(k), *at.strides(v))
     constants = _constants(q, k, v)
     if plan.kernel is _attention_fwd_resident_kernel:
-        plan(H, B, q, k, v, o, lse, *strides, H, N, scale * _LOG2E, **constants)
+        plan(H, B, q, k, v, o, lse, *strides, H, N, scale * LOG2E.value, **constants)
         return o, lse
     plan(
         H,
@@ -288,7 +288,7 @@ def _fwd(
         at.outer(o.stride(0)),
         at.outer(lse.stride(0)),
         lse.stride(1),
-        *(H, at.longest, scale * _LOG2E, *_dropout_args(dropout)),
+        *(H, at.longest, scale * LOG2E.value, *_dropout_args(dropout)),
         **at.constants,
         **constants,
     )
@@ -327,7 +327,7 @@ def _bwd_into(
     strides = [stride for group in strides for stride in group]
     constants = _constants(q, k, v, do, dq)
     dq_strides = (at.outer(dq.stride(0)), dq.stride(1))
-    sizes = (H, at.longest, scale, scale * _LOG2E)
+    sizes = (H, at.longest, scale, scale * LOG2E.value)
     if plans[0].kernel is _attention_bwd_resident_kernel:
         args = (q, k, v, o, do, lse, dq, dk, dv, *strides, *dq_strides, *sizes)
         plans[0](H, at.batch, *args, **constants)

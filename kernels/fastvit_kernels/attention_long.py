@@ -17,7 +17,7 @@ from fastvit_kernels.attention_tiles import (
     dot_tile,
     dropout_of,
     finish_tile,
-    is_tail,
+    is_narrow,
     keep_mask,
     load_tile,
     num_pieces,
@@ -95,7 +95,7 @@ def _fwd_rows(
     PRECISION: tl.constexpr,
 ):
     """o and lse of query rows m .. m + BLOCK_M."""
-    T: tl.constexpr = is_tail(BLOCK_M)
+    T: tl.constexpr = is_narrow(BLOCK_M)
     offs_m = m + tl.arange(0, BLOCK_M)
     q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
     acc = zero_tile(BLOCK_M, D, T)

@@ -18,7 +18,7 @@ from fastvit_kernels.attention_tiles import (
     dot_tile,
     dropout_of,
     finish_tile,
-    is_tail,
+    is_narrow,
     keep_mask,
     load_tile,
     num_pieces,
@@ -96,7 +96,7 @@ def _dq_rows(
     PRECISION: tl.constexpr,
 ):
     """dq and delta of query rows m .. m + BLOCK_M."""
-    T: tl.constexpr = is_tail(BLOCK_M)
+    T: tl.constexpr = is_narrow(BLOCK_M)
     offs_m = m + tl.arange(0, BLOCK_M)
     q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
     do = load_tile(do_rows, offs_m, N, MASK_M, D, ALIGN)
@@ -199,7 +199,7 @@ def _dkv_keys(
     PRECISION: tl.constexpr,
 ):
     """dk and dv of key rows n .. n + BLOCK_N."""
-    T: tl.constexpr = is_tail(BLOCK_N)
+    T: tl.constexpr = is_narrow(BLOCK_N)
     offs_n = n + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, keys, MASK_N, D, ALIGN)
     v = load_tile(v_rows, offs_n, keys, MASK_N, D, ALIGN)

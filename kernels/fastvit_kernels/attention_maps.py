@@ -109,7 +109,7 @@ def _maps(q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float) 
         *(q, k, None if lse is None else lse.contiguous(), rows, maps),
         *q.stride(),
         *k.stride(),
-        *(H, N, R, scale * 1.4426950408889634),
+        *(H, N, R, scale * LOG2E.value),
         SPLITS=splits,
         BLOCK_R=_BLOCK_R,
         BLOCK_N=_BLOCK_N,

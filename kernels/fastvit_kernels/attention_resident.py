@@ -18,7 +18,7 @@ from fastvit_kernels.attention_tiles import (
     dot_tile,
     finish_tile,
     is_last,
-    is_tail,
+    is_narrow,
     load_tile,
     num_pieces,
     piece_offsets,
@@ -60,7 +60,8 @@ def _fwd_rows(
     PRECISION: tl.constexpr,
 ):
     """o and lse of query rows m .. m + BLOCK_M."""
-    T: tl.constexpr = is_tail(BLOCK_M) and not MASK_M
+    # Not of the tail: transposed, ptxas gives its products wrong addresses on sm_90.
+    T: tl.constexpr = is_narrow(BLOCK_M) and not MASK_M
     offs_m = m + tl.arange(0, BLOCK_M)
     q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
     scores = ()
@@ -214,7 +215,7 @@ def _bwd_rows(
             delta,
             offs_n < N,
             scale_log2,
-            is_tail(piece_size(KEYS, 128, i)),
+            is_narrow(piece_size(KEYS, 128, i)),
             is_last(KEYS, 128, i),
             PRECISION,
         )
@@ -283,7 +284,7 @@ def _attention_bwd_resident_kernel(
     v = _load_keys(v_rows, N, KEYS, D, ALIGN)
     dk = ()
     for i in tl.static_range(num_pieces(KEYS, 128)):
-        dk = dk + (zero_tile(piece_size(KEYS, 128, i), D, is_tail(piece_size(KEYS, 128, i))),)
+        dk = dk + (zero_tile(piece_size(KEYS, 128, i), D, is_narrow(piece_size(KEYS, 128, i))),)
     dv = dk
     full = N // BLOCK_M * BLOCK_M
     args = (q_rows, o_rows, do_rows, lse_ptr, dq_rows, k, v, N, scale, scale_log2)
@@ -295,7 +296,7 @@ def _attention_bwd_resident_kernel(
             dk, dv = _bwd_rows(m, dk, dv, *args, True, TAIL_M, KEYS, D, ALIGN, PRECISION)
     for i in tl.static_range(num_pieces(KEYS, 128)):
         offs_n = piece_offsets(KEYS, 128, i)
-        dk_out = finish_tile(dk[i], scale, is_tail(piece_size(KEYS, 128, i)))
-        dv_out = finish_tile(dv[i], 1.0, is_tail(piece_size(KEYS, 128, i)))
+        dk_out = finish_tile(dk[i], scale, is_narrow(piece_size(KEYS, 128, i)))
+        dv_out = finish_tile(dv[i], 1.0, is_narrow(piece_size(KEYS, 128, i)))
         store_tile(dk_rows, dk_out, offs_n, N, is_last(KEYS, 128, i), D, ALIGN)
         store_tile(dv_rows, dv_out, offs_n, N, is_last(KEYS, 128, i), D, ALIGN)

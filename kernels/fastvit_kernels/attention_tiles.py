@@ -104,7 +104,7 @@ def store_tile(rows, tile, offs_n, n, MASK: tl.constexpr, D: tl.constexpr, ALIGN
 
 
 @triton.constexpr_function
-def is_tail(rows):
+def is_narrow(rows):
     """Fewer than 64 rows are no wgmma: their products are taken transposed, a b^T as b a^T, where
     the other side has the 64, and stays an operand in shared memory instead of in registers.
     """

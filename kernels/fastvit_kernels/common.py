@@ -50,7 +50,7 @@ def reciprocal(x):
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x)."""
-    return reciprocal(1.0 + exp2(x * -1.4426950408889634))
+    return reciprocal(1.0 + exp2(x * -LOG2E))
 
 
 @triton.jit

@@ -11,9 +11,9 @@ that no normed copy of it is written and read. s is summed from W' as rounded, s
 cancels but for float32 accumulation, however far it lies from zero; rounding W' instead of the
 normed x is an error of the same size (in float16 after division by the largest norm weight, lest
 it be subnormal). RMSNorm has mean = 0.
-A float32 x, as under autocast, is rounded to z in 16 bits. Where that would cost digits or leave
-float16's range, rows whose mean is over half a deviation from zero or whose deviation is beyond
-2^-10 .. 2^9, z is the norm itself.
+A float32 x, as under autocast, is rounded to z in 16 bits. That would cost digits of a row whose
+mean is over half a deviation from zero, and leave float16's range where the deviation is under
+2^-10 or over 2^9: of these rows z is the norm itself.
 The op that made x mostly knows its rows already (`row_statistics`): then x itself is read only for
 rows to be rounded again. One launch does it all, and W', s and b', and casts the weights that the
 op needs as they are.

@@ -74,8 +74,8 @@ def _fwd(
     if narrow and fc1_weight is not None:
         config = mlp_narrow.config("fwd", x, fc1_weight, fc2_weight)
     if config is not None:
-        for source, copy in casts:
-            copy.copy_(source)
+        for source, target in casts:
+            target.copy_(source)
         norm, fc = (norm_weight, norm_bias), (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         options = (layer_scale, path_scale, tokens, eps, rms, activation)
         stats = mlp_narrow.mlp_fwd(config, x, *norm, *fc, *options, out, u if save_u else None)

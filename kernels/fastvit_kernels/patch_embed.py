@@ -56,13 +56,6 @@ def _patch_offsets(
     return tl.multiple_of(offs, VEC)
 
 
-@triton.jit
-def _cast(pixels, dtype: tl.constexpr):
-    if pixels.dtype.is_int():
-        pixels = pixels.to(tl.float32)  # the interpreter has no way from bytes to bfloat16
-    return pixels.to(dtype)
-
-
 @triton.jit(do_not_specialize=["B", "m", "P", "grid_w"])
 def _patch_embed_fwd_kernel(
     images_ptr,
@@ -119,7 +112,7 @@ def _patch_embed_fwd_kernel(
         w = tl.load(
             weight_ptr + cols[None, :] * K + (k + offs_k)[:, None], mask=mask_k[:, None], other=0.0
         )
-        acc = dot(_cast(a, w.dtype), w, acc, PRECISION)
+        acc = dot(a.to(w.dtype), w, acc, PRECISION)
 
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_BIAS:
@@ -202,7 +195,7 @@ def _patch_embed_dw_kernel(
                     g_ptrs, mask=mask_m[:, None], other=0.0, eviction_policy="evict_first"
                 )
             sums = add_sums(sums, tl.trans(again))
-        acc = dot(tl.trans(g.to(COMPUTE)), _cast(x, COMPUTE), acc, PRECISION)
+        acc = dot(tl.trans(g.to(COMPUTE)), x.to(COMPUTE), acc, PRECISION)
     slab = (pid_k * tl.num_programs(0) + pid_n) * tl.num_programs(2) + pid_s
     store_slab(slabs_ptr, db_slabs_ptr, acc, sums, slab, BLOCK_N, BLOCK_K)
 

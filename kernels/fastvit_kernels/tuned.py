@@ -349,8 +349,8 @@ def _gemm_dw(
         programs = sms * config.CTAS if arch else max(2, 2 * tiles - 1)
         found = dw_plan.plan(tiles, steps, programs, part_steps / config.BLOCK_M if arch else 0)
         area = config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
-        seconds = dw_plan.time(found, part_steps / config.BLOCK_M) * area
-        return seconds / (1.0 if config.BLOCK_K == 256 else 0.85), found
+        cost = dw_plan.time(found, part_steps / config.BLOCK_M) * area
+        return cost / (1.0 if config.BLOCK_K == 256 else 0.85), found
 
     config = min((table[name] for name in names), key=lambda config: planned(config)[0])
     return config, planned(config)[1]
@@ -571,8 +571,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_resident_64": Config(64, 256, num_warps=4, num_stages=2),
         "fwd_64": Config(64, 64, num_warps=4, num_stages=3),
         "dq_64": Config(64, 64, num_warps=4, num_stages=3),
-        "dkv_64": Config(64, 64, num_warps=4, num_stages=2),
-        # H200, dQ, dK and dV in us, this and the line above: 534 and 567 of 256 x 197 tokens, 997
+        # H200, dQ, dK and dV in us, by this and by dkv: 534 and 567 of 256 x 197 tokens, 997
         # and 1016 of 87 x 577, 1347 and 1238 of 36 x 1370, 12 heads.
         "dkv_fewer_queries_64": Config(32, 64, num_warps=4, num_stages=3),
         "fwd_80": Config(64, 64, num_warps=4, num_stages=2),
@@ -586,7 +585,6 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "dkv_72_dropout": Config(16, 64, num_warps=8, num_stages=1),
         "fwd_64_dropout": Config(128, 64, num_warps=8, num_stages=2),
         "dq_64_dropout": Config(64, 64, num_warps=4, num_stages=2),
-        "dkv_64_dropout": Config(32, 64, num_warps=4, num_stages=1),
         "fwd_80_dropout": Config(128, 64, num_warps=8, num_stages=2),
         "dq_80_dropout": Config(64, 32, num_warps=4, num_stages=1),
         "dkv_80_dropout": Config(16, 64, num_warps=8, num_stages=1),
@@ -667,6 +665,8 @@ ATTENTION_BOUNDED: dict[int, tuple[int | str, ...]] = {
 # and 719.
 ATTENTION_SIDE_BY_SIDE = 384
 
+# Up to this many queries dkv_fewer_queries serves, where a table has it: beyond, its smaller steps
+# cost more than they win (its line has the times).
 ATTENTION_FEWER_QUERIES = 640
 
 

@@ -1,7 +1,8 @@
 """The ops in eager PyTorch: the specification, the test oracle, and what runs without a GPU.
 
-Every function here has a twin of the same name and meaning in `fastvit_kernels`. No Triton, no
-dispatch. Under torch.autocast these lines define what "the same as eager" means.
+Every op of `fastvit.ops` is here under the same name, and so is what the ops are made of; those
+that have a kernel have it in `fastvit_kernels`. No Triton, no dispatch. Under torch.autocast these
+lines define what "the same as eager" means.
 """
 
 from collections.abc import Sequence
