@@ -154,6 +154,48 @@ def test_folder_with_train_and_held_out(tmp_path, names):
     assert sizes == ([20, 6, 8] if len(names) == 2 else [18, 2, 6])
 
 
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_other_words_for_the_held_out_folder(tmp_path, name, capsys):
+    write_folder(tmp_path / "train", count=10)
+    write_folder(tmp_path / name, count=3)
+    data = load_folder(tmp_path, (16, 16))
+    assert data.classes == ("cat", "dog")
+    assert [len(s) for s in (data.train, data.val, data.test)] == [18, 2, 6]
+    write_folder(tmp_path / "test", count=4)
+    data = load_folder(tmp_path, (16, 16))
+    assert [len(s) for s in (data.train, data.val, data.test)] == [20, 6, 8]
+    assert not capsys.readouterr().err
+    write_folder(tmp_path / "val", count=5)
+    data = load_folder(tmp_path, (16, 16))
+    assert [len(s) for s in (data.train, data.val, data.test)] == [20, 10, 8]
+    assert capsys.readouterr().err == f"{tmp_path}: validation is val; not used: {name}\n"
+
+
+@pytest.mark.parametrize("names", [("train", "dev"), ("train",), ("Train", "Val"), ("a", "b")])
+def test_folders_of_folders_are_no_classes(tmp_path, names):
+    for name in names:
+        write_folder(tmp_path / name)
+    if names == ("train",):  # beside a folder that could be a class
+        write_folder(tmp_path, ("extra", "more"))
+    with pytest.raises(UsageError, match=f"'{names[0]}' holds folders, not images; expected"):
+        load_folder(tmp_path)
+
+
+def test_a_class_may_hold_subfolders_and_links_to_them(tmp_path):
+    write_folder(tmp_path / "data", count=4)
+    write_folder(tmp_path / "elsewhere", ("cats", "kittens"), count=2)
+    (tmp_path / "data/cat/sub").mkdir()
+    (tmp_path / "data/cat/0.png").rename(tmp_path / "data/cat/sub/0.png")
+    (tmp_path / "data/cat/more").symlink_to(tmp_path / "elsewhere" / "cats")
+    (tmp_path / "data/cat/twice").symlink_to(tmp_path / "elsewhere" / "cats")
+    (tmp_path / "elsewhere/cats/round").symlink_to(tmp_path / "data" / "cat")  # a cycle
+    (tmp_path / "data/cat/gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "data/emu").symlink_to(tmp_path / "elsewhere" / "kittens")
+    data = load_folder(tmp_path / "data", memory_limit=0)
+    labels = torch.cat([s.labels for s in (data.train, data.val, data.test)])
+    assert data.classes == ("cat", "dog", "emu") and labels.bincount().tolist() == [6, 4, 2]
+
+
 def test_folder_class_unknown_in_training(tmp_path):
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "val", ("cat", "eel"))

@@ -40,6 +40,7 @@ FASHION_CLASSES = (
     "bag",
     "ankle boot",
 )
+VAL_NAMES = ("val", "valid", "validation")  # of a validation folder; the first there is read
 FORMS = "digits, fashion-mnist:PATH or folder:PATH"
 
 
@@ -324,14 +325,19 @@ def load_folder(
 
     With one tree, fixed shares of each class are validation and test. With PATH/train, the test
     split is PATH/test, or PATH/val where that is all there is; validation is PATH/val where both
-    are there, else a share of train. Sets over `memory_limit` bytes are streamed from disk.
+    are there, else a share of train. PATH/valid or PATH/validation is read where there is no
+    PATH/val. Sets over `memory_limit` bytes are streamed from disk.
     """
     need("--data folder", "PIL")
     if not path.is_dir():
         raise UsageError(f"--data folder: {path} is not a folder")
-    held_out = [path / name for name in ("test", "val") if (path / name).is_dir()]
+    for_val = [name for name in VAL_NAMES if (path / name).is_dir()]
+    held_out = [path / name for name in ("test", *for_val[:1]) if (path / name).is_dir()]
     laid_out = (path / "train").is_dir() and bool(held_out)
     root = path / "train" if laid_out else path
+    if laid_out and len(for_val) > 1:
+        unused = ", ".join(for_val[1:])
+        print(f"{path}: validation is {for_val[0]}; not used: {unused}", file=sys.stderr)
     classes = _class_names(root)
     paths, labels = _list_images(root, classes, training=True)
 
@@ -381,7 +387,29 @@ def _class_names(root: Path) -> tuple[str, ...]:
         raise UsageError(
             f"{root}: expected a subfolder with images per class, at least two; found {found}"
         )
+    # Splits of another name would be taken for classes, and train against the rest be learnt.
+    nested = [c for c in classes if _folders(root / c) and not _images_in(root / c, deep=False)]
+    if len(nested) == len(classes) or "train" in nested:
+        name = "train" if "train" in nested else nested[0]
+        raise UsageError(
+            f"{root}: {name!r} holds folders, not images; expected a subfolder with images per "
+            f"class, or train beside test, {' or '.join(VAL_NAMES)}; found {', '.join(classes[:4])}"
+        )
     return classes
+
+
+def _images_in(folder: Path, deep: bool = True) -> list[Path]:
+    """The image files in `folder` and below, links to folders followed, each folder read once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        folders[:] = [] if real in seen or not deep else sorted(folders)
+        if real not in seen:
+            kept = [n for n in names if n.lower().endswith(ENDINGS) and not n.startswith(".")]
+            found += [Path(here) / name for name in kept]
+        seen.add(real)
+    return sorted(found)
 
 
 def _list_images(
@@ -394,12 +422,7 @@ def _list_images(
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(
-            Path(folder) / file
-            for folder, _, names in os.walk(root / name)
-            for file in names
-            if file.lower().endswith(ENDINGS) and not file.startswith(".")
-        )
+        found = _images_in(root / name)
         paths += found
         labels += [label] * len(found)
     if not paths:
