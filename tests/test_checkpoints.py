@@ -136,6 +136,25 @@ def test_adapts_as_timm_does_and_says_so(
             close(name, ours.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize("dialect", ["ours", "vit_jax"])
+def test_a_head_of_two_layers_for_other_classes(dialect: str) -> None:
+    """head_hidden_dim and pre_logits: both layers are fresh, or the model's own stay."""
+    npz = Path(__file__).parent / "originals/vit_jax_pre_logits.npz"
+    source = npz if dialect == "vit_jax" else plain_with_hidden_head()
+    whole = fastvit.load_checkpoint(source, heads=2)
+    hidden = whole.config["head_hidden_dim"]
+    other = fastvit.load_checkpoint(source, heads=2, num_classes=9)
+    assert "head: fresh, for 9 classes" in other.load_report.adapted
+    assert other.num_classes == 9 and other.config["head_hidden_dim"] == hidden
+    size = whole.default_cfg["input_size"]
+    assert other(torch.randn(1, *size)).shape == (1, 9)
+    put = liven(fastvit.ViT(**other.config))
+    before = {k: v.clone() for k, v in put.head.state_dict().items()}
+    assert "head: left as it was, for 9 classes" in put.load_weights(source).adapted
+    assert all(torch.equal(v, before[k]) for k, v in put.head.state_dict().items())
+    assert fastvit.load_checkpoint(source, heads=2, num_classes=0).num_classes == 0
+
+
 def test_another_pooling_leaves_the_norm_where_it_was_trained(saved: Path) -> None:
     """As timm's reset_classifier does, unless fc_norm=True asks for the norm of the mean."""
     timm: Any = pytest.importorskip("timm")
@@ -199,6 +218,10 @@ def plain(**changes: Tensor | None) -> dict[str, Tensor]:
         if tensor is not None:
             state[name] = tensor
     return state
+
+
+def plain_with_hidden_head() -> dict[str, Tensor]:
+    return dict(fastvit.ViT(**OURS, num_classes=3, head_hidden_dim=16).state_dict())
 
 
 def test_missing_unexpected_and_misshapen_keys_are_one_error() -> None:

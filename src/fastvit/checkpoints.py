@@ -319,7 +319,7 @@ def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str
     if "pos_embed" in out and model.pos_embed is not None:
         _adapt_positions(out, model, arguments, said)
     own = model.state_dict()
-    for name in ("head.weight", "head.0.weight"):
+    for name in ("head.weight", "head.0.weight", "head.2.weight"):
         if name in out and (name not in own or len(out[name]) != len(own[name])):
             said.append(f"head: the checkpoint's, for {arguments['num_classes']} classes, left out")
             out = {k: v for k, v in out.items() if not k.startswith("head.")}
