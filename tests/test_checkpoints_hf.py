@@ -168,6 +168,25 @@ def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> No
         fastvit.export_checkpoint(fastvit.ViT(**narrow), "onnx")
 
 
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_takes_no_oblong_positions(registers: int, tmp_path: Path) -> None:
+    """transformers reads the table of Dinov2 as that of a square, whatever its config says."""
+    narrow: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, patch_size=8)
+    narrow.update(layer_scale=1.0, num_classes=0, registers=registers)
+    for sizes in ({"image_size": (16, 64)}, {"image_size": 32, "patch_size": (4, 16)}):
+        model = liven(fastvit.ViT(**{**narrow, **sizes}))
+        with pytest.raises(UsageError, match=r"an oblong table of \(\d, \d\) positions"):
+            fastvit.export_checkpoint(model, "hf", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    ours = liven(fastvit.ViT(**narrow, image_size=(16, 32)))
+    ours.set_input_size((32, 32))
+    fastvit.export_checkpoint(ours, "hf", tmp_path / "out")
+    name = "Dinov2WithRegistersModel" if registers else "Dinov2Model"
+    theirs = getattr(hf, name).from_pretrained(tmp_path / "out").eval()
+    images = torch.randn(2, 3, 32, 32)
+    close("features", theirs(images).last_hidden_state, ours.forward_features(images))
+
+
 def test_export_writes_the_biases_that_transformers_has_in_any_case(tmp_path: Path) -> None:
     bare: dict[str, Any] = dict(proj_bias=False, mlp_bias=False, patch_bias=False, qkv_bias=False)
     sizes: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, image_size=32, patch_size=8)

@@ -293,6 +293,9 @@ def _to_hf_vit(model: ViT, state: State, config: dict[str, Any]) -> tuple[State,
         _refuse(f"{kind}ForImageClassification", f"a head on pool {c['pool']!r}, only on {pool!r}")
     if c["mlp"] == "swiglu" or (c["mlp"] == "swiglu_packed" and not dinov2):
         _refuse(kind, f"mlp {c['mlp']!r}")
+    grid = model.patch_embed.grid_size
+    if dinov2 and grid[0] != grid[1]:  # it reads any as that of a square
+        _refuse(kind, f"an oblong table of {grid} positions; set_input_size resamples it")
     state = _cover_cls(model, state)
     layer = r"encoder.layer.\1."
     norms = ("norm1", "norm2") if dinov2 else ("layernorm_before", "layernorm_after")
