@@ -565,6 +565,69 @@ def test_shards_are_joined(tmp_path: Path) -> None:
     close("features", ours.forward_features(images), theirs(images).last_hidden_state)
 
 
+class Hub:
+    """Stands in for huggingface_hub's download: the files that answer, then what else raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, error: Any) -> None:
+        hub: Any = pytest.importorskip("huggingface_hub")
+        self.folder, self.error, self.asked = folder, error, []
+        monkeypatch.setattr(hub, "hf_hub_download", self.download)
+        monkeypatch.setattr(hub, "try_to_load_from_cache", self.look)
+        self.cached: dict[str, Any] = {}
+
+    def download(self, repository: str, file: str, revision: str | None = None) -> str:
+        self.asked.append(file)
+        if (self.folder / file).is_file():
+            return str(self.folder / file)
+        raise self.error
+
+    def look(self, repository: str, file: str, revision: str | None = None) -> Any:
+        return self.cached.get(file)
+
+
+def test_a_hub_out_of_reach_is_asked_once(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: Any = pytest.importorskip("huggingface_hub.errors")
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(monkeypatch, tmp_path, errors.LocalEntryNotFoundError("no connection"))
+    with pytest.raises(
+        UsageError,
+        match="no/such is no file or folder here, and as a hub id it is not in the cache, and the",
+    ):
+        fastvit.load_checkpoint("no/such")
+    assert hub.asked == ["config.json"]
+    # The weights alone were fetched once: what the config may say is not taken for absent.
+    hub.cached["model.safetensors"] = str(saved / "model.safetensors")
+    (saved / "config.json").rename(tmp_path / "kept")
+    notes = fastvit.load_checkpoint("no/such", heads=2, image_size=32).load_report.notes
+    assert any("config.json is not in the cache, and the hub is out of reach" in n for n in notes)
+    hub.cached["config.json"] = object()  # the cache knows that there is none
+    notes = fastvit.load_checkpoint("no/such", heads=2, image_size=32).load_report.notes
+    assert not any("in the cache" in n for n in notes)
+
+
+def test_a_hub_id_without_the_file_and_a_shard_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: Any = pytest.importorskip("huggingface_hub.errors")
+    hub = Hub(monkeypatch, tmp_path, errors.EntryNotFoundError("no such entry"))
+    with pytest.raises(UsageError, match=r"it holds none of model\.safetensors"):
+        fastvit.load_checkpoint("no/such")
+    assert len(hub.asked) == 9
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "s.safetensors"}}')
+    with pytest.raises(UsageError, match=r"hub id it lacks s\.safetensors, of its index"):
+        fastvit.load_checkpoint("no/such")
+    hub.error = errors.LocalEntryNotFoundError("no connection")
+    index = "model.safetensors.index.json"
+    hub.cached[index] = str(tmp_path / index)
+    with pytest.raises(UsageError, match=r"lacks s\.safetensors, .*the hub is out of reach"):
+        fastvit.load_checkpoint("no/such")
+    hub.error = OSError("proxy says no")
+    with pytest.raises(UsageError, match="no/such is no file or folder here, and as a hub id: pro"):
+        fastvit.load_checkpoint("no/such")
+
+
 def test_the_hub_cache_serves_offline(saved: Path, tmp_path: Path) -> None:
     """HF_HUB_OFFLINE and the cache are huggingface_hub's own; what is not there is said."""
     snapshot = tmp_path / "hub/models--timm--vit_tiny_patch16_224.mine/snapshots" / ("a" * 40)
@@ -592,4 +655,4 @@ except fastvit.load_checkpoint.__globals__["UsageError"] as error:
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "timm/absent is not in the cache, and the hub is offline" in done.stdout
+    assert "timm/absent is no file or folder here, and as a hub id it is not in" in done.stdout

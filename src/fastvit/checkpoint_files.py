@@ -36,12 +36,14 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 @dataclass
 class Source:
-    """What was read: `name` for messages; tensors (numpy arrays of an npz); the configs."""
+    """What was read: `name` for messages; tensors (numpy arrays of an npz); the configs; notes on
+    what was not read."""
 
     name: str
     state: Mapping[str, Any]
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_source(source: str | Path | Mapping[str, Any]) -> Source:
@@ -195,28 +197,40 @@ def _read_hub(name: str) -> Source:
             "pip install 'fastvit[hub]'"
         ) from error
     repository, _, revision = name.partition("@")
-    folder, absent = None, None
-    for file in (*CONFIGS, _PREPROCESSOR, *WEIGHTS):
-        try:
-            path = Path(hub.hf_hub_download(repository, file, revision=revision or None))
-        except (EntryNotFoundError, LocalEntryNotFoundError) as error:
-            absent = error
-            continue
-        except Exception as error:
-            raise UsageError(f"checkpoint: hub id {name}: {error}") from error
-        folder = path.parent
-        if file.endswith(".index.json"):
-            for shard in _shards(path):
-                hub.hf_hub_download(repository, shard, revision=revision or None)
-        if file in WEIGHTS:
-            break
-    else:
-        where = (
-            "is not in the cache, and the hub is offline or out of reach"
-            if (isinstance(absent, LocalEntryNotFoundError))
-            else f"holds none of {', '.join(WEIGHTS)}"
-        )
-        raise UsageError(f"checkpoint: hub id {name} {where}") from absent
-    assert folder is not None
-    read = _read_folder(folder)
-    return Source(name, read.state, read.config, read.preprocessor)
+    said = f"checkpoint: {name} is no file or folder here, and as a hub id"
+    unreachable: Exception | None = None
+    unknown: list[str] = []
+
+    def find(file: str) -> Path | None:
+        nonlocal unreachable
+        if unreachable is None:
+            try:
+                return Path(hub.hf_hub_download(repository, file, revision=revision or None))
+            except LocalEntryNotFoundError as error:
+                unreachable = error  # each further question would wait as long for no answer
+            except EntryNotFoundError:
+                return None
+            except Exception as error:
+                raise UsageError(f"{said}: {error}") from error
+        cached = hub.try_to_load_from_cache(repository, file, revision=revision or None)
+        if cached is None:
+            unknown.append(file)
+        return Path(cached) if isinstance(cached, str) else None
+
+    for file in (*CONFIGS, _PREPROCESSOR):
+        find(file)
+    weights = next((path for file in WEIGHTS if (path := find(file))), None)
+    offline = "the hub is out of reach or HF_HUB_OFFLINE is set"
+    if weights is None:
+        where = "is not in the cache, and " + offline
+        where = where if unreachable else f"holds none of {', '.join(WEIGHTS)}"
+        raise UsageError(f"{said} it {where}") from unreachable
+    for shard in _shards(weights) if weights.name.endswith(".index.json") else ():
+        if find(shard) is None:
+            why = f"; {offline}" if unreachable else ""
+            raise UsageError(f"{said} it lacks {shard}, of its index{why}") from unreachable
+    read = _read_folder(weights.parent)
+    # What could not be asked for may be there, and would say what the tensors do not.
+    lost = [] if read.config else [file for file in unknown if file == CONFIGS[0]]
+    notes = [f"{file} is not in the cache, and {offline}: read without it" for file in lost]
+    return Source(name, read.state, read.config, read.preprocessor, notes)

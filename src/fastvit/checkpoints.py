@@ -181,7 +181,7 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
             )
     wanted = {"image_size": size, "no_embed_class": kwargs.get("no_embed_class")}
     arguments, notes = infer(reading.state, {**reading.known, **hints}, wanted)
-    reading.notes += notes
+    reading.notes = [*source.notes, *reading.notes, *notes]
     return reading, arguments
 
 
