@@ -155,6 +155,12 @@ def _read_whole(folder: Path, weights: Path, name: str) -> Source:
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise UsageError(f"checkpoint: {weights} names {shard}, which is not beside it")
             state.update(read_file(folder / shard))
+        lacking = sorted(_json(weights)["weight_map"].keys() - state.keys())
+        if lacking:
+            raise UsageError(
+                f"checkpoint: {weights} names tensors that its shards do not hold: "
+                f"{', '.join(lacking)}"
+            )
     else:
         state = dict(read_file(weights))
     config = _json(folder / "model.json") or _config_in(folder, weights)

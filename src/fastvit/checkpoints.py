@@ -22,7 +22,7 @@ from fastvit.model import ViT
 from fastvit.pos_embed import Resample, resample_patches, resample_positions
 from fastvit.presets import DATA, PRESETS
 from fastvit.saving import FORMAT, VERSION
-from fastvit.shapes import check_ranks, infer
+from fastvit.shapes import check_whole, infer
 from fastvit.timm_kwargs import translate
 
 State = dict[str, Tensor]
@@ -35,12 +35,18 @@ PLAIN = (
 )
 # What a model computes and no tensor shows: a loaded checkpoint does not change it.
 COMPUTED = ("norm_eps", "activation", "heads", "rope", "rope_theta", "head_activation", "pool")
-# What None in the arguments of a timm config takes back from its preset, where no tensor shows it.
+# What None in the arguments of a timm config takes back from its preset.
 _UNSET: dict[str, dict[str, Any]] = {
     "ref_feat_shape": {"rope_grid": None},
     "norm_layer": {"norm_eps": 1e-6},
     "act_layer": {"activation": "gelu"},
+    "init_values": {"layer_scale": None},
+    "pos_embed": {"pos_embed": "none"},
 }
+# Of a config that does not name them these are there, as in ViT.
+_DEFAULT = ("class_token", "pos_embed", "no_embed_class", "norm")
+_DEFAULT += ("qkv_bias", "proj_bias", "mlp_bias")
+_SIGNATURE = inspect.signature(ViT).parameters
 log = logging.getLogger("fastvit")
 
 
@@ -122,7 +128,8 @@ def load_weights(
         raise ValueError("model is on the meta device; call model.to_empty(device=...) first")
     read_from = read_source(source)
     own = {k: model.config[k] for k in ("heads", "no_embed_class", "rope", "pos_embed", "channels")}
-    reading, arguments = interpret(read_from, {**own, "image_size": model.patch_embed.img_size})
+    own.update(image_size=model.patch_embed.img_size, **({} if strict else {"num_classes": None}))
+    reading, arguments = interpret(read_from, own)
     may_lack = {k for k in model.state_dict() if k.startswith("head.") or not strict}
     for name in COMPUTED:
         theirs, mine = reading.known.get(name, model.config[name]), model.config[name]
@@ -147,7 +154,6 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
         if channels := kwargs.get("channels", kwargs.get("in_chans")):
             given["channels"] = channels
         reading = read(source.state, given)
-    check_ranks(reading.state)
     if ours:
         if config.get("version") != VERSION:
             raise UsageError(
@@ -156,7 +162,7 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
             )
         reading.dialect = "fastvit"
         pairs = {k: tuple(v) for k, v in config["model"].items() if isinstance(v, list)}
-        reading.known = {**config["model"], **pairs}
+        reading.known = _settled({**config["model"], **pairs})
         stated = {k: config.get(k) for k in ("mean", "std")}
         reading.data = {k: tuple(v) for k, v in stated.items() if isinstance(v, list)}
     elif timm:
@@ -179,6 +185,10 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
                 "computed rotations, of which the tensors say nothing; pass rope= with "
                 "rope_theta=, or pos_embed='none' for a model without positions"
             )
+    if reading.head_without_bias and "head.weight" in reading.state:
+        weight = reading.state["head.weight"]
+        reading.state.setdefault("head.bias", weight.new_zeros(len(weight) if weight.ndim else 0))
+    check_whole(reading.state, {k: v for k, v in reading.known.items() if k not in kwargs})
     wanted = {"image_size": size, "no_embed_class": kwargs.get("no_embed_class")}
     arguments, notes = infer(reading.state, {**reading.known, **hints}, wanted)
     reading.notes = [*source.notes, *reading.notes, *notes]
@@ -189,12 +199,17 @@ def _settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
     """The config in the state file of `fastvit train`, which keeps a run's settings beside it."""
     settings = state.get("settings")
     model = settings.get("model") if isinstance(settings, Mapping) else None
-    if (
-        not isinstance(model, Mapping)
-        or not model.keys() <= inspect.signature(ViT).parameters.keys()
-    ):
+    if not isinstance(model, Mapping) or not model.keys() <= _SIGNATURE.keys():
         return {}
     return {"format": FORMAT, "version": VERSION, "model": dict(model)}
+
+
+def _settled(known: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a config that says all of them, with ViT's defaults for the rest."""
+    known = {**{n: _SIGNATURE[n].default for n in _DEFAULT}, **known}
+    if known.get("patch_bias") is None:
+        known["patch_bias"] = not known.get("pre_norm", False)
+    return known
 
 
 def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
@@ -225,6 +240,9 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
     for name in (k for k, v in given.items() if v is None):
         known.update(_UNSET.get(name, {}))
     known.update(args)
+    known = _settled(known) if preset else known
+    if config.get("num_classes"):
+        known["num_classes"] = config["num_classes"]
     pretrained = config.get("pretrained_cfg") or {}
     size = pretrained.get("input_size")
     if size and "image_size" not in args:
@@ -272,7 +290,6 @@ def _fit(
     if unexpected and strict:
         problems.append(f"it has the unexpected {', '.join(unexpected)}")
     problems += wrong
-    problems += [f"{k} is {_unfit(v)}" for k, v in state.items() if _unfit(v)]
     if problems:
         raise UsageError(f"checkpoint: {name}, read as {reading.dialect}: {'; '.join(problems)}")
     if unexpected:
@@ -289,15 +306,6 @@ def _fit(
     for line in (*report.adapted, *report.notes):
         log.warning("%s: %s", name, line)
     return lacking & expected.keys()
-
-
-def _unfit(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being weights: quantized, without data, sparse."""
-    if not tensor.is_floating_point():
-        return f"{tensor.dtype}, not floating point"
-    if tensor.is_meta or tensor.layout != torch.strided:
-        return f"{'without data' if tensor.is_meta else tensor.layout}, not a plain tensor"
-    return None
 
 
 def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str]) -> State:
@@ -323,8 +331,6 @@ def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str
         if name in out and (name not in own or len(out[name]) != len(own[name])):
             said.append(f"head: the checkpoint's, for {arguments['num_classes']} classes, left out")
             out = {k: v for k, v in out.items() if not k.startswith("head.")}
-    if "head.weight" in out and "head.bias" not in out and "head.bias" in own:
-        out["head.bias"] = torch.zeros(len(out["head.weight"]))
     for have, want in (("norm", "fc_norm"), ("fc_norm", "norm")):
         if f"{want}.weight" in own and f"{want}.weight" not in out and f"{have}.weight" in out:
             said.append(f"{have} taken for {want}")

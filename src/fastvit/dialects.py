@@ -18,10 +18,12 @@ from torch import Tensor
 from fastvit.errors import UsageError
 from fastvit.plain import WRAPPERS
 from fastvit.pos_embed import DINOV2, HUGGING_FACE, NAFLEX, TORCHVISION, Resample
+from fastvit.shapes import check_tensors
 
 State = dict[str, Tensor]
 Config = Mapping[str, Any]
 Rules = list[tuple[str, str | None]]
+Ranks = dict[str, tuple[int, ...]]
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -47,8 +49,12 @@ class Reading:
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    head_without_bias: bool = False  # a projection, as in CLIP
 
 
+# What nearly every dialect has besides its blocks, and of how many dimensions.
+_ALWAYS: Ranks = {"cls_token": (3,), "pos_embed": (3,), "patch_embed.proj.bias": (1,)}
+_BIASED: dict[str, Any] = dict(qkv_bias=True, proj_bias=True, mlp_bias=True)
 _P = r"(weight|bias)"
 _B = r"blocks\.(\d+)\."
 _OURS: Rules = [
@@ -124,8 +130,9 @@ def _read_dinov2(state: State, outside: State, config: Config) -> Reading:
         (rf"{_B}mlp\.w3\.{_P}", r"blocks.\1.mlp.fc2.\2"),
         *_OURS,
     ]
-    known = dict(dynamic_img_size=True, resample=_options(Resample() if registers else DINOV2))
-    reading = _finish("dinov2", state, outside, rules, known, IMAGENET)
+    known: dict[str, Any] = dict(dynamic_img_size=True, no_embed_class=False)
+    known["resample"] = _options(Resample() if registers else DINOV2)
+    reading = _finish("dinov2", state, outside, rules, known, IMAGENET, _ALWAYS)
     for name in ("weight", "bias"):
         head = outside.get(f"linear_head.{name}")
         if head is not None:
@@ -137,10 +144,16 @@ def _read_dinov2(state: State, outside: State, config: Config) -> Reading:
 
 def _read_dinov3(state: State, outside: State, config: Config) -> Reading:
     state = dict(state)
-    for key in [k for k in state if k.endswith("qkv.bias")]:
+    for key in [k for k in state if re.fullmatch(rf"{_B}attn\.qkv\.bias", k)]:
         i = key.split(".")[1]
         mask = state.get(f"{key}_mask")
         bias = state.pop(key)
+        shape = tuple(bias.shape if mask is None else mask.shape)
+        if bias.ndim != 1 or len(bias) % 3 or shape != (len(bias),):
+            raise UsageError(
+                f"checkpoint: {key} is {tuple(bias.shape)}, its mask {shape}; expected one "
+                "dimension of three equal parts"
+            )
         q, k, v = (bias if mask is None else bias.where(mask != 0, 0)).chunk(3)
         if mask is not None and not k.any():
             state[f"blocks.{i}.attn.q_bias"], state[f"blocks.{i}.attn.v_bias"] = q, v
@@ -157,7 +170,8 @@ def _read_dinov3(state: State, outside: State, config: Config) -> Reading:
         *_OURS,
     ]
     known = dict(rope="dinov3", norm_eps=1e-5, dynamic_img_size=True, pool="cls")
-    return _finish("dinov3", state, outside, rules, known, IMAGENET)
+    always = {k: v for k, v in _ALWAYS.items() if k != "pos_embed"}
+    return _finish("dinov3", state, outside, rules, known, IMAGENET, always)
 
 
 _L = r"(?:encoder\.)?(?:model\.)?layers?\.(\d+)\."
@@ -193,11 +207,15 @@ def _read_hf_vit(state: State, outside: State, config: Config) -> Reading:
     ]
     how = Resample() if registers else HUGGING_FACE
     known = {"resample": _options(how), **_hf_known(config, 1e-6 if dinov2 else 1e-12)}
+    known.update(proj_bias=True, mlp_bias=True, no_embed_class=False)
     if dinov2:
         known["dynamic_img_size"] = True
+    always = dict(_ALWAYS)
+    if not dinov2 and config.get("model_type") in (None, "ijepa"):
+        del always["cls_token"]  # of the bare, the number of positions tells
     name = "hf dinov2 with registers" if registers else "hf dinov2" if dinov2 else "hf vit"
     data = IMAGENET if dinov2 else INCEPTION
-    reading = _finish(name, state, outside, rules, known, data)
+    reading = _finish(name, state, outside, rules, known, data, always)
     _adopt_classifier(reading, outside)
     if _is_bare(config):
         reading.notes.append(f"no config: norm_eps {known['norm_eps']:g}, transformers' default")
@@ -231,8 +249,11 @@ def _read_hf_dinov3(state: State, outside: State, config: Config) -> Reading:
         raise UsageError("checkpoint: a gated MLP with another hidden_act than 'silu'")
     known = {**_hf_known(config, 1e-5), "rope": "dinov3", "dynamic_img_size": True}
     known.update(rope_theta=float(config.get("rope_theta", 100.0)), pool="cls")
-    reading = _finish("hf dinov3", state, outside, rules, known, IMAGENET)
-    _join(reading.state, ("q", "k", "v"), "attn.qkv", "attn.")
+    for ours, theirs in (("qkv_bias", "query_bias"), ("proj_bias",) * 2, ("mlp_bias",) * 2):
+        known[ours] = config.get(theirs)
+    always = {"cls_token": (3,), "reg_token": (3,), "patch_embed.proj.bias": (1,)}
+    reading = _finish("hf dinov3", state, outside, rules, known, IMAGENET, always)
+    _join(reading.state, ("q", "k", "v"), "attn.qkv", "attn.", bare_keys=True)
     if reading.state["reg_token"].shape[1] == 0:
         del reading.state["reg_token"]
     return reading
@@ -261,8 +282,11 @@ def _read_hf_siglip_or_clip(state: State, outside: State, config: Config) -> Rea
     ]
     act = "quick_gelu" if clip else "gelu_tanh"
     known = {"activation": act, **_hf_known(config, 1e-5 if clip else 1e-6)}
+    known.update(qkv_bias=True, proj_bias=True, mlp_bias=True, pre_norm=clip, no_embed_class=False)
     name = "hf clip" if clip else "hf siglip"
-    reading = _finish(name, state, outside, rules, known, CLIP if clip else INCEPTION)
+    always: Ranks = {"pos_embed": (2,), "patch_embed.proj.weight": (4,) if clip else (2, 4)}
+    always |= {"cls_token": (1,)} if clip else {"patch_embed.proj.bias": (1,)}
+    reading = _finish(name, state, outside, rules, known, CLIP if clip else INCEPTION, always)
     _adopt_classifier(reading, outside)
     ours = reading.state
     _join(ours, ("q", "k", "v"), "attn.qkv", "attn.")
@@ -277,17 +301,28 @@ def _read_hf_siglip_or_clip(state: State, outside: State, config: Config) -> Rea
         if "visual_projection.weight" in outside:
             ours["head.weight"] = outside["visual_projection.weight"]
             reading.dropped.remove("visual_projection.weight")
+            reading.head_without_bias = True
     if ours["patch_embed.proj.weight"].ndim == 2:
         reading.dialect, how = "hf siglip2", NAFLEX
         known.update(dynamic_img_size=True)
         weight, channels = ours["patch_embed.proj.weight"], int(config.get("num_channels", 3))
         p = config.get("patch_size") or round((weight.shape[1] / channels) ** 0.5)
+        if p * p * channels != weight.shape[1]:
+            raise UsageError(
+                f"checkpoint: patch_embed.proj.weight is {tuple(weight.shape)}, expected "
+                f"{p} x {p} x {channels} columns"
+            )
         weight = weight.reshape(len(weight), p, p, channels).permute(0, 3, 1, 2)
         ours["patch_embed.proj.weight"] = weight
     known["resample"] = _options(how)
     for kind in ("weight", "bias"):
         packed = ours.pop(f"attn_pool.qkv.{kind}", None)
         if packed is not None:
+            if len(packed) % 3:
+                raise UsageError(
+                    f"checkpoint: head.attention.in_proj_{kind} is {tuple(packed.shape)}, expected "
+                    "three equal parts"
+                )
             q, k, v = packed.chunk(3)
             ours[f"attn_pool.q.{kind}"], ours[f"attn_pool.kv.{kind}"] = q, torch.cat([k, v])
     if "head.weight" in ours and not clip and "attn_pool.latent" in ours:
@@ -313,10 +348,10 @@ def _read_torchvision(state: State, outside: State, config: Config) -> Reading:
         (rf"heads\.pre_logits\.{_P}", r"head.0.\1"),
         (rf"heads\.head\.{_P}", r"head.2.\1" if hidden else r"head.\1"),
     ]
-    known: dict[str, Any] = {"resample": _options(TORCHVISION)}
+    known = {"resample": _options(TORCHVISION), "no_embed_class": False, **_BIASED}
     if hidden:
         known["head_activation"] = "tanh"
-    return _finish("torchvision", state, outside, rules, known, IMAGENET)
+    return _finish("torchvision", state, outside, rules, known, IMAGENET, _ALWAYS)
 
 
 def _read_openai(state: State, outside: State, config: Config) -> Reading:
@@ -338,12 +373,15 @@ def _read_openai(state: State, outside: State, config: Config) -> Reading:
     quick = "input_resolution" in outside
     settings = config.get("model_cfg", config)
     activation = "quick_gelu" if quick or settings.get("quick_gelu") else "gelu"
-    known: dict[str, Any] = {"norm_eps": 1e-5, "activation": activation}
+    known: dict[str, Any] = {"norm_eps": 1e-5, "activation": activation, **_BIASED}
+    known.update(no_embed_class=False, pre_norm=quick)  # open_clip's no_ln_pre leaves it out
+    name, always = "openai" if quick else "open_clip", {"cls_token": (1,), "pos_embed": (2,)}
+    reading = _finish(name, state, outside, rules, known, CLIP, always)
+    reading.head_without_bias = True
+    ours = reading.state
     width = (settings.get("vision_cfg") or {}).get("head_width")
     if width:
-        known["heads"] = len(state["class_embedding"]) // width
-    reading = _finish("openai" if quick else "open_clip", state, outside, rules, known, CLIP)
-    ours = reading.state
+        known["heads"] = len(ours["cls_token"]) // width
     ours["cls_token"] = ours["cls_token"].view(1, 1, -1)
     ours["pos_embed"] = ours["pos_embed"][None]
     if "head.weight" in ours:
@@ -380,8 +418,10 @@ def _read_vit_pytorch(state: State, outside: State, config: Config) -> Reading:
         (rf"mlp_head\.0\.{_P}", r"norm.\1"),
         (rf"mlp_head\.1\.{_P}", r"head.\1"),
     ]
-    known: dict[str, Any] = {"norm_eps": 1e-5, "pool": "cls"}
-    reading = _finish("vit-pytorch", state, outside, rules, known, {})
+    known: dict[str, Any] = {"norm_eps": 1e-5, "pool": "cls", **_BIASED, "qkv_bias": False}
+    always: Ranks = {"cls_token": (1, 2, 3), "pos_embed": (2, 3), "patch_embed.proj.bias": (1,)}
+    always["patch_embed.proj.weight"] = (2,)
+    reading = _finish("vit-pytorch", state, outside, rules, known, {}, always)
     ours = reading.state
     weight, pos = ours["patch_embed.proj.weight"], ours["pos_embed"]
     guesses = tuple(dict.fromkeys((config.get("channels", 3), 3, 1, 4, 2)))
@@ -393,7 +433,7 @@ def _read_vit_pytorch(state: State, outside: State, config: Config) -> Reading:
         )
     grid = weight.reshape(len(weight), sides[channels], sides[channels], channels)
     ours["patch_embed.proj.weight"] = grid.permute(0, 3, 1, 2)
-    ours["pos_embed"] = pos.reshape(1, *pos.shape[-2:])
+    ours["pos_embed"] = pos if pos.ndim == 3 else pos[None]
     ours["cls_token"] = ours["cls_token"].reshape(1, 1, -1)
     reading.notes.append(
         "pool 'cls' assumed; pool='mean' of vit-pytorch averages <cls> too, as fastvit.ViT does not"
@@ -493,8 +533,10 @@ def _finish(
     rules: Rules,
     known: dict[str, Any],
     data: dict[str, Any],
+    always: Ranks | None = None,
 ) -> Reading:
-    """Rename by the first pattern that fits a whole key; keys that none fits are an error."""
+    """Rename by the first pattern that fits a whole key; keys that none fits are an error, and so
+    is a tensor that the dialect always has, where it is not there or has another rank."""
     patterns = [(re.compile(pattern), new) for pattern, new in rules]
     reading = Reading(dialect, {}, known, list(outside), data=dict(data))
     unknown = []
@@ -514,6 +556,10 @@ def _finish(
         raise UsageError(
             f"checkpoint: read as {dialect}, but it has the unexpected {', '.join(unknown)}"
         )
+    lacking = [name for name in always or () if name not in reading.state]
+    if lacking:
+        raise UsageError(f"checkpoint: read as {dialect}, but it lacks {', '.join(lacking)}")
+    check_tensors(reading.state, always)
     return reading
 
 
@@ -526,6 +572,9 @@ def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
         ("depth", "num_hidden_layers", int),
         ("dim", "hidden_size", int),
         ("image_size", "image_size", (int, list, tuple)),
+        ("patch_size", "patch_size", (int, list, tuple)),
+        ("registers", "num_register_tokens", int),
+        ("qkv_bias", "qkv_bias", bool),
     ):
         value = config.get(theirs)
         if value is None:
@@ -534,6 +583,9 @@ def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
             raise UsageError(f"checkpoint: its config says {theirs} {value!r}")
         known[ours] = tuple(value) if isinstance(value, list) else value
     known["norm_eps"] = float(known.get("norm_eps", default_eps))
+    heads = ("ForImageClassification", "WithProjection")
+    if any(str(a).endswith(heads) for a in config.get("architectures") or ()):
+        known["num_classes"] = len(config.get("id2label") or (0, 1))  # two, unless it says
     activation = config.get("hidden_act")
     if activation is not None:
         names = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
@@ -572,22 +624,40 @@ def _adopt_classifier(reading: Reading, outside: State) -> None:
 def _fold_prefix(reading: Reading, registers: bool) -> None:
     """With registers DINOv2 adds positions to <cls> and patches only: fold <cls>'s own into it."""
     if registers:
-        pos = reading.state["pos_embed"]
+        cls, pos = (reading.state[name] for name in ("cls_token", "pos_embed"))
+        if not pos.shape[1] or cls.shape != pos[:, :1].shape:
+            raise UsageError(
+                f"checkpoint: cls_token is {tuple(cls.shape)}, pos_embed {tuple(pos.shape)}; "
+                "expected (1, 1, dim) and a row for each patch and one for <cls>"
+            )
         reading.state["cls_token"] = reading.state["cls_token"] + pos[:, :1]
         reading.state["pos_embed"] = pos[:, 1:]
         reading.known["no_embed_class"] = True
 
 
-def _join(state: State, parts: tuple[str, ...], name: str, within: str = "mlp.fc1.") -> None:
-    """blocks.i.attn.{q, k, v}.* -> blocks.i.attn.qkv.*; keys without a bias -> q_bias, v_bias."""
+def _join(
+    state: State,
+    parts: tuple[str, ...],
+    name: str,
+    within: str = "mlp.fc1.",
+    bare_keys: bool = False,
+) -> None:
+    """blocks.i.attn.{q, k, v}.* -> blocks.i.attn.qkv.*; with bare_keys, q and v alone may have a
+    bias, which then are q_bias and v_bias."""
     for i in sorted({k.split(".")[1] for k in state if k.startswith("blocks.")}, key=int):
         block = f"blocks.{i}."
         for kind in ("weight", "bias"):
-            found = [state.pop(f"{block}{within}{p}.{kind}", None) for p in parts]
-            tensors = [t for t in found if t is not None]
+            found = {p: state.pop(f"{block}{within}{p}.{kind}", None) for p in parts}
+            tensors = {p: t for p, t in found.items() if t is not None}
+            if len({tuple(t.shape) for t in tensors.values()}) > 1:
+                shapes = ", ".join(f"{p} {tuple(t.shape)}" for p, t in tensors.items())
+                raise UsageError(
+                    f"checkpoint: {block}{within}*.{kind} are {shapes}; expected one shape"
+                )
             if len(tensors) == len(parts):
-                state[f"{block}{name}.{kind}"] = torch.cat(tensors)
-            elif len(parts) == 3 and found[0] is not None and found[2] is not None:
-                state[f"{block}attn.q_bias"], state[f"{block}attn.v_bias"] = found[0], found[2]
+                state[f"{block}{name}.{kind}"] = torch.cat([*tensors.values()])
+            elif bare_keys and kind == "bias" and tensors.keys() == {"q", "v"}:
+                state[f"{block}attn.q_bias"], state[f"{block}attn.v_bias"] = tensors.values()
             elif tensors:
-                raise UsageError(f"checkpoint: {block}{within} lacks some of {parts} {kind}")
+                lacking = ", ".join(f"{block}{within}{p}.{kind}" for p in parts if p not in tensors)
+                raise UsageError(f"checkpoint: it lacks {lacking}")

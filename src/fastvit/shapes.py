@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastvit.errors import UsageError
@@ -45,11 +46,16 @@ def infer(
         "fc_norm": "fc_norm.weight" in state,
         "num_classes": 0,
     }
-    for name in ("dim", "depth"):
-        if known.get(name, shown[name]) != shown[name]:
+    for name in ("dim", "depth", "registers"):
+        if (known.get(name) or shown[name]) != shown[name]:
             raise UsageError(
                 f"checkpoint: its config says {name} {known[name]}, its tensors {shown[name]}"
             )
+    given = known.get("patch_size")
+    if given is not None and _pair(given) != (*patch,):
+        raise UsageError(
+            f"checkpoint: its config says patch_size {given}, its tensors {shown['patch_size']}"
+        )
     if ("blocks.0.ls1.gamma" in state) != (known.get("layer_scale") is not None):
         shown["layer_scale"] = 1e-5 if "blocks.0.ls1.gamma" in state else None
     for name in ("head.weight", "head.2.weight"):
@@ -64,26 +70,87 @@ def infer(
     return {**known, **shown}, notes
 
 
-_RANKS = {
-    "patch_embed.proj.weight": 4,
-    "blocks.0.attn.qkv.weight": 2,
-    "blocks.0.mlp.fc2.weight": 2,
-    "pos_embed": 3,
-    "cls_token": 3,
-    "reg_token": 3,
+TOKENS = ("cls_token", "reg_token", "pos_embed", "attn_pool.latent")
+# Arguments of ViT that a config or a dialect may settle, and a tensor that is there if they are.
+_TENSORS = {
+    "class_token": "cls_token",
+    "registers": "reg_token",
+    "pos_embed": "pos_embed",
+    "patch_bias": "patch_embed.proj.bias",
+    "pre_norm": "norm_pre.weight",
+    "norm": "blocks.0.norm1.bias",
+    "qk_norm": "blocks.0.attn.q_norm.weight",
+    "qkv_bias": "blocks.0.attn.qkv.bias",
+    "proj_bias": "blocks.0.attn.proj.bias",
+    "mlp_bias": "blocks.0.mlp.fc2.bias",
+    "layer_scale": "blocks.0.ls1.gamma",
+    "num_classes": "head.weight",
 }
+_HEADS = [
+    {f"head.{n}{kind}" for n in ns for kind in ("weight", "bias")} for ns in ([""], ["0.", "2."])
+]
 
 
-def check_ranks(state: State) -> None:
-    """Raise where a tensor whose shape tells the architecture is not there or has another rank."""
-    for name, rank in _RANKS.items():
-        if name not in state:
-            if rank != 3:
-                raise UsageError(f"checkpoint: it lacks {name}")
-        elif state[name].ndim != rank:
+def check_tensors(state: State, ranks: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    """Raise where a tensor of ours is no plain one of numbers, is empty or has another rank than
+    its name asks for. ranks: those that a dialect has instead."""
+    for name, tensor in state.items():
+        if what := _unfit(tensor):
+            raise UsageError(f"checkpoint: {name} is {what}")
+        allowed = (ranks or {}).get(name, (_rank(name),))
+        shape = tuple(tensor.shape)
+        if tensor.ndim not in allowed:
+            expected = " or ".join(map(str, allowed))
+            raise UsageError(f"checkpoint: {name} is {shape}, expected {expected} dimensions")
+        if 0 in shape and name not in ("pos_embed", "reg_token"):
+            raise UsageError(f"checkpoint: {name} is {shape}, which holds nothing")
+
+
+def _rank(name: str) -> int:
+    if name.endswith((".bias", "_bias", ".gamma")):
+        return 1
+    if name in TOKENS:
+        return 3
+    return 1 if "norm" in name else 4 if name == "patch_embed.proj.weight" else 2
+
+
+def _unfit(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being weights: quantized, without data, sparse."""
+    if not tensor.is_floating_point():
+        return f"{tensor.dtype}, not floating point"
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return f"{'without data' if tensor.is_meta else tensor.layout}, not a plain tensor"
+    return None
+
+
+def check_whole(state: State, known: Mapping[str, Any]) -> None:
+    """Raise for tensors that cannot be those of a ViT: without the shapes that tell its
+    architecture, with half a head, or without what `known` says that there is."""
+    check_tensors(state)
+    mlp = ("fc1_g", "fc1_x") if "blocks.0.mlp.fc1_x.weight" in state else ("fc1",)
+    needed = ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight"]
+    needed += [f"blocks.0.mlp.{n}.weight" for n in (*mlp, "fc2")]
+    lacking = [name for name in needed if name not in state]
+    head = {name for name in state if name.startswith("head.")}
+    if head and head not in _HEADS:
+        whole = next((h for h in reversed(_HEADS) if h & head), _HEADS[0])
+        lacking += sorted(whole - head)
+    if lacking:
+        raise UsageError(f"checkpoint: it lacks {', '.join(lacking)}")
+    for name, tensor in _TENSORS.items():
+        others = {"blocks.0.attn.qkv.bias": "blocks.0.attn.q_bias", "head.weight": "head.0.weight"}
+        value, there = known.get(name), {tensor, others.get(tensor)} & state.keys()
+        if value not in (None, False, 0, "none", "rmsnorm") and not there:
             raise UsageError(
-                f"checkpoint: {name} is {tuple(state[name].shape)}, expected {rank} dimensions"
+                f"checkpoint: it lacks {tensor}, but its config or dialect says {name}={value!r}"
             )
+    dim = len(state["patch_embed.proj.weight"])
+    for name in TOKENS[:3]:
+        shape = tuple(state[name].shape) if name in state else (1, 1, dim)
+        count = 1 if name == "cls_token" else shape[1]
+        if shape != (1, count, dim):
+            expected = (1, count if name == "cls_token" else "N", dim)
+            raise UsageError(f"checkpoint: {name} is {shape}, expected {expected}")
 
 
 def _mlp(state: State) -> str:
@@ -121,7 +188,7 @@ def _heads(
 ) -> None:
     norm = state.get("blocks.0.attn.q_norm.weight")
     if norm is not None:
-        heads = inner // len(norm)
+        heads = max(1, inner // len(norm))
     elif known.get("heads"):
         heads = known["heads"]
     else:
@@ -179,6 +246,11 @@ def _image(
             if size is not None:
                 notes.append(f"image_size {size} of the config does not fit {count} positions")
             return
+    if not shown["class_token"] and _square(count - 1):
+        raise UsageError(
+            f"checkpoint: {count} positions make no square grid, but one and that of <cls>, and it "
+            "lacks cls_token; pass image_size=(height, width) if that is right"
+        )
     hint = "pass image_size=(height, width)" if given is None else f"nor are they those of {given}"
     raise UsageError(f"checkpoint: {count} positions make no square grid; {hint}")
 
