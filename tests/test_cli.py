@@ -117,6 +117,26 @@ def test_resume_takes_no_other_settings(capsys, digits_run):
     assert "nowhere holds no state.pt" in capsys.readouterr().err
 
 
+def test_resume_of_a_folder_from_elsewhere_and_of_other_files(tmp_path, capsys, monkeypatch):
+    write_folder(tmp_path / "images")
+    fast = [*DIGITS, "--epochs", "1", "--image-size", "16"]
+    assert main([*fast, "--data", "folder:images", "--out", "run"]) == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    resume = ["train", "--resume", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(resume) == 0
+    (tmp_path / "images" / "cat").rename(tmp_path / "images" / "emu")
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(resume) == 2
+    assert "the data changed: it was ['cat', 'dog'], now it is ['dog'," in capsys.readouterr().err
+    (tmp_path / "images" / "emu").rename(tmp_path / "images" / "cat")
+    (tmp_path / "images" / "cat" / "1.png").rename(tmp_path / "images" / "cat" / "x.png")
+    assert main(resume) == 2
+    assert "have other names than when the run began" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+
+
 def test_resume_keeps_the_precision(capsys):
     assert main([*DIGITS, "--epochs", "1", "--amp", "bf16", "--out", "new"]) == 0
     assert main(["train", "--resume", "new", "--device", "cpu"]) == 0

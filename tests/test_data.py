@@ -203,6 +203,17 @@ def test_folder_class_unknown_in_training(tmp_path):
         load_folder(tmp_path)
 
 
+def test_the_names_of_all_files_have_a_digest(tmp_path):
+    write_folder(tmp_path / "data")
+    before = load_folder(tmp_path / "data", (8, 8)).files
+    (tmp_path / "data").rename(tmp_path / "moved")
+    streamed = load_folder(tmp_path / "moved", (16, 16), memory_limit=0)
+    assert before and streamed.files == before
+    (tmp_path / "moved" / "cat").rename(tmp_path / "moved" / "emu")
+    assert load_folder(tmp_path / "moved", (8, 8)).files != before
+    assert load_data("digits").files == ""
+
+
 def break_one(root):
     """Cut one image in half and give another the wrong content."""
     victims = [root / "cat" / "3.png", root / "dog" / "4.png"]

@@ -129,6 +129,13 @@ def test_resume_refuses_other_data_and_damaged_state(tmp_path):
     run.data = dataclasses.replace(run.data, classes=("a", "b"))
     with pytest.raises(UsageError, match="the data changed"):
         run.resume(state)
+    run.data = dataclasses.replace(run.data, classes=("d", "c", "b", "a"))  # as many as before
+    with pytest.raises(UsageError, match=r"changed: it was \['a', .*, now it is \['d', 'c'"):
+        run.resume(state)
+    run.data = dataclasses.replace(run.data, classes=tuple("abcd"), files="of other names")
+    with pytest.raises(UsageError, match="the files of digits have other names"):
+        run.resume(state)
+    run.resume({k: v for k, v in state.items() if k not in ("classes", "files")})  # an old state
     raw = (tmp_path / "state.pt").read_bytes()
     for keep in (0, 100, len(raw) - 50):
         (tmp_path / "state.pt").write_bytes(raw[:keep])

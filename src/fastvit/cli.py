@@ -11,7 +11,7 @@ import torch
 
 from fastvit.backend import versions
 from fastvit.cli_checkpoints import add_convert, add_info
-from fastvit.data import load_data
+from fastvit.data import absolute, load_data
 from fastvit.errors import UsageError, need
 from fastvit.model import pair
 from fastvit.presets import PRESETS
@@ -145,7 +145,8 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, dict[str, Any] | None
             option = fixed[0].replace("_", "-")
             raise UsageError(f"--resume takes the run's own settings; leave out --{option}")
         return settings, state
-    return make_settings(args.data or "digits", args.model, model=chosen, **given), None
+    data = absolute(args.data or "digits")  # the run may be resumed from anywhere
+    return make_settings(data, args.model, model=chosen, **given), None
 
 
 def _finish(run: Run, folder: Path) -> None:

@@ -5,6 +5,7 @@ the data alone, never of a run's seed: settings are chosen on `val`, and `test` 
 """
 
 import gzip
+import hashlib
 import math
 import os
 import sys
@@ -145,6 +146,7 @@ class DataSet:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     skipped_in_loading: int = 0
+    files: str = ""  # a digest of the names of all files and their split, "" where there are none
 
     def __post_init__(self) -> None:
         if not self.mean:
@@ -191,6 +193,12 @@ def load_data(
         else ""
     )
     raise UsageError(f"--data must be {FORMS}, got {spec!r}{hint}")
+
+
+def absolute(spec: str) -> str:
+    """`spec` with its path absolute, so that it names the same data from any directory."""
+    kind, _, path = spec.partition(":")
+    return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if path else spec
 
 
 def split_indices(
@@ -361,11 +369,13 @@ def load_folder(
                 f"{path}: too few images for a {name} split ({len(paths)} in {len(classes)} "
                 "classes; three of a class are the least)"
             )
+    names = ["\n".join(str(p.relative_to(path)) for p in s.paths) for s in (train, val, test)]
+    digest = hashlib.sha256(os.fsencode("\n\n".join(names))).hexdigest()
     augment = Augment(flip=True, shift=0.08, scale=0.1, padding="border")
     total = sum(map(len, (train, val, test))) * 3 * math.prod(image_size)
     shape = (path.name or "folder", classes, 3, image_size)
     if total > memory_limit:
-        return DataSet(*shape, train, val, test, augment)
+        return DataSet(*shape, train, val, test, augment, files=digest)
     loaded = train.load(), val.load(), test.load()
     for name, split in zip(("training", "validation", "test"), loaded, strict=True):
         if not len(split):
@@ -377,7 +387,7 @@ def load_folder(
             "could not be read",
             file=sys.stderr,
         )
-    return DataSet(*shape, *loaded, augment, skipped_in_loading=skipped)
+    return DataSet(*shape, *loaded, augment, skipped_in_loading=skipped, files=digest)
 
 
 def _class_names(root: Path) -> tuple[str, ...]:

@@ -295,6 +295,8 @@ class Run:
             "amp": self.amp,
             "compile": self.compile,
             "data": self.data.describe(),
+            "classes": list(self.data.classes),
+            "files": self.data.files,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
@@ -308,11 +310,17 @@ class Run:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Take up a state of `load_state`, amp and compile too; the data must be what it was."""
-        if state["data"] != self.data.describe():
-            raise UsageError(
-                f"--resume: the data changed: it was {state['data']!r}, "
-                f"now it is {self.data.describe()!r}"
-            )
+        data = self.data
+        now = {"data": data.describe(), "classes": list(data.classes), "files": data.files}
+        for name, value in now.items():
+            was = state.get(name, value)  # the first versions kept neither classes nor files
+            if name == "files" and was != value:
+                raise UsageError(
+                    f"--resume: the data changed: the files of {self.settings.data} have other "
+                    "names than when the run began, or are in other folders"
+                )
+            if was != value:
+                raise UsageError(f"--resume: the data changed: it was {was!r}, now it is {value!r}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.seconds = state["history"], state["seconds"]
