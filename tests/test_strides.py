@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.deterministic
 from parity import check_parity, leaf
 from test_gemm_ops import layernorm_linear, layernorm_mlp, linear_residual
 from torch import Tensor
@@ -89,3 +90,25 @@ def test_lse_and_maps(device: torch.device) -> None:
     expected = reference.attention_lse(q, k, key_padding=pick(lengths))
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(maps, reference.attention_maps(q, k, pick_lse(lse), rows=[0, 4]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["resident", "walked over"])
+def test_heads_half_the_range_of_32_bits_apart(
+    dropout: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 GiB only the pages that hold the three heads are touched."""
+    N, D = 9, 16
+    strides = (3 * N * D, 3 * D, D, 1 << 30, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        qkv = torch.empty_strided((1, N, 3, 3, D), strides, dtype=torch.float16, device=device)
+    qkv.copy_(torch.randn(1, N, 3, 3, D))
+    for norm_kind in (None, "rmsnorm"):
+        results = []
+        for x in (qkv.detach(), qkv.contiguous()):
+            torch.manual_seed(1)
+            with fastvit.use_backend("triton"):
+                out = ops.attention_qkv(x.requires_grad_(), dropout=dropout, norm_kind=norm_kind)
+            results.append((out, *torch.autograd.grad(out, x, x.detach()[:, :, 0])))
+        for got, expected in zip(*results, strict=True):
+            assert torch.equal(got, expected)

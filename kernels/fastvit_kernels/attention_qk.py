@@ -28,6 +28,7 @@ from fastvit_kernels.attention import (
     _scale,
     attention_fwd,
     draw_seed,
+    near,
     strides_divisor,
 )
 from fastvit_kernels.gemm import vectors
@@ -291,6 +292,7 @@ def _fwd(
     y = qkv.new_empty((B, N, 2, H, D))
     if y.numel() == 0:
         return y
+    qkv = near(qkv)
     sizes, constants = _arguments(qkv, cos, norm, interleaved)
     blocks = cdiv(B * N, constants["BLOCK_T"])
     groups = tuned.attention_qk_groups(blocks, H, qkv.device.index)
@@ -331,6 +333,7 @@ def _bwd_in_place(
     dparams = qkv.new_zeros((4, D) if norm else (0, D), dtype=torch.float32)
     if qkv.numel() == 0:
         return dparams
+    qkv = near(qkv)
     sizes, constants = _arguments(qkv, cos, norm, interleaved)
     blocks = cdiv(B * N, constants["BLOCK_T"])
     groups = tuned.attention_qk_groups(blocks, H, qkv.device.index)
