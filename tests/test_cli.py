@@ -89,21 +89,96 @@ def test_a_killed_process_resumes_to_the_same_result():
     """SIGKILL in the middle of a real process, then --resume."""
     command = [*DIGITS, "--epochs", "8"]
     assert main([*command, "--out", "whole"]) == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastvit", *command, "--out", "killed"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    deadline = time.monotonic() + 60
-    while not os.path.exists("killed/state.pt") and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = start(*command, "--out", "killed", stderr=subprocess.DEVNULL)
+    wait_for("killed/state.pt")
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not os.path.exists("killed/model.safetensors")
     assert main(["train", "--resume", "killed", "--device", "cpu"]) == 0
     whole, resumed = (load_file(f"{name}/model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def start(*arguments, **more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastvit", *arguments],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        **more,
+    )
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not os.path.exists(path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert os.path.exists(path)
+
+
+def test_a_folder_has_one_run_at_a_time(capsys):
+    """The second is refused, whether new or resumed; SIGTERM ends the first as ctrl-c does."""
+    command = [*DIGITS, "--epochs", "9999", "--out", "run"]
+    running = start(*command, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for("run/state.pt")
+        assert main([*DIGITS, "--out", "run", "--data", "folder:unread"]) == 2
+        assert "run is in use: another run is being trained there" in capsys.readouterr().err
+        assert main(["train", "--resume", "run", "--device", "cpu"]) == 2
+        assert "run is in use: another run is being trained there" in capsys.readouterr().err
+        running.send_signal(signal.SIGTERM)
+        error = running.communicate(timeout=60)[1]
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 130, error
+    assert "interrupted; go on with: fastvit train --resume run" in error
+    assert os.listdir("run") == ["state.pt"]
+    for name in (".state.pt.abcd_123.pt", ".curves.png.abcd_123.png", ".state.pt.mine.pt"):
+        with open(f"run/{name}", "w") as file:
+            file.write("half")
+    assert main([*DIGITS, "--out", "run"]) == 2
+    assert "--out run already holds a run" in capsys.readouterr().err
+    left = {name for name in os.listdir("run") if name.startswith(".")}
+    assert left == {".state.pt.mine.pt"}, "what a killed run left is swept, and nothing else"
+
+
+def test_a_folder_held_in_a_forked_worker_is_let_go(tmp_path):
+    from fastvit.errors import UsageError
+    from fastvit.saving import holding
+
+    script = """
+import os, sys, time
+from pathlib import Path
+from fastvit.saving import holding
+with holding(Path(sys.argv[1])) as held:
+    assert held
+    if os.fork() == 0:
+        time.sleep(30)
+        os._exit(0)
+    print("held", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdin and process.stdout
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match="is in use"), holding(tmp_path):
+            pass
+        process.stdin.close()
+        process.wait(30)
+        with holding(tmp_path) as held:  # its child still sleeps
+            assert held
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
 
 
 def test_resume_takes_no_other_settings(capsys, digits_run):

@@ -1,9 +1,11 @@
 """The command line: one `add_*` that declares a subcommand and one function that runs it."""
 
 import argparse
+import contextlib
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fastvit.data import absolute, load_data
 from fastvit.errors import UsageError, need
 from fastvit.model import pair
 from fastvit.presets import PRESETS
+from fastvit.saving import holding, sweep
 from fastvit.train import (
     STATE,
     Run,
@@ -28,6 +31,8 @@ from fastvit.train import (
 MODEL_OPTIONS = ("dim", "depth", "heads", "mlp_dim", "patch_size", "image_size", "drop_path")
 RUN_OPTIONS = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "seed", "strict")
 STATE_OPTIONS = ("amp", "compile")
+PICTURES = ("curves.png", "attention.png")
+FILES = (STATE, "model.safetensors", "model.json", *PICTURES)  # of a run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +104,18 @@ def train(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     if args.workers is not None and args.workers < 0:
         raise UsageError(f"--workers must not be negative, got {args.workers}")
+    with contextlib.ExitStack() as stack, _sigterm_as_interrupt():
+        return _train(args, device, stack)
+
+
+def _train(args: argparse.Namespace, device: torch.device, stack: contextlib.ExitStack) -> int:
+    given: Path | None = args.resume or args.out
+    held = given if given is not None and given.is_dir() else None
+    if held is not None:
+        _hold(held, stack)
     settings, state = _settings(args)
+    if args.out is not None:
+        _check_free(args.out)
     data = load_data(
         settings.data,
         pair("image_size", settings.model["image_size"]),
@@ -107,7 +123,10 @@ def train(args: argparse.Namespace) -> int:
         args.workers,
     )
     model = make_model(settings, data)
-    folder = args.resume or _new_folder(args.out, settings.data)
+    folder = held or _new_folder(args.out, settings.data)
+    if held is None:
+        _hold(folder, stack)
+        _check_free(folder)  # again: while the data was read another run may have come and gone
     amp = args.amp == "bf16" or (args.amp in (None, "auto") and device.type == "cuda")
     run = Run(settings, data, model, device, amp, bool(args.compile))
     if state is not None:
@@ -129,6 +148,30 @@ def train(args: argparse.Namespace) -> int:
         return 130
     _finish(run, folder)
     return 0
+
+
+def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Keep other runs out of the folder, and clear away what killed ones left half written."""
+    if stack.enter_context(holding(folder)):
+        sweep(folder, FILES)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """What asks a run to end, such as a scheduler, gets what ctrl-c gets."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread, which alone may say so
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _settings(args: argparse.Namespace) -> tuple[Settings, dict[str, Any] | None]:
@@ -183,7 +226,7 @@ def _finish(run: Run, folder: Path) -> None:
     print(f"validation accuracy  {val_accuracy:.2%} of {len(data.val):,}")
     print(f"test accuracy        {test_accuracy:.2%} of {len(data.test):,}")
     print(f"training took        {run.seconds:.1f} s, backend {run.backend}")
-    for path in (checkpoint, *(folder / name for name in ("curves.png", "attention.png"))):
+    for path in (checkpoint, *(folder / name for name in PICTURES)):
         print(f"wrote                {path}")
 
 
@@ -211,14 +254,17 @@ def _plot_attention(run: Run, path: Path, count: int = 12) -> None:
     plot_attention(path, images.cpu(), maps.float().cpu(), captions, title)
 
 
+def _check_free(out: Path) -> None:
+    if (out / STATE).exists() or (out / "model.safetensors").exists():
+        raise UsageError(
+            f"--out {out} already holds a run; choose another folder, "
+            f"or go on with it: --resume {out}"
+        )
+
+
 def _new_folder(out: Path | None, data: str) -> Path:
-    """Make the run's folder: `out`, which must hold no run yet, or the next free runs/DATA."""
+    """Make the run's folder: `out`, or the next free runs/DATA."""
     if out is not None:
-        if (out / STATE).exists() or (out / "model.safetensors").exists():
-            raise UsageError(
-                f"--out {out} already holds a run; choose another folder, "
-                f"or go on with it: --resume {out}"
-            )
         candidates = [out]
     else:
         kind = data.partition(":")[0]

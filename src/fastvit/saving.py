@@ -7,9 +7,10 @@ the old file or the new one, never half of one.
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from fastvit.dialects import WRAPPED
 from fastvit.errors import UsageError
 from fastvit.model import ViT
 from fastvit.pos_embed import Resample
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT = "fastvit"
 VERSION = 1
@@ -53,6 +59,54 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# Folders held by this process; a worker process that it forks lets go of its copies.
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[bool]:
+    """Keep other processes that hold folders out of `folder`. The system lets go of it when this
+    process ends, however it does. False where folders cannot be locked. Raises UsageError."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if handle is not None:
+            _held.add(handle)
+        yield handle is not None and _locks(handle, folder)
+    finally:
+        if handle is not None:
+            _held.discard(handle)
+            os.close(handle)
+
+
+def _locks(handle: int, folder: Path) -> bool:
+    assert fcntl is not None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"{folder} is in use: another run is being trained there") from error
+    except OSError:  # some network file systems
+        return False
+    return True
+
+
+def sweep(folder: Path, names: Iterable[str]) -> None:
+    """Delete the temporary files of `replacing` that killed processes left in a folder we hold."""
+    for name in names:
+        stem, suffix = re.escape(f".{name}."), re.escape(Path(name).suffix)
+        for path in folder.iterdir():
+            if re.fullmatch(rf"{stem}[a-z0-9_]{{8}}{suffix}", path.name):
+                path.unlink(missing_ok=True)
 
 
 def _umask() -> int:
