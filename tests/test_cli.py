@@ -1,5 +1,6 @@
 """The command line from the outside: train, resume, predict, and what bad input gets."""
 
+import io
 import json
 import os
 import re
@@ -268,6 +269,27 @@ def test_predict_prints_the_top_five(capsys, digits_run):
     assert main(["predict", str(digits_run), image, "--top", "99"]) == 0
     shares = [float(s) for s in re.findall(r"(\d+\.\d)%", capsys.readouterr().out)]
     assert len(shares) == 10 and sum(shares) == pytest.approx(100, abs=0.6)
+
+
+def test_predict_prints_names_that_stdout_cannot_encode(digits_run, tmp_path, monkeypatch):
+    pixels = (digits_run / "one.png").read_bytes()
+    names = ("\u00e9.png", os.fsdecode(b"\xff.png"), "plain.png")
+    for name in names:
+        (tmp_path / name).write_bytes(pixels)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["predict", str(digits_run), *names, "--top", "1"]) == 0
+    lines = written.getvalue().decode().splitlines()
+    assert lines[::2] == [r"\xe9.png", r"\udcff.png", "plain.png"]
+
+
+def test_predict_ends_quietly_where_nobody_reads_on(capfd, digits_run, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["predict", str(digits_run), str(digits_run / "one.png")]) == 141
+    assert capfd.readouterr().err == ""
 
 
 def test_predict_goes_on_past_an_unreadable_image(capsys, digits_run, tmp_path):

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import io
+import os
 import shlex
 import signal
 import sys
@@ -47,8 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for add in (add_convert, add_info):
         add(commands, _size)
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of another encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return args.run(args)
+        status = args.run(args)
+        print(end="", flush=True)
+        return status
+    except BrokenPipeError:  # whoever reads has read enough, as in `fastvit predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + 13  # what a shell says of a process that SIGPIPE ended
     except (UsageError, OSError) as error:  # OSError: a full disk, a folder without permission
         print(f"fastvit {args.command}: error: {error}", file=sys.stderr)
         return 2
