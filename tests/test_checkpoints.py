@@ -428,6 +428,23 @@ def test_models_that_are_not_ours() -> None:
             call(other, "hf")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "state.pt"])
+def test_an_export_writes_over_no_checkpoint(name: str, tmp_path: Path) -> None:
+    model = fastvit.ViT(**OURS)
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=rf"already holds a checkpoint \({name}\); choose another"):
+        fastvit.export_checkpoint(model, "timm", tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.safetensors").write_text("mine")
+    with pytest.raises(UsageError, match="already holds a checkpoint, with its config beside it"):
+        fastvit.export_checkpoint(model, "timm", tmp_path / "run.safetensors")
+    (tmp_path / name).unlink()
+    fastvit.export_checkpoint(model, "timm", tmp_path)
+    assert fastvit.load_checkpoint(tmp_path).num_classes == 1000
+
+
 # --- files at fault
 
 

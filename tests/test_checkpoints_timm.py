@@ -116,6 +116,19 @@ def test_the_eps_that_timm_gives_to_an_rmsnorm_is_said(
     assert "cannot say norm_eps 1e-05; timm will take 1e-06" in caplog.text
 
 
+def test_another_resampling_than_that_of_timm_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, image_size=32, patch_size=8)
+    fastvit.export_checkpoint(fastvit.ViT(**sizes), "timm", tmp_path / "same")
+    without = fastvit.ViT(**sizes, pos_embed="none", resample={"antialias": False})
+    fastvit.export_checkpoint(without, "timm", tmp_path / "without")
+    assert not caplog.text
+    other = fastvit.ViT(**sizes, resample={"antialias": False})
+    fastvit.export_checkpoint(other, "timm", tmp_path / "other")
+    assert "another image size than (32, 32), timm resamples positions by Resample(" in caplog.text
+
+
 def test_the_architecture_comes_from_the_shapes(tmp_path: Path) -> None:
     """State dicts alone, as .pth, .safetensors and inside a training run's checkpoint."""
     for name in ("vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_dinov3"):

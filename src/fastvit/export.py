@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastvit.checkpoint_files import SUFFIXES
+from fastvit.checkpoint_files import CONFIGS, SUFFIXES, WEIGHTS
 from fastvit.errors import UsageError
 from fastvit.model import ViT, pair
 from fastvit.pos_embed import HUGGING_FACE, Resample
@@ -19,6 +19,7 @@ from fastvit.saving import json_value, replacing, replacing_folder, standing, we
 State = dict[str, Tensor]
 log = logging.getLogger("fastvit")
 DIALECTS = ("timm", "hf")
+_TAKEN = (*WEIGHTS, *CONFIGS, "model.json", "state.pt")  # files of a checkpoint or a run
 _TIMM_POOLS = {"cls": "token", "mean": "avg", "none": ""}
 _TIMM_WORDS = {
     "image_size": "img_size",
@@ -39,8 +40,9 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
 
     A path that ends in .safetensors gets the tensors alone; any other becomes a folder with
     config.json and model.safetensors, for `timm.create_model("local-dir:PATH")` or transformers'
-    `from_pretrained(PATH)`. "hf" is ViT, Dinov2, Dinov2WithRegisters, DINOv3ViT, SiglipVision or
-    CLIPVision, whichever holds this model. Raises UsageError where the dialect holds none like it.
+    `from_pretrained(PATH)`; one that holds a checkpoint is left as it is. "hf" is ViT, Dinov2,
+    Dinov2WithRegisters, DINOv3ViT, SiglipVision or CLIPVision, whichever holds this model. Raises
+    UsageError where the dialect holds none like it.
     """
     if not isinstance(model, ViT):
         raise TypeError(f"model must be a fastvit.ViT, got {type(model).__name__}")
@@ -61,11 +63,22 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
         return state
     data = save(state, metadata={"format": "pt"})
     if bare:
+        if path.exists() and path.with_suffix(".json").exists():
+            raise UsageError(
+                f"export_checkpoint: {path} already holds a checkpoint, with its config beside it; "
+                "choose another name"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, data)
         return state
     if path.is_file():
         raise UsageError(f"export_checkpoint: {path} is a file; expected a folder or .safetensors")
+    there = sorted(f.name for f in path.iterdir() if f.name in _TAKEN) if path.is_dir() else []
+    if there:
+        raise UsageError(
+            f"export_checkpoint: {path} already holds a checkpoint ({', '.join(there)}); choose "
+            "another folder"
+        )
     files = {
         "model.safetensors": data,
         "config.json": (json.dumps(config, indent=2, default=json_value) + "\n").encode(),
@@ -103,6 +116,8 @@ def _to_timm(model: ViT, state: State) -> State:
     if c["pool"] == "map" and (_is_eva(c) or c["mlp"] == "swiglu_packed"):
         _refuse("timm", "this pool 'map', with RoPE or beside a packed SwiGLU")
     _fit_patch_bias("timm", state, c["pre_norm"])
+    if model.pos_embed is not None:
+        _note_resample(model, Resample(), "timm")
     if _is_eva(c):
         rename = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
         pattern = re.compile("|".join(rename))
