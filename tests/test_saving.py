@@ -53,6 +53,10 @@ def test_wrapped_modules(tmp_path):
     loaded, _ = load_checkpoint(save_checkpoint(tmp_path / "m.safetensors", model))
     exported = fastvit.export_checkpoint(model, "timm")
     assert loaded.state_dict().keys() == exported.keys() == expected.keys()
+    other = dict(tiny(depth=2).state_dict())
+    assert not model.load_weights(other).adapted
+    key = "attn.qkv.weight"
+    assert torch.equal(model.state_dict()[f"blocks.1._orig_mod.{key}"], other[f"blocks.1.{key}"])
 
 
 def test_modules_that_no_arguments_make(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvit.checkpoint_files import Source, read_source
-from fastvit.dialects import EVA_POOL, Reading, read
+from fastvit.dialects import EVA_POOL, WRAPPED, Reading, read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
 from fastvit.layers import check_sizes, pair
@@ -130,7 +130,7 @@ def load_weights(
     own = {k: model.config[k] for k in ("heads", "no_embed_class", "rope", "pos_embed", "channels")}
     own.update(image_size=model.patch_embed.img_size, **({} if strict else {"num_classes": None}))
     reading, arguments = interpret(read_from, own)
-    may_lack = {k for k in model.state_dict() if k.startswith("head.") or not strict}
+    may_lack = {k for k in _tensors(model) if k.startswith("head.") or not strict}
     for name in COMPUTED:
         theirs, mine = reading.known.get(name, model.config[name]), model.config[name]
         if theirs != mine:
@@ -271,7 +271,7 @@ def _fit(
     """Adapt the tensors to the model, check every key and shape, then copy. Returns what it lacked
     and was allowed to. head: what is said of a head that is not the checkpoint's."""
     report = LoadReport(name, reading.dialect, [], reading.dropped, reading.notes)
-    expected = model.state_dict()
+    expected = _tensors(model)
     state = adapt(reading.state, model, arguments, report.adapted)
     lacking = expected.keys() - state.keys()
     unexpected = sorted(state.keys() - expected.keys())
@@ -308,6 +308,11 @@ def _fit(
     return lacking & expected.keys()
 
 
+def _tensors(model: ViT) -> State:
+    """The model's own, without what wrappers of its modules put into their names."""
+    return {WRAPPED.sub("", k): v for k, v in model.state_dict().items()}
+
+
 def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str]) -> State:
     """Tensors of an architecture `arguments`, as near to the model's own as timm would bring them.
 
@@ -326,7 +331,7 @@ def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str
     out["patch_embed.proj.weight"] = kernel
     if "pos_embed" in out and model.pos_embed is not None:
         _adapt_positions(out, model, arguments, said)
-    own = model.state_dict()
+    own = _tensors(model)
     for name in ("head.weight", "head.0.weight", "head.2.weight"):
         if name in out and (name not in own or len(out[name]) != len(own[name])):
             said.append(f"head: the checkpoint's, for {arguments['num_classes']} classes, left out")
