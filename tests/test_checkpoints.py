@@ -257,7 +257,7 @@ def test_missing_unexpected_and_misshapen_keys_are_one_error() -> None:
         (plain(dist_token=torch.zeros(1, 1, 32)), "a distilled DeiT .* has two heads"),
         (plain(blocks__0__mlp__norm__weight=torch.zeros(8)), "a norm inside its MLP"),
         ({"embedding/kernel": np.zeros((4, 4, 3, 8), np.float32)}, "lacks .*embedding/bias"),
-        ({"net": plain(), "epoch": 3}, "no tensors at all, only entries such as 'net', 'epoch'"),
+        ({"vit": plain(), "epoch": 3}, "no tensors at all, only entries such as 'vit', 'epoch'"),
         (plain(pos_embed=torch.zeros(())), r"pos_embed is \(\), expected 3 dimensions"),
         (plain(pos_embed=torch.zeros(1, 0, 32)), "0 positions make no square grid"),
         (plain(patch_embed__proj__weight=torch.zeros(32, 192)), "weight is .*, expected 4 dimen"),
@@ -296,6 +296,15 @@ def test_of_two_vits_the_averaged_one_is_taken(wrap: Any) -> None:
         note = f"its weights under '{averaged}.' were taken, not those of '{plainer}.'"
         assert note in loaded.load_report.notes
         assert f"{plainer}.norm.weight" in loaded.load_report.dropped
+
+
+@pytest.mark.parametrize("within", ["model_state_dict", "net", "model", "state_dict"])
+def test_the_state_dict_of_a_training_script_is_unwrapped(within: str) -> None:
+    state = plain()
+    for inner in (state, {f"module.{k}": v for k, v in state.items()}):
+        loaded = fastvit.load_checkpoint({"epoch": 3, within: inner}, heads=2)
+        assert torch.equal(loaded.state_dict()["norm.weight"], state["norm.weight"])
+        assert not any("were taken" in note for note in loaded.load_report.notes)
 
 
 def test_arrays_of_numpy_are_tensors_too(tmp_path: Path) -> None:
@@ -507,6 +516,10 @@ def test_files_at_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         Path(name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
         with pytest.raises(UsageError, match=f"{name} is a pointer of Git LFS, .* git lfs pull"):
             fastvit.load_checkpoint(name)
+    for name in ("page.pth", "page.safetensors"):
+        Path(name).write_text("\n<!DOCTYPE html>\n<html>not found</html>")
+        with pytest.raises(UsageError, match=rf"{name} is a web page, no checkpoint; 39 bytes"):
+            fastvit.load_checkpoint(name)
     torch.save([1, 2], "list.pth")
     with pytest.raises(UsageError, match=r"list\.pth holds a list, not a state dict"):
         fastvit.load_checkpoint("list.pth")
@@ -526,6 +539,29 @@ def test_files_at_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for wrong in (7, None, [state]):
         with pytest.raises(UsageError, match="must be a path, a hub id or a state dict, got"):
             fastvit.load_checkpoint(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ['{"loss": 1}\n{"loss": 2}\n', '{"loss": 1}', "[1]", "\xff"])
+def test_a_json_beside_the_weights_that_is_no_config(text: str, tmp_path: Path) -> None:
+    save_file(plain(), tmp_path / "vit.safetensors")
+    (tmp_path / "vit.json").write_text(text, encoding="latin-1")
+    (tmp_path / "run").mkdir()
+    save_file(plain(), tmp_path / "run" / "model.safetensors")
+    (tmp_path / "run" / "model.json").write_text(text, encoding="latin-1")
+    for source in ("vit.safetensors", "run", "run/model.safetensors"):
+        notes = fastvit.load_checkpoint(tmp_path / source, heads=2).load_report.notes
+        assert any("json is no config, and was not read" in note for note in notes)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 10, 30, -2])
+def test_our_own_config_must_be_whole(keep: int, tmp_path: Path) -> None:
+    from fastvit.saving import save_checkpoint
+
+    path = save_checkpoint(tmp_path / "m.safetensors", fastvit.ViT(**OURS, num_classes=3))
+    text = (tmp_path / "m.json").read_text()
+    (tmp_path / "m.json").write_text(text[:keep])
+    with pytest.raises(UsageError, match=r"m\.json is truncated or not JSON"):
+        fastvit.load_checkpoint(path)
 
 
 def test_folders_at_fault(saved: Path) -> None:

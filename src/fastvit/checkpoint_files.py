@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file as load_safetensors
 
 from fastvit.errors import UsageError
+from fastvit.saving import FORMAT
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
 WEIGHTS = (
@@ -30,6 +31,7 @@ WEIGHTS = (
 )
 CONFIGS = ("config.json", "open_clip_config.json")
 _LFS = b"version https://git-lfs"
+_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _SHARD = re.compile(r"-\d+-of-(\d+)\.")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -66,8 +68,10 @@ def read_source(source: str | Path | Mapping[str, Any]) -> Source:
                 f"checkpoint: {path} is one of {int(part[1])} shards; pass its folder, or the "
                 ".index.json beside it"
             )
-        config = _json(path.with_suffix(".json")) or _config_in(path.parent, path)
-        return Source(str(path), read_file(path), config, _json(path.parent / _PREPROCESSOR))
+        config, notes = _beside(path.with_suffix(".json"))
+        config = config or _config_in(path.parent, path)
+        preprocessor = _json(path.parent / _PREPROCESSOR)
+        return Source(str(path), read_file(path), config, preprocessor, notes)
     name = str(source).removeprefix("hf-hub:").removeprefix("hf_hub:")
     if _HUB.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
         return _read_hub(name)
@@ -84,7 +88,13 @@ def read_file(path: Path) -> Mapping[str, Any]:
     size = f"{path.stat().st_size:,} bytes"
     try:
         with path.open("rb") as file:
-            if file.read(len(_LFS)) == _LFS:
+            head = file.read(512)
+            if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PAGE):
+                raise UsageError(
+                    f"checkpoint: {path} is a web page, no checkpoint; {size}. Download the file "
+                    "that the page is about"
+                )
+            if head.startswith(_LFS):
                 raise UsageError(
                     f"checkpoint: {path} is a pointer of Git LFS, not the file; run git lfs pull"
                 )
@@ -163,8 +173,9 @@ def _read_whole(folder: Path, weights: Path, name: str) -> Source:
             )
     else:
         state = dict(read_file(weights))
-    config = _json(folder / "model.json") or _config_in(folder, weights)
-    return Source(name, state, config, _json(folder / _PREPROCESSOR))
+    config, notes = _beside(folder / "model.json")
+    config = config or _config_in(folder, weights)
+    return Source(name, state, config, _json(folder / _PREPROCESSOR), notes)
 
 
 def _shards(index: Path) -> list[str]:
@@ -180,6 +191,28 @@ def _config_in(folder: Path, weights: Path) -> dict[str, Any]:
     if weights.name not in WEIGHTS and not weights.name.startswith("model"):
         return {}
     return next((found for name in CONFIGS if (found := _json(folder / name))), {})
+
+
+# What one of these says is a config, ours or another library's.
+_CONFIG_KEYS = {"format", "architecture", "architectures", "model_type", "model_cfg", "hidden_size"}
+_OURS = f'{{\n  "format": "{FORMAT}"'  # as save_checkpoint begins
+
+
+def _beside(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The config in NAME.json beside NAME.safetensors, and a note where it is something else, such
+    as a log. Ours must be whole."""
+    if not path.is_file():
+        return {}, []
+    text = path.read_text(errors="replace")
+    if _OURS.startswith(text[: len(_OURS)]):
+        return _json(path), []
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and value.keys() & _CONFIG_KEYS:
+        return value, []
+    return {}, [f"{path} is no config, and was not read"]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -239,4 +272,4 @@ def _read_hub(name: str) -> Source:
     # What could not be asked for may be there, and would say what the tensors do not.
     lost = [] if read.config else [file for file in unknown if file == CONFIGS[0]]
     notes = [f"{file} is not in the cache, and {offline}: read without it" for file in lost]
-    return Source(name, read.state, read.config, read.preprocessor, notes)
+    return Source(name, read.state, read.config, read.preprocessor, [*read.notes, *notes])

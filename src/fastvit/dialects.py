@@ -488,7 +488,7 @@ def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
         prefix, *left = vits
         outside = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
         reading = reader(vits[prefix], outside, config or {})
-        if within not in (None, "state_dict", "model", "module"):
+        if within not in (None, *_WITHIN):
             reading.notes.append(f"its weights under {within!r} were taken")
         if left:
             others = ", ".join(map(repr, left))
@@ -516,10 +516,14 @@ def _order(prefix: str) -> tuple[bool, int]:
 WRAPPED = re.compile(rf"\b({'|'.join(WRAPPERS)})\.")
 
 
+# Where a training script's file has its only weights.
+_WITHIN = ("state_dict", "model_state_dict", "model", "net", "module")
+
+
 def unwrap(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     """The state dict inside a training checkpoint's own dict, averaged weights before others, and
     the key that it lay under, or None."""
-    for name in ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "module"):
+    for name in ("state_dict_ema", "model_ema", "teacher", *_WITHIN):
         inner = state.get(name)
         if isinstance(inner, Mapping) and inner:
             return unwrap(inner)[0], name
