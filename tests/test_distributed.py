@@ -56,11 +56,15 @@ def process(rank: int, port: int, wrapper: str, backend: str, path: str) -> None
     if wrapper == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     else:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        for part in (*model.blocks, model):
+        parts = (model.blocks,) if wrapper == "fsdp of blocks" else model.blocks
+        for part in (*parts, model):
             fully_shard(part)
         assert model._reads_cls_alone(), "its hooks read no vector"
+        register_fsdp_forward_method(model, "forward_intermediates")
+        model.forward_intermediates(torch.randn(2, 3, 16, 16), 2)[1][0].sum().backward()
+        model.zero_grad()
     mean = losses(model, backend, rank, WORLD)
     dist.all_reduce(mean)
     if rank == 0:
@@ -69,7 +73,13 @@ def process(rank: int, port: int, wrapper: str, backend: str, path: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "backend"), [("ddp", "reference"), ("fsdp", "reference"), ("fsdp", "triton")]
+    ("wrapper", "backend"),
+    [
+        ("ddp", "reference"),
+        ("fsdp", "reference"),
+        ("fsdp", "triton"),
+        ("fsdp of blocks", "reference"),
+    ],
 )
 def test_two_processes_train_as_one(wrapper: str, backend: str, tmp_path: Path) -> None:
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":

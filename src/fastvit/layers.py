@@ -6,14 +6,15 @@ last. Where somebody looks at a branch alone, or has put a module of their own i
 takes the normed stream alone and returns what is to be added, as timm's do.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastvit import ops, reference
+from fastvit import backend, ops, reference
 from fastvit.plain import are_bare, runs, watched, why_not_fused
 from fastvit.pos_embed import Grid, Resample, resample_patches
 
@@ -490,6 +491,69 @@ class Block(nn.Module):
         keep = 1.0 - self.drop_path
         scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         return scale.bernoulli_(keep).div_(keep)
+
+
+class Blocks(nn.Sequential):
+    """The encoder's blocks in turn, called as one: so hooks, wrappers and sharding of it act."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        rope: Tables | None = None,
+        rows: int | None = None,
+        checkpointing: bool = False,
+        wanted: Collection[int] | None = None,
+        stop_early: bool = False,
+    ) -> Any:
+        """x: (B, N, C) -> (B, N, C); with `wanted`, and a list of what these blocks give.
+
+        rows: the last block gives its first `rows` vectors alone; stop_early: behind the last
+        wanted block.
+        """
+        return run_blocks(self, x, rope, rows, checkpointing, wanted, stop_early)
+
+
+def run_blocks(
+    blocks: nn.Sequential | nn.ModuleList,
+    x: Tensor,
+    rope: Tables | None = None,
+    rows: int | None = None,
+    checkpointing: bool = False,
+    wanted: Collection[int] | None = None,
+    stop_early: bool = False,
+) -> Any:
+    """`Blocks.forward` on the blocks of any container."""
+    last = len(blocks) - 1
+    kept = []
+    for i, block in enumerate(blocks):
+        if wanted is not None and stop_early and i > max(wanted):
+            break
+        x = run_block(block, x, rope, rows if i == last else None, checkpointing)
+        if wanted is not None and i in wanted:
+            kept.append(x)
+    return x if wanted is None else (x, kept)
+
+
+def run_block(
+    block: nn.Module,
+    x: Tensor,
+    rope: Tables | None = None,
+    rows: int | None = None,
+    checkpointing: bool = False,
+) -> Tensor:
+    # By name, and what is not None alone: a block of the user's own takes x, as in timm, and a
+    # forward pre-hook that returns arguments returns the positional ones.
+    options: dict[str, Any] = {}
+    if rope is not None:
+        options["rope"] = rope
+    if rows is not None:
+        options["rows"] = rows
+    if checkpointing and torch.is_grad_enabled():
+        # Dynamo traces both on one backend, and takes no contexts of this kind.
+        if not torch.compiler.is_compiling():
+            options["context_fn"] = backend.recomputing
+        return checkpoint(block, x, use_reentrant=False, **options)
+    return block(x, **options)
 
 
 def _why_apart(name: str, branch: nn.Module, scale_name: str, scale: Any) -> str | None:

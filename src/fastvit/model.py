@@ -1,13 +1,13 @@
 """The Vision Transformer: stem, pre-norm encoder, head. State-dict names and shapes are timm's."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from fastvit import backend, ops
+from fastvit import ops
 from fastvit.errors import UsageError
 from fastvit.layers import (
     MLPS,
@@ -15,6 +15,7 @@ from fastvit.layers import (
     Attention,
     AttentionPool,
     Block,
+    Blocks,
     LayerScale,
     Mlp,
     PatchEmbed,
@@ -26,8 +27,10 @@ from fastvit.layers import (
     check_sizes,
     make_norm,
     pair,
+    run_block,
+    run_blocks,
 )
-from fastvit.plain import runs, unwrapped, watched
+from fastvit.plain import runs, unwrapped, watched, why_not_plain
 from fastvit.pos_embed import Grid, Resample, resample_positions
 from fastvit.reference import place
 from fastvit.rope import FORMS, Rope
@@ -188,7 +191,7 @@ class ViT(VitPytorchNames, nn.Module):
         self.pos_drop = nn.Dropout(emb_dropout)
         self.norm_pre = make_norm(norm, dim, norm_eps) if pre_norm else nn.Identity()
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.Sequential(
+        self.blocks = Blocks(
             *(
                 Block(
                     dim,
@@ -281,8 +284,11 @@ class ViT(VitPytorchNames, nn.Module):
 
         What comes after acts on each vector alone, so logits and gradients are the same without.
         """
-        block: Any = self.blocks[-1] if len(self.blocks) else self.blocks
-        methods = ("forward_features", "forward_head", "pooled", "encode", "_run")
+        blocks: Any = self.blocks
+        if not runs(blocks, (Blocks, nn.Sequential, nn.ModuleList), "forward") or not len(blocks):
+            return False
+        block: Any = blocks[-1]
+        methods = ("forward_features", "forward_head", "pooled", "encode")
         # Methods and modules that are not ours may read any vector, and so may hooks. And from one
         # seed dropout drops what timm's does, which takes a draw for every vector.
         return (
@@ -293,7 +299,7 @@ class ViT(VitPytorchNames, nn.Module):
             and runs(block.mlp, (Mlp, SwiGlu), "forward")
             and runs(self.norm, (nn.LayerNorm, nn.RMSNorm, nn.Identity), "forward")
             and not (block.training and (block.attn.proj_dropout or block.mlp.dropout))
-            and not watched(block, block.attn, block.mlp, self.norm)
+            and not watched(blocks, block, block.attn, block.mlp, self.norm)
             and block.why_tail_runs() is None
         )
 
@@ -379,27 +385,26 @@ class ViT(VitPytorchNames, nn.Module):
     def encode(self, images: Tensor, rows: int | None = None) -> Tensor:
         """Stem and body, before the final norm. (B, channels, H, W) -> (B, N, dim).
 
-        rows: the last block gives the first `rows` vectors alone.
+        rows: of the last block the first `rows` vectors are enough.
         """
         x, rope = self.embed(images)
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            x = self._run(block, x, rope, rows if i == last else None)
-        return x
+        blocks, checkpointing = self.blocks, self.grad_checkpointing
+        if isinstance(unwrapped(blocks), Blocks):
+            return blocks(x, rope=rope, rows=rows, checkpointing=checkpointing)
+        plain = runs(blocks, (nn.Sequential, nn.ModuleList), "forward")
+        if plain and not why_not_plain("blocks", blocks, bool(blocks._forward_hooks)):
+            return run_blocks(blocks, x, rope, rows, checkpointing)
+        return run_block(blocks, x, rope, None, checkpointing)  # the user's own is called as one
 
-    def _run(
-        self, block: nn.Module, x: Tensor, rope: Tables | None, rows: int | None = None
-    ) -> Tensor:
-        args: tuple = (x, rope) if rows is None else (x, rope, rows)
-        if rope is None and not isinstance(block, Block):  # a foreign block takes x, as in timm
-            args = (x,)
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            # Dynamo traces both on one backend, and takes no contexts of this kind.
-            contexts: Any = (
-                {} if torch.compiler.is_compiling() else {"context_fn": backend.recomputing}
+    def _container(self) -> nn.Sequential | nn.ModuleList:
+        """What holds the blocks, inside what torch.compile, FSDP and checkpointing put around."""
+        blocks = unwrapped(self.blocks)
+        if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+            raise UsageError(
+                f"blocks is a {type(blocks).__name__}; expected nn.Sequential or nn.ModuleList, "
+                "whose blocks run one by one"
             )
-            return checkpoint(block, *args, use_reentrant=False, **contexts)
-        return block(*args)
+        return blocks
 
     def forward_intermediates(
         self,
@@ -425,13 +430,13 @@ class ViT(VitPytorchNames, nn.Module):
         if self.patch_dropout and self.training and output_fmt == "NCHW":
             raise ValueError("output_fmt 'NCHW' needs all patches; patch_dropout is on")
         x, rope = self.embed(x)
-        kept = []
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > max(wanted):
-                break
-            x = self._run(block, x, rope)
-            if i in wanted:
-                kept.append(self.norm(x) if norm else x)
+        blocks = self._container()
+        # Hooks on all blocks as one do not fire here, nor in timm; sharding and wrappers act.
+        called = isinstance(blocks, Blocks) and type(self.blocks) is not Blocks
+        run = self.blocks if called else partial(run_blocks, blocks)
+        options = {"wanted": wanted, "stop_early": stop_early}
+        x, kept = run(x, rope=rope, checkpointing=self.grad_checkpointing, **options)
+        kept = [self.norm(t) for t in kept] if norm else kept
         prefix = [t[:, : self.num_prefix_tokens] for t in kept]
         maps = [t[:, self.num_prefix_tokens :] for t in kept]
         if output_fmt == "NCHW":
@@ -464,7 +469,7 @@ class ViT(VitPytorchNames, nn.Module):
         )
 
     def _take(self, name: str, indices: int | Sequence[int] | None) -> set[int]:
-        depth = len(self.blocks)
+        depth = len(self._container())
         if indices is None:
             return set(range(depth))
         if isinstance(indices, int):
@@ -589,7 +594,8 @@ class ViT(VitPytorchNames, nn.Module):
 
         rows: "cls", "all" or token indices. Recomputed per layer; no N x N matrix unless asked.
         """
-        depth = len(self.blocks)
+        blocks = self._container()
+        depth = len(blocks)
         if len(layers) == 0:
             raise UsageError("layers must name at least one block, got none")
         for layer in layers:
@@ -604,7 +610,7 @@ class ViT(VitPytorchNames, nn.Module):
                 raise ValueError("rows 'cls' needs a class token; this model has none")
             rows = (0,) if rows == "cls" else range(x.shape[1])
         maps = {}
-        for i, block in enumerate(list(self.blocks)[: max(wanted) + 1]):
+        for i, block in enumerate(list(blocks)[: max(wanted) + 1]):
             if i in wanted:
                 inner: Any = unwrapped(block)
                 attn = unwrapped(inner.attn) if isinstance(inner, Block) else inner
@@ -618,7 +624,7 @@ class ViT(VitPytorchNames, nn.Module):
                 q, k = ops.qk_norm_rope(qkv, **options) if options else qkv.unbind(2)[:2]
                 maps[i] = ops.attention_maps(q, k, rows=rows)
             if i < max(wanted):
-                x = block(x, rope)
+                x = run_block(block, x, rope)
         return torch.stack([maps[i] for i in wanted], dim=1)
 
 
