@@ -258,6 +258,56 @@ def test_train_on_fashion_mnist_and_on_a_folder(tmp_path, capsys):
     assert "cannot be read as an image" in capsys.readouterr().err
 
 
+def test_test_accuracy_is_of_what_was_used(tmp_path, capsys, monkeypatch):
+    """A streamed folder finds broken files as it goes; accuracy is over the others."""
+    from fastvit import cli
+    from fastvit.data import ImageFiles, load_folder
+
+    def streamed(spec, *sizes):
+        return load_folder(tmp_path / "images", (16, 16), memory_limit=0, workers=0)
+
+    write_folder(tmp_path / "images", count=10)
+    data = streamed("")
+    for split, count in ((data.test, 2), (data.val, 1)):
+        assert isinstance(split, ImageFiles)
+        for path in split.paths[:count]:
+            path.write_text("hello")
+    monkeypatch.setattr(cli, "load_data", streamed)
+    options = ["--data", "folder:images", "--image-size", "16", "--epochs", "1"]
+    assert main([*DIGITS, *options]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"validation accuracy .* of 1$", out, re.M)
+    assert re.search(r"test accuracy .* of 2$", out, re.M), out
+
+
+def test_out_of_memory_is_one_line(capsys, monkeypatch):
+    from fastvit.train import Run
+
+    def fit(self, folder):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+
+    monkeypatch.setattr(Run, "fit", fit)
+    assert main([*DIGITS, "--batch-size", "1000"]) == 2
+    error = capsys.readouterr().err
+    assert "error: out of memory with batches of 1000; lower --batch-size" in error
+
+
+def test_predict_refuses_what_no_image_file_holds(capsys, digits_run, tmp_path):
+    from fastvit import ViT
+    from fastvit.saving import save_checkpoint
+
+    sizes = dict(image_size=8, patch_size=4, dim=16, depth=1, heads=2, mlp_dim=16, num_classes=2)
+    for options, message in (
+        ({"channels": 4}, "it takes images of 4 channels; files have 1 or 3"),
+        ({"pool": "none"}, "with pool 'none' it classifies each patch, not the image"),
+    ):
+        model = ViT(**{**sizes, **options})
+        mean = [0.5] * model.config["channels"]
+        save_checkpoint("m.safetensors", model, classes=["a", "b"], mean=mean, std=mean)
+        assert main(["predict", "m.safetensors", str(digits_run / "one.png")]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_predict_prints_the_top_five(capsys, digits_run):
     image = str(digits_run / "one.png")
     assert main(["predict", str(digits_run / "model.safetensors"), image, image]) == 0
@@ -332,6 +382,7 @@ def test_predict_with_a_damaged_checkpoint(capsys, digits_run, tmp_path):
         (["--heads", "5"], "dim 32 is not a multiple of heads 5"),
         (["--patch-size", "3"], "not a multiple of patch_size"),
         (["--epochs", "0"], "epochs must be at least 1"),
+        (["--batch-size", "99999999999999999999"], "batch_size must be below 2**31, got 9999"),
         (["--model", "vit_nano"], "--model must be one of"),
         (["--workers", "-1"], "--workers must not be negative"),
         (["--weight-decay", "nan"], "weight_decay must not be negative, got nan"),

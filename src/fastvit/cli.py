@@ -155,6 +155,12 @@ def _train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exi
             again = "before its first epoch was done"
         print(f"\ninterrupted; {again}", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise UsageError(
+                f"out of memory with batches of {settings.batch_size}; lower --batch-size"
+            ) from error
+        raise
     _finish(run, folder)
     return 0
 
@@ -232,8 +238,8 @@ def _finish(run: Run, folder: Path) -> None:
     _plot_attention(run, folder / "attention.png")
     if data.skipped:
         print(f"skipped  {data.skipped} files that could not be read", file=sys.stderr)
-    print(f"validation accuracy  {val_accuracy:.2%} of {len(data.val):,}")
-    print(f"test accuracy        {test_accuracy:.2%} of {len(data.test):,}")
+    print(f"validation accuracy  {val_accuracy:.2%} of {data.val.readable:,}")
+    print(f"test accuracy        {test_accuracy:.2%} of {data.test.readable:,}")
     print(f"training took        {run.seconds:.1f} s, backend {run.backend}")
     for path in (checkpoint, *(folder / name for name in PICTURES)):
         print(f"wrote                {path}")

@@ -55,6 +55,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def readable(self) -> int:
+        """How many images there are to judge a model by."""
+        return len(self)
+
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of `order`, `batch_size` at a time, and their labels."""
         for chosen in order.split(batch_size):
@@ -88,6 +93,11 @@ class ImageFiles(Dataset):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def readable(self) -> int:
+        """How many files could be read, of those tried so far."""
+        return len(self) - len(self.skipped)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
         try:

@@ -14,7 +14,11 @@ from fastvit.model import ViT, pair
 
 def check_config(config: dict[str, Any]) -> None:
     """Raise where a checkpoint's JSON lacks what prediction needs."""
-    channels = config["model"].get("channels", 3)
+    channels, pool = (config["model"].get(k, v) for k, v in (("channels", 3), ("pool", "cls")))
+    if channels not in (1, 3):
+        raise UsageError(f"checkpoint: it takes images of {channels} channels; files have 1 or 3")
+    if pool == "none":
+        raise UsageError("checkpoint: with pool 'none' it classifies each patch, not the image")
     for name in ("mean", "std"):
         value: Any = config.get(name)
         numbers = isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)
