@@ -196,6 +196,16 @@ def test_half_precision_and_double(saved: Path, tmp_path: Path) -> None:
             assert torch.equal(tensor, state[name].to(dtype).float())
 
 
+def test_mean_and_std_are_of_the_channels_that_there_are(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["pretrained_cfg"].update(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    (saved / "config.json").write_text(json.dumps(config))
+    assert fastvit.load_checkpoint(saved).default_cfg["std"] == (0.4, 0.5, 0.6)
+    four = fastvit.load_checkpoint(saved, in_chans=4)
+    assert four.default_cfg["mean"] == four.default_cfg["std"] == (0.5,) * 4
+    assert any("mean (0.1, 0.2, 0.3) is not of 4 channels" in n for n in four.load_report.notes)
+
+
 def test_positions_with_and_without_cls() -> None:
     """A table that covers <cls> goes into a model where it does not, and back, to the same end."""
     images = torch.randn(2, 3, 32, 32)

@@ -1,5 +1,6 @@
 """fastvit convert and fastvit info from the outside."""
 
+import json
 import os
 import signal
 import subprocess
@@ -120,6 +121,28 @@ def test_info(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert "dialect    hf vit" in printed and "preset     vit_tiny_patch16_224" in printed
     assert main(["info", "absent/name.pth"]) == 2
     assert capsys.readouterr().err.startswith("fastvit info: error: checkpoint: absent/name.pth")
+
+
+def test_the_names_of_the_classes_go_along(file: Path, capsys: pytest.CaptureFixture) -> None:
+    model = fastvit.ViT(**NARROW, num_classes=3)
+    names = ["cat", "dog", "emu"]
+    save_checkpoint("run/model.safetensors", model, classes=names, mean=[0.5] * 3, std=[0.5] * 3)
+    assert main(["convert", "run", "hf", "--to", "hf"]) == 0
+    config = json.loads(Path("hf/config.json").read_text())
+    assert config["id2label"] == {"0": "cat", "1": "dog", "2": "emu"}
+    assert config["label2id"] == {"cat": 0, "dog": 1, "emu": 2}
+    assert main(["convert", "run", "timm", "--to", "timm"]) == 0
+    config = json.loads(Path("timm/config.json").read_text())
+    assert config["pretrained_cfg"]["label_names"] == names
+    assert main(["convert", "timm", "again", "--to", "hf"]) == 0
+    assert json.loads(Path("again/config.json").read_text())["id2label"]["2"] == "emu"
+    # Names of other classes than the model's are nobody's.
+    other = fastvit.load_checkpoint("run", num_classes=2)
+    fastvit.export_checkpoint(other, "hf", "two")
+    fastvit.export_checkpoint(other, "timm", "two timm")
+    config = json.loads(Path("two/config.json").read_text())
+    assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+    assert "cat" not in Path("two timm/config.json").read_text()
 
 
 def test_our_own_runs_are_checkpoints_too(file: Path, capsys: pytest.CaptureFixture) -> None:

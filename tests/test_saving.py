@@ -172,3 +172,14 @@ def test_arguments_that_json_has_no_word_for(tmp_path, options):
     assert type(model.norm.eps) is float
     loaded, _ = load_checkpoint(save_checkpoint(tmp_path / "m.safetensors", model))
     assert torch.equal(loaded(images), model(images))
+
+
+def test_details_that_json_has_no_word_for(tmp_path):
+    model = tiny()
+    details = dict(where=tmp_path / "x", at=np.float32(0.5), mean=torch.ones(2), n=np.arange(2))
+    _, config = load_checkpoint(save_checkpoint(tmp_path / "m.safetensors", model, **details))
+    assert config["where"] == str(tmp_path / "x") and config["at"] == 0.5
+    assert config["mean"] == [1.0, 1.0] and config["n"] == [0, 1]
+    with pytest.raises(UsageError, match=r"a config in JSON cannot hold \{1\}, of type set"):
+        save_checkpoint(tmp_path / "other.safetensors", model, classes={1})
+    assert sorted(os.listdir(tmp_path)) == ["m.json", "m.safetensors"]

@@ -94,10 +94,17 @@ def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> Vi
         model.to_empty(device="cpu")
     except (TypeError, ValueError) as error:
         raise UsageError(f"checkpoint: {read_from.name}: {error}") from error
+    channels = model.patch_embed.proj.in_channels
+    for name in ("mean", "std"):
+        value = reading.data.get(name)
+        if value is not None and not (isinstance(value, tuple) and len(value) == channels):
+            del reading.data[name]
+            default = model.default_cfg[name]
+            reading.notes.append(f"{name} {value} is not of {channels} channels; {default} taken")
     may_lack = {name for name, _ in model.head.named_parameters(prefix="head")}
     if _fit(model, reading, arguments, read_from.name, may_lack, head="fresh"):
         model.reset_head()
-    reading.data["input_size"] = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    reading.data["input_size"] = (channels, *model.patch_embed.img_size)
     model.default_cfg.update(reading.data, num_classes=model.num_classes)
     return model.eval()
 
@@ -165,6 +172,8 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
         reading.known = _settled({**config["model"], **pairs})
         stated = {k: config.get(k) for k in ("mean", "std")}
         reading.data = {k: tuple(v) for k, v in stated.items() if isinstance(v, list)}
+        if isinstance(config.get("classes"), list):
+            reading.data["label_names"] = config["classes"]  # timm's word
     elif timm:
         _timm_config(reading, config)
     for theirs, name in (("image_mean", "mean"), ("image_std", "std")):
@@ -252,7 +261,7 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
         known["pool"] = {"token": "cls", "avg": "mean"}.get(pool, pool)
     reading.known = known
     reading.data.update(DATA.get(architecture, {}))
-    for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode", "tag"):
+    for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode", "tag", "label_names"):
         value = pretrained.get(name)
         if value is not None:
             reading.data[name] = tuple(value) if isinstance(value, list) else value

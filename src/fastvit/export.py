@@ -164,7 +164,8 @@ def _timm_config(model: ViT) -> dict[str, Any]:
             c["norm_eps"],
             eps,
         )
-    data = {k: v for k, v in model.default_cfg.items() if k not in ("architecture", "tag")}
+    left = {"architecture", "tag"} | (set() if _class_names(model) else {"label_names"})
+    data = {k: v for k, v in model.default_cfg.items() if k not in left}
     return {
         "architecture": base,
         "num_classes": model.num_classes,
@@ -246,8 +247,9 @@ def _to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
         "patch_size": c["patch_size"],
     }
     if model.num_classes:
-        names = {str(i): f"LABEL_{i}" for i in range(model.num_classes)}
-        config.update(id2label=names, label2id={v: int(k) for k, v in names.items()})
+        names = _class_names(model) or [f"LABEL_{i}" for i in range(model.num_classes)]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
     if c["rope"] == "dinov3":
         return _to_hf_dinov3(model, state, config)
     if c["rope"] is not None or c["pos_embed"] != "learned":
@@ -258,6 +260,12 @@ def _to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
     if c["pre_norm"]:
         return _to_hf_clip(model, state, config)
     return _to_hf_vit(model, state, config)
+
+
+def _class_names(model: ViT) -> list[str]:
+    """The names of the classes, where its checkpoint gave as many as the model has."""
+    names = model.default_cfg.get("label_names") or ()
+    return [str(name) for name in names] if len(names) == model.num_classes else []
 
 
 def _fill_biases(state: State, names: tuple[str, ...]) -> None:

@@ -168,8 +168,15 @@ def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
 
 
 def json_value(value: Any) -> Any:
-    """What JSON has no word for, of what `fastvit.ViT` takes: a `Resample`, numbers of numpy."""
-    return vars(value) if isinstance(value, Resample) else value.item()
+    """What JSON has no word for: a `Resample` that `fastvit.ViT` takes, a path, numbers and arrays
+    of numpy and torch. Raises UsageError for anything else."""
+    if isinstance(value, Resample):
+        return vars(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise UsageError(f"a config in JSON cannot hold {value!r}, of type {type(value).__name__}")
 
 
 def load_checkpoint(path: Path | str) -> tuple[ViT, dict[str, Any]]:
