@@ -55,19 +55,38 @@ def resample_positions(table: Tensor, old: Grid, new: Grid, how: Resample) -> Te
     """table: (old_h * old_w, C) -> (new_h * new_w, C), computed in float32 or wider."""
     if old == new:
         return table
-    plane = table.to(torch.promote_types(table.dtype, torch.float32))
-    plane = plane.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    plane = table.to(torch.promote_types(table.dtype, torch.float32)).reshape(*old, -1)
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if traced and torch.is_grad_enabled() and table.requires_grad:
+        # PyTorch cannot trace the gradient of an interpolation to a size that varies. As products
+        # it can: of float64, which neither TF32 nor autocast cuts short.
+        rows, columns = (_matrix(o, n, how, table.device) for o, n in zip(old, new, strict=True))
+        plane = (rows @ plane.double().flatten(1)).unflatten(1, (old[1], -1))
+        plane = columns @ plane
+    else:
+        plane = _interpolate(plane.permute(2, 0, 1)[None], old, new, how)[0].permute(1, 2, 0)
+    return plane.reshape(new[0] * new[1], -1).to(table.dtype)
+
+
+def _matrix(old: int, new: int, how: Resample, device: torch.device) -> Tensor:
+    """What stretches one side: (new, old) float64. Columns and rows are stretched apart."""
+    # Two columns: antialiasing on a CPU takes planes of one for planes in another memory format.
+    basis = torch.eye(old, dtype=torch.float64, device=device)[None, :, :, None].repeat(1, 1, 1, 2)
+    return _interpolate(basis, (old, 2), (new, 2), how)[0, :, :, 0].mT
+
+
+def _interpolate(planes: Tensor, old: Grid, new: Grid, how: Resample) -> Tensor:
+    """(B, C, *old) -> (B, C, *new)."""
     options: dict[str, Any] = {"mode": how.mode, "antialias": how.antialias}
     if how.mode != "nearest":
         options["align_corners"] = how.align_corners
-    if how.offset:
-        scale = [(n + how.offset) / o for n, o in zip(new, old, strict=True)]
-        plane = F.interpolate(plane, scale_factor=scale, **options)
-        if tuple(plane.shape[-2:]) != new:
-            raise ValueError(f"resample: offset {how.offset} takes grid {old} past {new}")
-    else:
-        plane = F.interpolate(plane, size=new, **options)
-    return plane.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1).to(table.dtype)
+    if not how.offset:
+        return F.interpolate(planes, size=new, **options)
+    scale = [(n + how.offset) / o for n, o in zip(new, old, strict=True)]
+    planes = F.interpolate(planes, scale_factor=scale, **options)
+    if tuple(planes.shape[-2:]) != new:
+        raise ValueError(f"resample: offset {how.offset} takes grid {old} past {new}")
+    return planes
 
 
 def resample_patches(weight: Tensor, new: Grid, how: Resample) -> Tensor:

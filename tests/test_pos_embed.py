@@ -1,0 +1,70 @@
+"""Resampled positions where shapes are traced: torch.compile's training, torch.export's sizes."""
+
+from typing import Any
+
+import pytest
+import torch
+from peers import liven
+from torch import Tensor
+from torchvision_shim import install
+
+import fastvit
+from fastvit import pos_embed
+from fastvit.pos_embed import Resample
+
+install()
+timm: Any = pytest.importorskip("timm")
+NAME = "vit_tiny_patch16_224"
+SMALL: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=1)
+SMALL |= dict(num_classes=5, dynamic_img_size=True)
+SIZES = ((32, 32), (40, 40), (24, 48), (32, 48), (16, 64))
+RULES = {
+    "timm": Resample(),
+    "hugging face": pos_embed.HUGGING_FACE,
+    "torchvision": pos_embed.TORCHVISION,
+    "dinov2": pos_embed.DINOV2,
+    "naflex": pos_embed.NAFLEX,
+    "nearest": Resample(mode="nearest", antialias=False),
+}
+
+
+def twins() -> tuple[Any, Any]:
+    theirs = liven(timm.create_model(NAME, **SMALL))
+    ours: Any = fastvit.create_model(NAME, **SMALL).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("how", RULES.values(), ids=RULES)
+def test_products_stretch_as_interpolation_does(how: Resample) -> None:
+    torch._dynamo.reset()
+    table = torch.randn(5 * 7, 6, dtype=torch.float64)
+
+    def run(new: tuple[int, int], resample: Any) -> list[Tensor]:
+        t = table.clone().requires_grad_()
+        out = resample(t, (5, 7), new, how)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        assert t.grad is not None
+        return [out.detach(), t.grad]
+
+    traced = torch.compile(
+        pos_embed.resample_positions, backend="eager", fullgraph=True, dynamic=True
+    )
+    for new in ((3, 4), (9, 7), (1, 20)):
+        eager = run(new, pos_embed.resample_positions)
+        for a, b in zip(run(new, traced), eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_training_takes_varying_sizes() -> None:
+    theirs, ours = twins()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for size in SIZES:
+        images, grads = torch.randn(2, 3, *size), []
+        for model, run in ((theirs, theirs), (ours, compiled)):
+            model.zero_grad()
+            out = run(images)
+            (out * torch.linspace(-1, 1, 5)).sum().backward()
+            grads.append([out.detach(), model.pos_embed.grad])
+        for expected, got in zip(*grads, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
