@@ -68,3 +68,18 @@ def test_compiled_training_takes_varying_sizes() -> None:
             grads.append([out.detach(), model.pos_embed.grad])
         for expected, got in zip(*grads, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_both_sizes_dynamic(strict: bool) -> None:
+    theirs, ours = twins()
+    auto = torch.export.Dim.AUTO
+    shapes = ({2: auto, 3: auto},)
+    for native in SIZES[:2]:
+        images = (torch.randn(2, 3, *native),)
+        with torch.no_grad():
+            program = torch.export.export(ours, images, dynamic_shapes=shapes, strict=strict)
+            for size in SIZES:
+                images = torch.randn(2, 3, *size)
+                got = program.module()(images)
+                torch.testing.assert_close(got, theirs(images), rtol=1e-5, atol=1e-5)

@@ -53,7 +53,7 @@ JAX = Resample(mode="bilinear", antialias=False, align_corners=True)
 
 def resample_positions(table: Tensor, old: Grid, new: Grid, how: Resample) -> Tensor:
     """table: (old_h * old_w, C) -> (new_h * new_w, C), computed in float32 or wider."""
-    if old == new:
+    if _same(old, new):
         return table
     plane = table.to(torch.promote_types(table.dtype, torch.float32)).reshape(*old, -1)
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
@@ -66,6 +66,15 @@ def resample_positions(table: Tensor, old: Grid, new: Grid, how: Resample) -> Te
     else:
         plane = _interpolate(plane.permute(2, 0, 1)[None], old, new, how)[0].permute(1, 2, 0)
     return plane.reshape(new[0] * new[1], -1).to(table.dtype)
+
+
+def _same(old: Grid, new: Grid) -> bool:
+    if not torch.compiler.is_exporting():
+        return old == new
+    # To compare would hold an exported program to the size it was exported with.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(statically_known_true(o == n) for o, n in zip(old, new, strict=True))
 
 
 def _matrix(old: int, new: int, how: Resample, device: torch.device) -> Tensor:
