@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -26,6 +27,10 @@ def _checked(name: str, source: str) -> str:
 
 _backend = _checked(os.environ.get("FASTVIT_BACKEND", "auto"), "FASTVIT_BACKEND")
 _record: "list[Choice] | None" = None
+# Those two are the main thread's, and of threads that set none of their own: autograd's, which
+# recompute what is checkpointed, and DataParallel's have to run on what their caller has set.
+_own = threading.local()
+_threaded = False  # whether a thread ever had its own: until then nobody looks
 
 
 @dataclass(frozen=True)
@@ -46,20 +51,45 @@ def use_backend(name: str) -> Iterator[None]:
     'auto' takes Triton where it can run and the reference elsewhere; 'triton' raises where it
     cannot run, naming the reason. The backward of an op always runs on the backend of its forward;
     what torch.utils.checkpoint runs again then takes the setting of that moment.
+
+    In the main thread it holds for threads that have set nothing, too; in another, there alone.
     """
     global _backend
-    before, _backend = _backend, _checked(name, "use_backend")
-    try:
-        yield
-    finally:
-        _backend = before
+    _checked(name, "use_backend")
+    if _shares():
+        before, _backend = _backend, name
+        try:
+            yield
+        finally:
+            _backend = before
+    else:
+        before, _own.backend = _mine("backend"), name
+        try:
+            yield
+        finally:
+            _own.backend = before
+
+
+def _shares() -> bool:
+    """Whether what this thread sets holds for others too."""
+    global _threaded
+    # Dynamo traces no question about threads; what it sets it has set back when it is done.
+    if torch.compiler.is_compiling() or threading.current_thread() is threading.main_thread():
+        return True
+    _threaded = True
+    return False
+
+
+def _mine(name: str) -> Any:
+    return getattr(_own, name, None) if _threaded else None
 
 
 def recomputing() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """The context of a checkpointed forward, and of its recomputation: on the same backend, and
     from the input alone, without what the op before it knew of its rows.
     """
-    return _from_input_alone(_backend), _from_input_alone(_backend)
+    name = _mine("backend") or _backend
+    return _from_input_alone(name), _from_input_alone(name)
 
 
 @contextlib.contextmanager
@@ -76,21 +106,26 @@ def choose_triton(op: str, x: Tensor, dtype: torch.dtype, unsupported: str | Non
 
     dtype: what the kernel computes in; unsupported: the op's own reason against its kernel.
     """
-    if _record is None and (_backend == "reference" or (_backend == "auto" and not x.is_cuda)):
+    asked, record = _backend, _record
+    if _threaded:
+        asked = _mine("backend") or asked
+        mine = _mine("record")
+        record = record if mine is None else mine
+    if record is None and (asked == "reference" or (asked == "auto" and not x.is_cuda)):
         return False  # what follows would only find the reason
     reason = _why_not_triton(x, dtype) or unsupported
-    if _backend == "triton" and reason:
+    if asked == "triton" and reason:
         raise RuntimeError(
             f"{op}: backend 'triton' was asked for, but {reason}. "
             f"Input: {tuple(x.shape)} {x.dtype} on {x.device.type}"
         )
-    if _backend == "reference":
+    if asked == "reference":
         reason = "backend 'reference' was asked for"
-    elif _backend == "auto" and not reason and not x.is_cuda:
+    elif asked == "auto" and not reason and not x.is_cuda:
         reason = "the interpreter runs only where backend 'triton' is asked for"
-    if _record is not None:
+    if record is not None:
         backend = "reference" if reason else "triton"
-        _record.append(Choice(op, backend, reason or "", tuple(x.shape), dtype))
+        record.append(Choice(op, backend, reason or "", tuple(x.shape), dtype))
     return not reason
 
 
@@ -149,14 +184,25 @@ class BackendReport:
 
 @torch.no_grad()
 def backend_report(model: nn.Module, *inputs: Any) -> BackendReport:
-    """Run `model(*inputs)` once without gradients and tell which backend served each op call."""
+    """Run `model(*inputs)` once without gradients and tell which backend served each op call.
+
+    In the main thread it tells of the ops of other threads too that report nothing themselves.
+    """
     global _record
-    before, _record = _record, []
-    try:
-        model(*inputs)
-        return BackendReport(_record)
-    finally:
-        _record = before
+    choices: list[Choice] = []
+    if _shares():
+        before, _record = _record, choices
+        try:
+            model(*inputs)
+        finally:
+            _record = before
+    else:
+        before, _own.record = _mine("record"), choices
+        try:
+            model(*inputs)
+        finally:
+            _own.record = before
+    return BackendReport(choices)
 
 
 def versions() -> str:
