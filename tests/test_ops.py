@@ -361,3 +361,20 @@ def test_a_gpu_of_another_maker_takes_the_reference(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.version, "hip", "7.0")
     x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     assert backend._why_not_triton(x, torch.bfloat16) == "the GPU is not NVIDIA's"
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_draws_drop_path_for_each_sample() -> None:
+    model = fastvit.ViT(
+        image_size=8, patch_size=4, dim=16, depth=2, heads=2, mlp_dim=32, drop_path=0.5
+    )
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    images = torch.randn(1, 3, 8, 8).expand(32, -1, -1, -1)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")
+    grads = each(parameters, images)["blocks.1.mlp.fc2.bias"]
+    dropped = (grads == 0).all(dim=1)
+    assert 0 < int(dropped.sum()) < 32

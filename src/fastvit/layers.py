@@ -489,7 +489,8 @@ class Block(nn.Module):
         if not self.training or not self.drop_path:
             return None
         keep = 1.0 - self.drop_path
-        scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        # Of x, so that vmap draws for each of its samples.
+        scale = x.new_empty(x.shape[0], dtype=torch.float32)
         return scale.bernoulli_(keep).div_(keep)
 
 
