@@ -167,6 +167,11 @@ def test_what_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert fastvit.load_checkpoint(headless, num_classes=7).num_classes == 7
     whole = fastvit.ViT(**SIZES, num_classes=3, layer_scale=1.0)
     assert "head: left as it was" in str(whole.load_weights(headless, strict=False))
+    hidden = own(tmp_path)
+    with pytest.raises(UsageError, match=r"lacks head\.2\.bias, head\.2\.weight"):
+        fastvit.load_checkpoint(damaged(hidden, **{"head.2.weight": None, "head.2.bias": None}))
+    with pytest.raises(UsageError, match=r"it has the unexpected head\.weight"):
+        fastvit.load_checkpoint(damaged(hidden, **{"head.weight": torch.zeros(3, 16)}))
     short = damaged(vit, **{f"{layer}key.weight": vit.state[f"{layer}key.weight"][:-1]})
     with pytest.raises(UsageError, match=r"are q \(16, 16\), k \(15, 16\), v \(16, 16\); expected"):
         fastvit.load_checkpoint(short)

@@ -589,7 +589,8 @@ def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
     known["norm_eps"] = float(known.get("norm_eps", default_eps))
     heads = ("ForImageClassification", "WithProjection")
     if any(str(a).endswith(heads) for a in config.get("architectures") or ()):
-        known["num_classes"] = len(config.get("id2label") or (0, 1))  # two, unless it says
+        names = config.get("id2label")
+        known["num_classes"] = len(names) if isinstance(names, Mapping) else 2  # the default
     activation = config.get("hidden_act")
     if activation is not None:
         names = {"gelu": "gelu", "quick_gelu": "quick_gelu"}

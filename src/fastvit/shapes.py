@@ -135,6 +135,9 @@ def check_whole(state: State, known: Mapping[str, Any]) -> None:
     if head and head not in _HEADS:
         whole = next((h for h in reversed(_HEADS) if h & head), _HEADS[0])
         lacking += sorted(whole - head)
+        if whole < head:
+            unexpected = ", ".join(sorted(head - whole))
+            raise UsageError(f"checkpoint: beside a whole head it has the unexpected {unexpected}")
     if lacking:
         raise UsageError(f"checkpoint: it lacks {', '.join(lacking)}")
     for name, tensor in _TENSORS.items():
