@@ -2,6 +2,7 @@
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,9 +106,47 @@ def test_timm_keyword_arguments() -> None:
     assert model.default_cfg["input_size"] == (4, 32, 32)
 
 
+TRAIN_SCRIPT: dict[str, Any] = dict(  # what timm's train.py and validate.py pass
+    drop_rate=0.0,
+    drop_path_rate=None,
+    drop_block_rate=None,
+    bn_momentum=None,
+    bn_eps=None,
+    scriptable=False,
+    exportable=True,
+    no_jit=True,
+    checkpoint_path="",
+    cache_dir=None,
+    features_only=False,
+    pretrained_cfg=None,
+    pretrained_cfg_overlay={},
+    strict_img_size=True,
+)
+
+
+def test_arguments_of_timms_scripts(tmp_path: Path) -> None:
+    small: dict[str, Any] = dict(img_size=32, embed_dim=32, num_heads=2, depth=1, num_classes=5)
+    name, images = "vit_tiny_patch16_224", torch.randn(2, 3, 32, 32)
+    model = fastvit.create_model(name, **TRAIN_SCRIPT, **small)
+    assert model.config == fastvit.create_model(name, **small).config
+    path = tmp_path / "timm.pth"
+    theirs = timm.create_model(name, **small).eval()
+    torch.save(theirs.state_dict(), path)
+    ours = fastvit.create_model(name, checkpoint_path=path, dtype=torch.float64, **small).eval()
+    torch.testing.assert_close(ours(images.double()).float(), theirs(images))
+    meta = fastvit.create_model(name, device="meta", dtype=torch.bfloat16, **small)
+    assert {(p.device.type, p.dtype) for p in meta.parameters()} == {("meta", torch.bfloat16)}
+    assert fastvit.create_model(name, strict_img_size=False).config["dynamic_img_size"]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"drop_block_rate": 0.1}, "drop_block_rate=0.1 is timm's alone"),
+        ({"features_only": True}, "features_only=True .* model.forward_intermediates"),
+        ({"scriptable": True}, "scriptable=True is timm's alone"),
+        ({"cache_dir": "x", "pretrained": True}, "cache_dir='x' .* HF_HUB_CACHE"),
+        ({"drop_paht_rate": 0.1}, r"'drop_paht_rate' is unknown; expected .*\bdrop_path_rate\b"),
         ({"attn_layer": "diff"}, "attn_layer='diff' is timm's alone"),
         ({"img_size": 32, "image_size": 32}, "img_size and image_size are the same"),
         ({"act_layer": "relu"}, "activation must be one of .* got 'relu'"),

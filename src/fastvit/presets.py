@@ -7,8 +7,12 @@ that `pretrained=True` takes from the hub when the name carries no ".tag" of its
 import difflib
 import fnmatch
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastvit.errors import UsageError
 from fastvit.model import ViT
 from fastvit.timm_kwargs import translate
 
@@ -303,12 +307,21 @@ for _family in (
     _family()
 
 
-def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> ViT:
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    checkpoint_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> ViT:
     """A `fastvit.ViT` by its timm name; kwargs, timm's or ours, override the preset's.
 
     The name may end in ".tag", timm's name for one training of it; `pretrained` takes those weights
     (else the usual ones) from the hub, or from its cache alone where HF_HUB_OFFLINE is set.
-    Otherwise the weights are random.
+    Otherwise the weights are random, or those of `checkpoint_path`.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {name!r}")
@@ -321,18 +334,27 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> ViT:
             "to fastvit.load_checkpoint"
         )
     if pretrained:
-        from fastvit.checkpoints import load_checkpoint
+        model = _pretrained(architecture, tag, cache_dir, kwargs)
+    else:
+        preset = PRESETS[architecture]
+        model = ViT(**{**preset, **translate(kwargs, preset)})
+        model.default_cfg.update(architecture=architecture, tag=tag or None)
+        if model.patch_embed.proj.in_channels == 3:
+            model.default_cfg.update(DATA[architecture])
+    if checkpoint_path:
+        model.load_weights(checkpoint_path)
+    return model.to(device=device, dtype=dtype)
 
-        tag = tag or TAGS.get(architecture, "")
-        if not tag:
-            raise ValueError(f"{name!r} has no usual weights; name some as {name}.TAG")
-        return load_checkpoint(f"timm/{architecture}.{tag}", **kwargs)
-    preset = PRESETS[architecture]
-    model = ViT(**{**preset, **translate(kwargs, preset)})
-    model.default_cfg.update(architecture=architecture, tag=tag or None)
-    if model.patch_embed.proj.in_channels == 3:
-        model.default_cfg.update(DATA[architecture])
-    return model
+
+def _pretrained(architecture: str, tag: str, cache_dir: Any, kwargs: dict[str, Any]) -> ViT:
+    from fastvit.checkpoints import load_checkpoint
+
+    tag = tag or TAGS.get(architecture, "")
+    if not tag:
+        raise ValueError(f"{architecture!r} has no usual weights; name some as {architecture}.TAG")
+    if cache_dir is not None:
+        raise UsageError(f"cache_dir={cache_dir!r} is timm's alone; set HF_HUB_CACHE instead")
+    return load_checkpoint(f"timm/{architecture}.{tag}", **kwargs)
 
 
 def list_models(filter: str | Sequence[str] = "*") -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastvit.errors import UsageError
-from fastvit.model import TIMM_POOLS
+from fastvit.model import TIMM_POOLS, ViT
 
 _RENAMED = {
     "img_size": "image_size",
@@ -66,8 +66,23 @@ _ONLY_AT = {  # what timm can also do and we cannot: the value that asks for not
     "use_post_norm": False,
     "rope_grid_offset": 0.0,
     "rope_grid_indexing": "ij",
+    "drop_block_rate": None,
+    "bn_momentum": None,
+    "bn_eps": None,
+    "scriptable": False,
+    "features_only": False,
+    "pretrained_cfg": {},
+    "pretrained_cfg_overlay": {},
 }
-_EVA = {  # of Eva: what it sets in ours, by value
+_INSTEAD = {
+    "features_only": "model.forward_intermediates(images) gives features",
+    "pretrained_cfg": "load_checkpoint(source) takes weights from elsewhere",
+    "pretrained_cfg_overlay": "load_checkpoint(source) takes weights from elsewhere",
+}
+_BY_VALUE = {  # what it sets in ours, by value; most are Eva's
+    "strict_img_size": {True: {}, False: {"dynamic_img_size": True}},
+    "exportable": {True: {}, False: {}},
+    "no_jit": {True: {}, False: {}},
     "use_abs_pos_emb": {True: {"pos_embed": "learned"}, False: {"pos_embed": "none"}},
     "use_rot_pos_emb": {True: {}, False: {"rope": None}},
     "rope_type": {"cat": {"rope": "eva"}, "dinov3": {"rope": "dinov3"}},
@@ -76,7 +91,9 @@ _EVA = {  # of Eva: what it sets in ours, by value
     "rope_rotate_half": {True: {}, False: {}},  # held to the form of RoPE
     "qkv_fused": {True: {}},
 }
-TIMM_NAMES = {*_RENAMED, *_SAME, *_ONLY_AT, *_EVA, "mlp_ratio", "proj_drop_rate"}
+TIMM_NAMES = {*_RENAMED, *_SAME, *_ONLY_AT, *_BY_VALUE, "mlp_ratio", "proj_drop_rate"}
+
+_OURS = inspect.signature(ViT).parameters.keys()
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -107,15 +124,19 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
     """
     kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in TIMM_NAMES}
     ours = {k: v for k, v in kwargs.items() if k not in TIMM_NAMES - _SAME}
+    for name in ours.keys() - _OURS:
+        known = f"timm's {', '.join(sorted(TIMM_NAMES))}, or {', '.join(sorted(_OURS))}"
+        raise UsageError(f"{name!r} is unknown; expected {known}")
     for name, value in kwargs.items():
         if name in ours or name in ("mlp_ratio", "proj_drop_rate"):
             continue
         if name in _ONLY_AT:
             if _name_of(value) != _ONLY_AT[name]:
-                raise UsageError(f"{name}={_name_of(value)!r} is timm's alone; fastvit has no such")
+                instead = _INSTEAD.get(name, "fastvit has no such")
+                raise UsageError(f"{name}={_name_of(value)!r} is timm's alone; {instead}")
             continue
-        if name in _EVA:
-            if value not in _EVA[name]:
+        if name in _BY_VALUE:
+            if value not in _BY_VALUE[name]:
                 raise UsageError(f"{name}={value!r} is timm's alone; fastvit has no such")
             continue
         _put(ours, name, _RENAMED[name], value)
@@ -159,7 +180,7 @@ def _aligned(
 
 def _translate_eva(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, Any]) -> None:
     """Eva's words of two values."""
-    for name, meanings in _EVA.items():
+    for name, meanings in _BY_VALUE.items():
         if name in kwargs:
             ours.update(meanings[kwargs[name]])
     halves = preset.get("rope") == "dinov3"
