@@ -418,3 +418,37 @@ def test_none_asks_for_nothing() -> None:
 def test_bad_names_and_words(name: Any, options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         fastvit.create_model(name, depth=1, **options)
+
+
+@pytest.mark.parametrize("name", MODELS.values(), ids=MODELS)
+def test_prune_intermediate_layers(name: str) -> None:
+    for args in ((1,), ([1, 0],), (2, True), ([-2], False, False), ([0], True, False)):
+        theirs, ours = twins(name, drop_path_rate=0.2)
+        assert ours.feature_info == theirs.feature_info
+        images = torch.randn(2, 3, *theirs.patch_embed.img_size)
+        taken = theirs.prune_intermediate_layers(*args)
+        assert ours.prune_intermediate_layers(*args) == taken
+        same(ours.forward_intermediates(images, taken), theirs.forward_intermediates(images, taken))
+        close(f"{args}", ours(images), theirs(images))
+        again = fastvit.ViT(**ours.config).eval()
+        again.load_state_dict(ours.state_dict(), strict=True)
+        close(f"{args}, of its config", again(images), ours(images))
+        assert [b.drop_path for b in again.blocks] == pytest.approx(
+            [b.drop_path for b in ours.blocks]
+        )
+    with pytest.raises(ValueError, match="indices: 3 is out of range for depth 3"):
+        twins(name)[1].prune_intermediate_layers([3])
+
+
+def test_masks_are_none() -> None:
+    _, ours = twins(MODELS["cls"])
+    images = torch.randn(1, 3, *ours.patch_embed.img_size)
+    calls = (ours, ours.forward_features, ours.forward_intermediates, ours.get_intermediate_layers)
+    for call in calls:
+        same(call(images, attn_mask=None), call(images))
+        with pytest.raises(UsageError, match="attn_mask must be None, got Tensor"):
+            call(images, attn_mask=torch.zeros(17, 17))
+    for call in calls[:3]:
+        same(call(images, is_causal=False), call(images))
+        with pytest.raises(UsageError, match="is_causal must be False, got True"):
+            call(images, is_causal=True)

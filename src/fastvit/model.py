@@ -215,6 +215,10 @@ class ViT(VitPytorchNames, nn.Module):
                 for rate in rates
             )
         )
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": dim, "reduction": max(self.patch_embed.patch_size)}
+            for i in range(depth)
+        ]
         pools_then_norms = pool in ("mean", "max", "avgmax") if fc_norm is None else fc_norm
         norms = (final_norm and not pools_then_norms, final_norm and pools_then_norms)
         self.norm, self.fc_norm = (
@@ -270,11 +274,13 @@ class ViT(VitPytorchNames, nn.Module):
         elif hasattr(module, "reset_parameters"):
             surface.reset_parameters()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
         """images: (B, channels, H, W) -> logits (B, num_classes); (B, N, .) with pool "none".
 
         Where <cls> alone is read, the last projection and MLP, and the final norm, run on it alone.
+        attn_mask, is_causal: timm's, which ask for nothing here; a mask is an error.
         """
+        _check_unmasked(attn_mask, is_causal)
         if self._reads_cls_alone():
             return self.forward_head(self.norm(self.encode(images, rows=1)))
         return self.forward_head(self.forward_features(images))
@@ -303,8 +309,11 @@ class ViT(VitPytorchNames, nn.Module):
             and block.why_tail_runs() is None
         )
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(
+        self, images: Tensor, attn_mask: None = None, is_causal: bool = False
+    ) -> Tensor:
         """All vectors after the final norm: (B, channels, H, W) -> (B, N, dim), N = prefix + m."""
+        _check_unmasked(attn_mask, is_causal)
         return self.norm(self.encode(images))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -416,6 +425,8 @@ class ViT(VitPytorchNames, nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
+        attn_mask: None = None,
+        is_causal: bool = False,
     ) -> Any:
         """timm's: the final vectors and those after chosen blocks, as maps (B, dim, h, w) or "NLC".
 
@@ -423,6 +434,7 @@ class ViT(VitPytorchNames, nn.Module):
         Returns (final, [maps]); [maps] alone with intermediates_only; each a pair (map, prefix)
         with return_prefix_tokens; or a dict with output_dict.
         """
+        _check_unmasked(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         wanted = self._take("indices", indices)
@@ -457,6 +469,7 @@ class ViT(VitPytorchNames, nn.Module):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
+        attn_mask: None = None,
     ) -> list[Any]:
         """The vectors of the patches after the last n blocks, or after those numbered in n."""
         return self.forward_intermediates(
@@ -466,20 +479,45 @@ class ViT(VitPytorchNames, nn.Module):
             norm,
             output_fmt="NCHW" if reshape else "NLC",
             intermediates_only=True,
+            attn_mask=attn_mask,
         )
 
-    def _take(self, name: str, indices: int | Sequence[int] | None) -> set[int]:
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] | None = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """timm's: drop the blocks behind the last of `indices`, and what comes after the blocks.
+
+        indices: as in forward_intermediates, which gives the same for those returned.
+        """
+        taken = self._take("indices", indices)
+        self.blocks: Any = self._container()[: max(taken) + 1]
+        depth, before = len(self.blocks), self.config["depth"]
+        rate = self.config["drop_path"] * (depth - 1) / max(before - 1, 1)
+        self.config.update(depth=depth, drop_path=rate)
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        bare = isinstance(self.norm, nn.Identity) and isinstance(self.fc_norm, nn.Identity)
+        self.config["final_norm"] = not bare
+        return taken
+
+    def _take(self, name: str, indices: int | Sequence[int] | None) -> list[int]:
         depth = len(self._container())
         if indices is None:
-            return set(range(depth))
+            return list(range(depth))
         if isinstance(indices, int):
             if not 0 < indices <= depth:
                 raise ValueError(f"{name}: the last {indices} of {depth} blocks were asked for")
-            return set(range(depth - indices, depth))
+            return list(range(depth - indices, depth))
         for i in indices:
             if not -depth <= i < depth:
                 raise ValueError(f"{name}: {i} is out of range for depth {depth}")
-        return {i % depth for i in indices}
+        return [i % depth for i in indices]
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -629,6 +667,15 @@ class ViT(VitPytorchNames, nn.Module):
 
 
 TIMM_POOLS = {"token": "cls", "avg": "mean", "": "none"}
+
+
+def _check_unmasked(attn_mask: Any, is_causal: Any) -> None:
+    if attn_mask is not None:
+        raise UsageError(
+            f"attn_mask must be None, got {type(attn_mask).__name__}; every vector looks at all"
+        )
+    if is_causal:
+        raise UsageError(f"is_causal must be False, got {is_causal!r}; every vector looks at all")
 
 
 def _init_linear(module: nn.Linear) -> None:
