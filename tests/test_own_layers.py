@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from torchvision_shim import install
 
 import fastvit
+from fastvit.errors import UsageError
 
 install()
 timm = pytest.importorskip("timm")
@@ -146,3 +147,26 @@ def test_rope_needs_a_stem_that_tells_its_grid() -> None:
     model.patch_embed = nn.Conv2d(3, 16, 8, 8)  # type: ignore[assignment]
     with pytest.raises(TypeError, match=r"patch_embed: Conv2d has no grid"):
         model(torch.randn(1, 3, 16, 16))
+
+
+def test_a_stem_of_one_s_own_takes_another_head(models: Any) -> None:
+    for model in models:
+        torch.manual_seed(1)
+        model.patch_embed = Stem()
+        model.double()
+        model.reset_classifier(7)
+    assert models[1].head.weight.dtype == torch.float64
+    models[1].load_state_dict(models[0].state_dict(), strict=True)
+    assert_same(*(model(IMAGES.double()) for model in models))
+    with pytest.raises(UsageError, match=r"set_input_size: patch_embed is a Stem; expected"):
+        models[1].set_input_size(64)
+
+
+def test_a_projection_of_one_s_own_takes_another_size(models: Any) -> None:
+    own = models[1]
+    own.patch_embed.proj = nn.Sequential(own.patch_embed.proj)
+    own.set_input_size(48)
+    models[0].set_input_size((48, 48))
+    images = torch.randn(2, 3, 48, 48)
+    assert_same(models[0](images), own(images))
+    assert own.default_cfg["input_size"] == (3, 48, 48)

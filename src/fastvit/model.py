@@ -540,7 +540,8 @@ class ViT(VitPytorchNames, nn.Module):
         self.pool, self.num_classes = pool, num_classes
         self.config.update(pool=pool, num_classes=num_classes, fc_norm=after, head_hidden_dim=None)
         self.default_cfg["num_classes"] = num_classes
-        like = self.patch_embed.proj.weight
+        # The stem may be the user's own, and a quantized layer's integers are nobody's to follow.
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         self.head = self._make_head(num_classes, None).to(like.device, like.dtype)
         self.head.train(self.training)
         self.reset_head()
@@ -574,6 +575,11 @@ class ViT(VitPytorchNames, nn.Module):
         The resampled parameters are new objects: make the optimizer afterwards.
         """
         stem = self.patch_embed
+        if not isinstance(stem, PatchEmbed):
+            raise UsageError(
+                f"set_input_size: patch_embed is a {type(stem).__name__}; expected fastvit's own "
+                "PatchEmbed, whose kernel and sizes are known"
+            )
         before = stem.grid_size
         stem.resize(
             stem.img_size if img_size is None else pair("img_size", img_size),
@@ -587,7 +593,8 @@ class ViT(VitPytorchNames, nn.Module):
                 torch.cat([own, table])[None], self.pos_embed.requires_grad
             )
         self.config.update(image_size=stem.img_size, patch_size=stem.patch_size)
-        self.default_cfg["input_size"] = (stem.proj.in_channels, *stem.img_size)
+        channels = getattr(stem.proj, "in_channels", stem.channels)
+        self.default_cfg["input_size"] = (channels, *stem.img_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input for backward and recompute the rest."""
