@@ -285,6 +285,16 @@ def test_dropout_acts_in_training_alone() -> None:
     assert {c.backend for c in report.choices} == {"reference"}
 
 
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_monte_carlo_dropout_by_part(part: str) -> None:
+    model, images = tiny(dropout=0.2, drop_path=0.5).eval(), torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(images), model(images))
+    for block in model.blocks:
+        block.get_submodule(part).train()
+    assert not torch.equal(model(images), model(images))
+    assert not any(block.training for block in model.blocks), "drop path stays off"
+
+
 def test_vit_pytorch_arguments_and_small_head() -> None:
     model = fastvit.ViT(
         image_size=32,

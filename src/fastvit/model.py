@@ -70,6 +70,8 @@ class ViT(VitPytorchNames, nn.Module):
     MLP, unless `attn_dropout`, `proj_dropout`, `mlp_dropout` say otherwise; `emb_dropout` after the
     position embedding, `head_dropout` before the head; `patch_dropout` leaves that share of the
     patches out; `drop_path` is stochastic depth's rate at the last block, rising linearly from 0.
+    Rates inside blocks are numbers, not nn.Dropout: for Monte Carlo dropout call `train()` on each
+    `attn` and `mlp` of an eval model's blocks.
 
     `config` holds these arguments, so that `ViT(**model.config)` is the same architecture;
     `default_cfg` says how images are to be prepared, under timm's names.
