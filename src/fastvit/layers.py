@@ -6,7 +6,7 @@ last. Where somebody looks at a branch alone, or has put a module of their own i
 takes the normed stream alone and returns what is to be added, as timm's do.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -503,15 +503,14 @@ class Blocks(nn.Sequential):
         rope: Tables | None = None,
         rows: int | None = None,
         checkpointing: bool = False,
-        wanted: Collection[int] | None = None,
-        stop_early: bool = False,
+        wanted: Sequence[bool] | None = None,
     ) -> Any:
         """x: (B, N, C) -> (B, N, C); with `wanted`, and a list of what these blocks give.
 
-        rows: the last block gives its first `rows` vectors alone; stop_early: behind the last
-        wanted block.
+        rows: the last block gives its first `rows` vectors alone. wanted: of each block in turn;
+        those that it does not reach do not run.
         """
-        return run_blocks(self, x, rope, rows, checkpointing, wanted, stop_early)
+        return run_blocks(self, x, rope, rows, checkpointing, wanted)
 
 
 def run_blocks(
@@ -520,17 +519,16 @@ def run_blocks(
     rope: Tables | None = None,
     rows: int | None = None,
     checkpointing: bool = False,
-    wanted: Collection[int] | None = None,
-    stop_early: bool = False,
+    wanted: Sequence[bool] | None = None,
 ) -> Any:
     """`Blocks.forward` on the blocks of any container."""
     last = len(blocks) - 1
     kept = []
     for i, block in enumerate(blocks):
-        if wanted is not None and stop_early and i > max(wanted):
+        if wanted is not None and i == len(wanted):
             break
         x = run_block(block, x, rope, rows if i == last else None, checkpointing)
-        if wanted is not None and i in wanted:
+        if wanted is not None and wanted[i]:
             kept.append(x)
     return x if wanted is None else (x, kept)
 

@@ -439,7 +439,7 @@ class ViT(VitPytorchNames, nn.Module):
         _check_unmasked(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        wanted = self._take("indices", indices)
+        taken = self._take("indices", indices)
         grid = self.patch_embed.grid(x)
         if self.patch_dropout and self.training and output_fmt == "NCHW":
             raise ValueError("output_fmt 'NCHW' needs all patches; patch_dropout is on")
@@ -448,8 +448,11 @@ class ViT(VitPytorchNames, nn.Module):
         # Hooks on all blocks as one do not fire here, nor in timm; sharding and wrappers act.
         called = isinstance(blocks, Blocks) and type(self.blocks) is not Blocks
         run = self.blocks if called else partial(run_blocks, blocks)
-        options = {"wanted": wanted, "stop_early": stop_early}
-        x, kept = run(x, rope=rope, checkpointing=self.grad_checkpointing, **options)
+        wanted = [False] * len(blocks)
+        for i in taken:
+            wanted[i] = True  # Dynamo makes numbers symbols, and finds no symbol in a list
+        wanted = wanted[: max(taken) + 1] if stop_early else wanted
+        x, kept = run(x, rope=rope, checkpointing=self.grad_checkpointing, wanted=wanted)
         kept = [self.norm(t) for t in kept] if norm else kept
         prefix = [t[:, : self.num_prefix_tokens] for t in kept]
         maps = [t[:, self.num_prefix_tokens :] for t in kept]
