@@ -89,7 +89,7 @@ OPTIONS = {f"attention options D{D}": D for D in HEAD_DIMS}
 REGIMES = {f"attention regimes D{D}": D for D in HEAD_DIMS}
 ALONE = (ATTENTION, OPTIONS, REGIMES)
 TABLE = (*(w.name for w in MODELS), "attention D64", "attention options D64", "SwiGLU")
-# What CI compiles at each change, by architecture; the rest is one command away.
+# A few launches of each architecture: CI compiles sm_90's at each change, test-all the rest.
 CI = {
     80: ("B/16 autocast",),
     90: ("B/16 autocast", "S/16 float32", "attention options D64"),
