@@ -7,6 +7,7 @@ import pytest
 import torch
 from fastvit_kernels import flops, library
 from test_gradient_copy import model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,6 +60,11 @@ def test_attention_alone(device: torch.device) -> None:
         (lambda: ops.attention_maps(q, k, rows=(0, 3)), 2 * 2 * 12),
     ):
         assert counted(function, "triton") == unit * expected
+    # On a GPU bounds may be fake, and have no numbers: then of the longest rows that there may be.
+    count = flops.counts("attention_fwd", library.launchers["attention_fwd"])
+    with FakeTensorMode():
+        q, bounds = torch.empty(1, 12, 2, 16), torch.empty(3, dtype=torch.int32)
+        assert count(q, q, q, 0.25, None, bounds, 8) == unit * 2 * 2 * 8 * 8
 
 
 def test_every_op_has_a_formula() -> None:

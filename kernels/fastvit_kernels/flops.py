@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def _product(rows: Tensor, weight: Tensor, times: int = 1) -> int:
@@ -16,10 +17,14 @@ def _product(rows: Tensor, weight: Tensor, times: int = 1) -> int:
 
 
 def _attention(q: Tensor, a: Any, times: int) -> int:
-    """`times` products with the scores of q, (B, N, H, D), or of packed sequences."""
+    """`times` products with the scores of q, (B, N, H, D), or of packed sequences;
+    of the longest possible where their bounds have no numbers.
+    """
     B, N, H, D = q.shape
     lengths = [N] * B
-    if a.cu_seqlens is not None:
+    if isinstance(a.cu_seqlens, FakeTensor):
+        lengths = [a.max_seqlen] * (len(a.cu_seqlens) - 1)
+    elif a.cu_seqlens is not None:
         lengths = a.cu_seqlens.diff().tolist()
     return 2 * times * H * D * sum(n * n for n in lengths)
 

@@ -18,7 +18,7 @@ Two kernels share the epilogues. `_gemm_tma_kernel` takes plain 16-bit operands 
 descriptors and is persistent. While a tile runs its epilogue its tensor cores wait: where an
 epilogue is long, tiles are smaller and an SM has two programs, one of which multiplies meanwhile.
 `_gemm_kernel` loads through pointers: prologues, float32, few rows, operands that TMA cannot
-address (a base or a row stride that is no multiple of 16 bytes) and GPUs but sm_90 and sm_100.
+address (a base or a row stride that is no multiple of 16 bytes); and all of sm_80's and sm_120's.
 Operands are multiplied in the compute dtype with float32 accumulation.
 Bytes: A once per column of tiles (from L2 but for the first), B, and C once.
 """

@@ -32,8 +32,6 @@ class _Watching(threading.local):
 
 
 watching = _Watching()
-
-
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 

@@ -156,7 +156,7 @@ class Watch(TorchDispatchMode):
         self.steps: list[Any] = []
         self.lost = self.busy = False
         self.inference = torch.is_inference_mode_enabled()
-        self.counted: list[tuple[int, torch.Size, tuple[int, ...]]] = []
+        self.counted: list[tuple[torch.Size, tuple[int, ...]]] = []
         self.numbers = WeakTensorKeyDictionary()
         for t in inputs:
             self._count(t)
@@ -216,7 +216,7 @@ class Watch(TorchDispatchMode):
 
     def _count(self, t: Tensor) -> Place:
         self.numbers[t] = len(self.counted), t.data_ptr()
-        self.counted.append((t.data_ptr(), t.shape, t.stride()))
+        self.counted.append((t.shape, t.stride()))
         return self._place(t)
 
     def _place(self, t: Tensor) -> Any:
@@ -226,7 +226,7 @@ class Watch(TorchDispatchMode):
             return None
         number, start = found
         offset = t.data_ptr() - start
-        whole = (offset, t.shape, t.stride()) == (0, *self.counted[number][1:])
+        whole = offset == 0 and (t.shape, t.stride()) == self.counted[number]
         return Place(number, offset, t.shape, t.stride(), whole)
 
     def recipe(self, inputs: int, result: Any) -> Recipe | None:

@@ -510,27 +510,15 @@ class Blocks(nn.Sequential):
         rows: the last block gives its first `rows` vectors alone. wanted: of each block in turn;
         those that it does not reach do not run.
         """
-        return run_blocks(self, x, rope, rows, checkpointing, wanted)
-
-
-def run_blocks(
-    blocks: nn.Sequential | nn.ModuleList,
-    x: Tensor,
-    rope: Tables | None = None,
-    rows: int | None = None,
-    checkpointing: bool = False,
-    wanted: Sequence[bool] | None = None,
-) -> Any:
-    """`Blocks.forward` on the blocks of any container."""
-    last = len(blocks) - 1
-    kept = []
-    for i, block in enumerate(blocks):
-        if wanted is not None and i == len(wanted):
-            break
-        x = run_block(block, x, rope, rows if i == last else None, checkpointing)
-        if wanted is not None and wanted[i]:
-            kept.append(x)
-    return x if wanted is None else (x, kept)
+        last = len(self) - 1
+        kept = []
+        for i, block in enumerate(self):
+            if wanted is not None and i == len(wanted):
+                break
+            x = run_block(block, x, rope, rows if i == last else None, checkpointing)
+            if wanted is not None and wanted[i]:
+                kept.append(x)
+        return x if wanted is None else (x, kept)
 
 
 def run_block(

@@ -28,7 +28,6 @@ from fastvit.layers import (
     make_norm,
     pair,
     run_block,
-    run_blocks,
 )
 from fastvit.plain import runs, unwrapped, watched, why_not_plain
 from fastvit.pos_embed import Grid, Resample, resample_positions
@@ -404,7 +403,7 @@ class ViT(VitPytorchNames, nn.Module):
             return blocks(x, rope=rope, rows=rows, checkpointing=checkpointing)
         plain = runs(blocks, (nn.Sequential, nn.ModuleList), "forward")
         if plain and not why_not_plain("blocks", blocks, bool(blocks._forward_hooks)):
-            return run_blocks(blocks, x, rope, rows, checkpointing)
+            return Blocks.forward(blocks, x, rope, rows, checkpointing)
         return run_block(blocks, x, rope, None, checkpointing)  # the user's own is called as one
 
     def _container(self) -> nn.Sequential | nn.ModuleList:
@@ -444,10 +443,10 @@ class ViT(VitPytorchNames, nn.Module):
         if self.patch_dropout and self.training and output_fmt == "NCHW":
             raise ValueError("output_fmt 'NCHW' needs all patches; patch_dropout is on")
         x, rope = self.embed(x)
-        blocks = self._container()
+        blocks: Any = self._container()
         # Hooks on all blocks as one do not fire here, nor in timm; sharding and wrappers act.
         called = isinstance(blocks, Blocks) and type(self.blocks) is not Blocks
-        run = self.blocks if called else partial(run_blocks, blocks)
+        run = self.blocks if called else partial(Blocks.forward, blocks)
         wanted = [False] * len(blocks)
         for i in taken:
             wanted[i] = True  # Dynamo makes numbers symbols, and finds no symbol in a list
