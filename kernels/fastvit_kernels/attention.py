@@ -1,31 +1,32 @@
-"""Scaled dot-product attention for ViT: short, dense rows; scores never reach memory.
+"""Scaled dot-product attention for ViT: short, dense sequences; scores never reach memory.
 
 o = softmax(q k^T * scale) v
 lse = (log sum exp of each row of q k^T * scale) / scale
-p = exp2((q k^T - lse) * scale * log2(e)), in forward with the row's maximum in place of lse: the
-difference is taken first, of scores as they are, so that the largest p is 1 however large they are
+p = exp2((q k^T - lse) * scale * log2(e)); forward has the row's maximum in place of lse, and
+subtracts it before scaling, so that the largest p is exactly 1 however large the scores are
 ds = p * (do v^T - delta), delta = rowsum(o * do)
 dv = p^T do;  dk = scale ds^T q;  dq = scale ds k
 
 q, k, v: (B, N, H, D), any strides, or packed (B, N, 3, H, D) and, for images of different sizes,
 (total, 3, H, D); D a multiple of 8 in 16..128; float32, float16 or bfloat16. o: (B, N, H, D)
 contiguous; lse: (B, H, N) float32.
-Saved for backward: q, k, v (or qkv), o and lse. p is computed again, from lse, in backward.
-Forward: one launch, all keys held at once up to 256 of them (`attention_resident`), else an online
-softmax (`attention_long`). Backward: one launch, with a program a head up to 128 keys where heads
-are many (`attention_resident`), with programs for dQ and for dK, dV side by side up to 384 keys
-where they are few (`attention_long_bwd`); else dQ with delta (float32, of the shape of lse), then
-dK and dV. `tuned` sets the limits.
-Dropout zeroes p with probability `dropout` where it meets v, and scales what is left by 1 / (1 -
-dropout). The mask is a function of a seed, the head, the row and the key, computed again in
+Saved for backward: q, k, v (or qkv), o and lse. Backward recomputes p from lse.
+Forward: one launch. Up to 256 keys are held at once (`attention_resident`), more take an online
+softmax (`attention_long`).
+Backward: with many heads and up to 128 keys, one launch of one program per head
+(`attention_resident`); with few heads and up to 384 keys, one launch with programs for dQ and
+programs for dK, dV side by side (`attention_long_bwd`); else a launch for dQ and delta (float32,
+shaped as lse), then one for dK and dV. The limits come from `tuned`.
+Dropout zeroes p with probability `dropout` before the product with v, and scales the rest by 1 /
+(1 - dropout). The mask is a function of a seed, the head, the row and the key, recomputed in
 backward. The seed is one number on the device, drawn by torch's generator of that device:
-torch.manual_seed repeats it, activation checkpointing restores it, and nothing waits for the CPU.
-Where all rows have N tokens their last tile is one power of two or the sum of two, 16 at least
-(`round_up`), so N = 197 costs 208 x 208 scores in forward: the share of scores computed for nothing
-is 39 % at N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 4 % at 785, 2 % at 1029 and 1 % at 1370.
-FLOPs: 4 B H N^2 D forward, 10 backward where one program has a head, else 14. Bytes: each of q, k,
-v, o once forward; q, k, v, o, do, dq, dk, dv once backward in one launch, q, k, v and do twice in
-two; tiles are read again from L2.
+torch.manual_seed reproduces it and activation checkpointing restores it, without a host sync.
+Where all sequences have N tokens, the last tile is one power of two or the sum of two, at least 16
+(`round_up`), so N = 197 costs 208 x 208 scores in forward. The share of wasted scores is 39 % at
+N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 4 % at 785, 2 % at 1029 and 1 % at 1370.
+FLOPs: 4 B H N^2 D forward; backward 10 where one program owns a head, else 14. Bytes: forward q, k,
+v, o once; backward q, k, v, o, do, dq, dk, dv once in one launch; in two, q, k, v and do twice.
+Rereads of tiles hit L2.
 """
 
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ from fastvit_kernels.launch import cdiv, launch
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a pass: what it is compiled with and how many programs share a head."""
+    """One kernel launch of a pass: its constexprs, config and programs per head."""
 
     kernel: Any
     programs: int
@@ -56,7 +57,8 @@ class Launch:
     config: tuned.Config
 
     def __call__(self, heads: int, batch: int, *args: Any, **constants: Any) -> None:
-        if batch > limits.BATCH_MAX:  # compiled code, whose batch `ops` may not look at
+        # Under torch.compile, `ops` skips this check, which would become a guard.
+        if batch > limits.BATCH_MAX:
             raise RuntimeError(
                 f"attention: batch {batch} is over {limits.BATCH_MAX} in compiled code; "
                 "compile it under fastvit.use_backend('reference')"
@@ -74,8 +76,8 @@ class Launch:
 
 
 def round_up(n: int, pieces: int, largest: int) -> int:
-    """The least multiple of 16 from n up whose part under `largest` has at most `pieces` bits set:
-    what a row of n costs when cut into power-of-two tiles.
+    """The padded length of n rows: the least multiple of 16, at least n, that consists of tiles of
+    `largest` and a tail of at most `pieces` powers of two.
     """
     n = -(-n // 16) * 16
     while (n % largest).bit_count() > pieces:
@@ -94,14 +96,14 @@ def plan_fwd(
     sms: int,
     dropout: bool = False,
 ) -> Launch:
-    """How the forward of `heads` = B * H rows of N tokens is launched.
+    """The forward launch for `heads` = B * H heads of N tokens.
 
-    With dropout, whose Philox takes most of the time and many registers, no row is held whole.
+    With dropout the keys are never all held: Philox takes most of the time and many registers.
     """
     for kernel in () if ragged or dropout else ("fwd_fewer_keys", "fwd_resident"):
         resident = tuned.attention(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
-            # Few heads: every query tile its own program, though each then loads all keys.
+            # Few heads: one program per query tile, although each then loads all keys.
             splits = cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
             constants = _resident(N, resident, 2) | {"SPLITS": splits}
             return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
@@ -123,14 +125,14 @@ def plan_bwd(
     sms: int,
     dropout: bool = False,
 ) -> list[Launch]:
-    """The backward: one launch for short rows, else dQ and delta, then dK and dV."""
+    """The backward launches: one for short sequences, else dQ and delta, then dK and dV."""
     few = heads * 2 <= sms
     several = ragged or dropout or few
     for kernel in () if several else ("bwd_64_keys", "bwd_128_keys"):
         resident = tuned.attention(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
-            # Rows of several blocks of columns leave no registers for a tail in two pieces; nor
-            # is it worth a wgmma that waits at head dim 16.
+            # Head dims of several column blocks leave no registers for a tail in two pieces; at
+            # head dim 16 it is not worth a serialized wgmma.
             constants = _resident(N, resident, 2 if D in (32, 64) else 1)
             return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
     beside = "_beside" if few and N <= tuned.ATTENTION_SIDE_BY_SIDE and not dropout else ""
@@ -175,10 +177,11 @@ def _sizes(
     step: str = "",
     always: bool = False,
 ) -> dict[str, int]:
-    """Tiles of a kernel whose programs each own rows of one side and walk over the other.
+    """Tile sizes of a kernel whose programs each own a block of one side (M queries or N keys) and
+    loop over the other.
 
-    always: where the rows walked over have no tail, a loop of no rounds for it, without which ptxas
-    has each wgmma of some kernels wait for the one before.
+    always: compile the inner tail loop even where there is no tail (it then runs zero iterations).
+    Without it ptxas serializes the wgmmas of some kernels.
     """
     blocks = {"M": config.BLOCK_M, "N": config.BLOCK_N}
     sizes = {}
@@ -208,25 +211,25 @@ def _plan_facts(q: Tensor, at: "_Layout", dropout: float) -> tuple[Any, ...]:
 
 
 def _dropout_args(dropout: float) -> tuple[int, float]:
-    """Which 32 random bits, as a signed integer, keep a score; what is kept is multiplied by."""
+    """(threshold, inv_keep): p is kept if a random int32 >= threshold, and scaled by inv_keep."""
     return int(dropout * 2**32) - 2**31, 1.0 / (1.0 - dropout)
 
 
 def strides_divisor(*tensors: Tensor) -> int:
-    """8 where it divides every stride but the last: the loads of a row are then of 16 bytes."""
+    """8 if it divides every stride but the last, which permits 16-byte loads of rows; else 1."""
     return 8 if all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1]) else 1
 
 
 def near(t: Tensor) -> Tensor:
-    """t, copied where its heads or channels lie so far apart that 32 bits do not hold the offset,
-    which is all that kernels give it: 64 cost some of them a quarter more registers.
+    """t, copied if its heads or channels are so far apart that their offsets overflow 32 bits. The
+    kernels use 32-bit offsets there: 64-bit ones cost some of them a quarter more registers.
     """
     (H, D), (stride_h, stride_d) = t.shape[-2:], t.stride()[-2:]
     return t if max(H * stride_h, D * stride_d) < 2**31 else t.contiguous()
 
 
 def _constants(*tensors: Tensor) -> dict[str, Any]:
-    """What every kernel is compiled with."""
+    """The constexprs common to all kernels."""
     q = tensors[0]
     divisor = strides_divisor(*tensors)
     return {"D": q.shape[-1], "ALIGN": divisor, "PRECISION": precision(q.dtype)}
@@ -234,7 +237,7 @@ def _constants(*tensors: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the sequences lie: a batch of rows of N, or one row of packed sequences."""
+    """Layout of the sequences: a batch of B with N tokens each, or packed end to end."""
 
     batch: int
     longest: int
@@ -246,7 +249,7 @@ class _Layout:
         return self.lengths is not None or self.cu_seqlens is not None
 
     def outer(self, stride: int) -> int:
-        """The stride between sequences, which cu_seqlens replaces in a packed batch."""
+        """The stride between sequences; 0 in a packed batch, where cu_seqlens takes its place."""
         return stride if self.cu_seqlens is None else 0
 
     def strides(self, t: Tensor) -> tuple[int, ...]:
@@ -326,7 +329,7 @@ def _bwd_into(
     dropout: float,
     seed: Tensor | None,
 ) -> None:
-    """Write dq, dk and dv, whose strides are alike and whose heads lie side by side."""
+    """Write dq, dk and dv, which must have equal strides and contiguous (H, D)."""
     if q.numel() == 0:
         return
     H = q.shape[2]
@@ -347,7 +350,7 @@ def _bwd_into(
     sequences = (cu_seqlens, lengths, seed)
     sizes += _dropout_args(dropout)
     for plan in plans:
-        # What a part leaves alone it is not given: the traffic count reads its arguments.
+        # Each part gets only the tensors that it touches: `traffic` counts arguments as bytes.
         part = plan.constants["PART"]
         own_o = None if part == "dkv" else o
         own_dq = None if part == "dkv" else dq
@@ -476,7 +479,7 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T * scale) v. q, k, v: (B, N, H, D), any strides -> (B, N, H, D).
 
-    lengths: (B,) integers; keys from lengths[b] on are left out. dropout: of the probabilities.
+    lengths: (B,) integers; keys from lengths[b] on are masked. dropout: rate, on the probabilities.
     """
     options = (_scale(q, scale), *vectors(lengths), dropout, draw_seed(q, dropout))
     return library.apply(AttentionFunction, q, k, v, *options)
@@ -485,7 +488,7 @@ def attention(
 def attention_qkv(
     qkv: Tensor, scale: float | None = None, lengths: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """`attention` of a packed projection, (B, N, 3, H, D); its gradient is one tensor likewise."""
+    """`attention` of a packed projection (B, N, 3, H, D), whose gradient is packed as well."""
     sequences = (*vectors(lengths), None, 0)
     seed = draw_seed(qkv, dropout)
     return library.apply(AttentionQKVFunction, qkv, _scale(qkv, scale), *sequences, dropout, seed)

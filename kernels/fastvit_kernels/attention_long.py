@@ -1,12 +1,13 @@
-"""Forward of long rows, of padded keys, of packed images of different sizes, and with dropout.
+"""Attention forward for long, key-padded and packed sequences, and for dropout.
 
-Online softmax over key tiles. Everything is summed by one program in a fixed order: no atomics.
+Online softmax over key tiles. One program sums everything for its query rows in a fixed order: no
+atomics.
 
 Sequence b is rows [start, start + N) of the token axis: start = 0 in a batch, cu_seqlens[b] in a
-packed one (PACKED). Its keys past lengths[b] are left out (HAS_LENGTHS). Where N is the same for
-all, the tail of a row is cut to its size when the kernel is compiled; where lengths are only known
-at run time (RAGGED), a tail is one whole masked tile. Tails are loops of one round: unrolled code
-after the main loop would be scheduled into it, and spill.
+packed one (PACKED). Its keys from lengths[b] on are masked out (HAS_LENGTHS). Where N is the same
+for all sequences, the tail is cut to its size at compile time; where lengths are only known at run
+time (RAGGED), the tail is one whole masked tile. Tails are loops of at most one iteration:
+straight-line code after the main loop would be scheduled into it, and spill.
 """
 
 import triton
@@ -54,14 +55,14 @@ def _fwd_keys(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The online softmax over keys n .. n + BLOCK_N; shift is the running maximum."""
+    """One online softmax step, over keys n .. n + BLOCK_N; shift is the running maximum."""
     offs_n = n + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, keys, MASK_N, D, ALIGN)
     s = dot_rows(q, k, PRECISION, T)
     if MASK_N:
         s = tl.where(spread(offs_n < keys, not T), s, float("-inf"))
     new_shift = tl.maximum(shift, tl.max(s, axis=0 if T else 1))
-    # A row whose scores are all -inf so far must not meet -inf - -inf.
+    # Avoid -inf - -inf in rows whose scores are all -inf so far.
     finite = tl.where(new_shift == float("-inf"), 0.0, new_shift)
     p = exp2((s - spread(finite, T)) * scale_log2)
     alpha = exp2((shift - finite) * scale_log2)

@@ -1,13 +1,13 @@
-"""Backward of rows that no program holds whole, of padded keys, packed images and dropout.
+"""Attention backward for sequences too long for one program, key-padded or packed, and for dropout.
 
-dQ is summed by programs that own query tiles, dK and dV by programs that own key tiles: each sum by
-one program in a fixed order, no atomics, no float32 copy of dQ. PART says which of them a launch
-has. "dq" writes delta = rowsum(o * do), and "dkv" reads it. "both": one grid, side by side, where
-each key tile computes delta for itself: right for few heads, where two launches take longer.
+Programs that own query tiles sum dQ, programs that own key tiles sum dK and dV, each in a fixed
+order: no atomics, no float32 copy of dQ. PART says what a launch computes. "dq" also writes delta =
+rowsum(o * do), which "dkv" reads. "both" is one grid with both kinds of program, where each key
+tile computes delta for itself: for few heads, where two launches take longer.
 
-No single program has a head of more than 128 keys, as `attention_resident` has it below: with 208
-keys at D = 64, sm_90, 8 warps and 32 query rows in hand take all 255 registers and spill 16 bytes
-(64 rows 672 bytes; 16 warps, of 128 registers each, 1,248), so one CTA would fill an SM.
+Above 128 keys no program owns a whole head, as it does in `attention_resident`: with 208 keys at
+D = 64, sm_90, 8 warps and tiles of 32 query rows take all 255 registers and spill 16 bytes (64 rows
+672 bytes; 16 warps, of 128 registers each, 1,248), so one CTA would fill an SM.
 """
 
 import triton
@@ -56,7 +56,7 @@ def _dq_keys(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq with the part of keys n .. n + BLOCK_N added."""
+    """dq plus the contribution of keys n .. n + BLOCK_N."""
     offs_n = n + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, keys, MASK_N, D, ALIGN)
     v = load_tile(v_rows, offs_n, keys, MASK_N, D, ALIGN)
@@ -144,7 +144,7 @@ def _dkv_rows(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv with the part of query rows m .. m + BLOCK_M added."""
+    """dk and dv plus the contribution of query rows m .. m + BLOCK_M."""
     offs_m = m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < N
     q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
@@ -305,9 +305,9 @@ def _attention_bwd_kernel(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ: BLOCK_M queries a program, in steps of STEP_N keys. dK, dV: BLOCK_N keys, STEP_M queries.
+    """dQ: BLOCK_M queries per program, STEP_N keys per step. dK, dV: BLOCK_N keys, STEP_M queries.
 
-    dq, dk and dv share their strides; their heads lie side by side.
+    dq, dk and dv share their strides and have contiguous (H, D).
     """
     pid, pid_h, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     RAGGED: tl.constexpr = PACKED or HAS_LENGTHS

@@ -1,10 +1,10 @@
-"""Chosen rows of softmax(q k^T * scale): no N x N is built, and the other rows cost nothing.
+"""Chosen rows of softmax(q k^T * scale), without an (N, N) matrix or any cost for the other rows.
 
 maps[b, h, i, n] = exp(scale q[b, rows[i], h] . k[b, n, h] - lse[b, h, rows[i]])
-q, k: (B, N, H, D) at any strides; rows: (R,); lse: (B, H, N) float32, or None: then each program
-sums its 16 rows over all keys first -> (B, H, R, N) float32.
-Bytes: k once for every 16 rows (from L2 once more without lse), and the maps. No gradient. Where
-heads are few, SPLITS programs share the keys of 16 rows; each sums over all keys for itself.
+q, k: (B, N, H, D), any strides; rows: (R,); lse: (B, H, N) float32, or None: each program then
+first reduces its 16 rows over all keys -> (B, H, R, N) float32.
+Bytes: k once per 16 rows (without lse once more, from L2), and the maps. No gradient. With few
+heads, SPLITS programs share the keys of 16 rows; without lse each reduces over all of them.
 """
 
 import torch
@@ -33,7 +33,7 @@ def _scores(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Keys n .. n + BLOCK_N x rows, as elsewhere: the keys are the side with 64 of them."""
+    """Scores, keys n .. n + BLOCK_N x rows: 64 keys fill a wgmma, 16 rows would not."""
     k = load_tile(k_rows, n + tl.arange(0, BLOCK_N), N, True, D, ALIGN)
     return dot_rows(k, q, PRECISION)
 
@@ -79,7 +79,7 @@ def _attention_maps_kernel(
             s = _scores(n, q, k_rows, N, BLOCK_N, D, ALIGN, PRECISION)
             s = tl.where((n + tl.arange(0, BLOCK_N) < N)[:, None], s, float("-inf"))
             new_shift = tl.maximum(shift, tl.max(s, axis=0))
-            # A row whose scores are all -inf so far must not meet -inf - -inf.
+            # Avoid -inf - -inf in rows whose scores are all -inf so far.
             finite = tl.where(new_shift == float("-inf"), 0.0, new_shift)
             total *= exp2((shift - finite) * scale_log2)
             total += tl.sum(exp2((s - finite[None, :]) * scale_log2), axis=0)
@@ -135,7 +135,7 @@ attention_maps_fwd = library.register("attention_maps", _maps_fake)(_maps)
 def attention_maps(
     q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Rows `rows` (R,) of the probabilities -> (B, H, R, N) float32; lse: theirs, where known."""
+    """Rows `rows` (R,) of the probabilities: (B, H, R, N) float32. lse: from `attention_lse`."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lse = None if lse is None else lse.detach()
     return attention_maps_fwd(q.detach(), k.detach(), lse, rows, scale)

@@ -1,18 +1,19 @@
-"""QK-norm and rotary positions: q and k of a packed projection, made ready for attention.
+"""QK-norm and rotary position embedding: q and k of a packed projection, prepared for attention.
 
-y = norm(x) over the D channels of a head; LayerNorm or RMSNorm, weights of their own for q and k
+y = norm(x) over the D channels of a head: LayerNorm or RMSNorm, with separate weights for q and k
 (a', b') = (a cos - b sin, b cos + a sin) for each pair (a, b) of channels of the last m tokens
-backward: turned back by the same angles, then dy w - mean(dy w) - xhat mean(dy w xhat), times rstd
+backward: rotate back by the same angles, then rstd (dy w - mean(dy w) - xhat mean(dy w xhat)), in
+RMSNorm without mean(dy w)
 
-qkv: (B, N, 3, H, D), any strides, float32, float16 or bfloat16 -> (B, N, 2, H, D) contiguous, of
-one rounding; cos, sin: (m, D / 2) or (B, m, D / 2) float32; weights (D,). v stays where it is.
-A pass of its own, not done on load in attention: there each query tile would norm and turn all keys
-again, registers and shared memory would hold two tables, and the weights' gradients would need a
-column sum per tile. It moves 2 x |q, k| forward and 3 x backward (2 x without a norm, which needs
-no x): of attention's own traffic half as much again. A program owns a run of tokens of q or of k
-and walks over their heads, so that angles and weights are loaded once, and sums of the weights'
-gradients stay in registers until the end: one row a program, summed in order, no atomics.
-Backward works in place on dqkv, of which attention wrote dq', dk' and dv.
+qkv: (B, N, 3, H, D), any strides, float32, float16 or bfloat16 -> (B, N, 2, H, D) contiguous,
+rounded once; cos, sin: (m, D / 2) or (B, m, D / 2) float32; weights (D,). v stays where it is.
+A separate pass, not fused into attention's loads: there each query tile would normalize and rotate
+all keys again, registers and shared memory would hold two tables, and the weights' gradients would
+need a column sum per tile. It moves 2 x |q, k| forward and 3 x backward (2 x without a norm, as
+only the norm needs x): a half to five sixths of attention's own traffic. A program owns a run of
+tokens of q or of k and loops over their heads, so that angles and weights are loaded once, and the
+weights' gradients stay in registers until the end: one row of partial sums per program, summed in a
+fixed order, no atomics. Backward works in place on dqkv, where attention wrote dq', dk' and dv.
 """
 
 from typing import Any
@@ -37,7 +38,7 @@ from fastvit_kernels.launch import cdiv, launch
 
 @triton.jit
 def _load_pairs(ptrs, stride_d, mask_t, PAIRS: tl.constexpr, D: tl.constexpr, JOINED: tl.constexpr):
-    """Rows of D channels as two float32 (rows, PAIRS): the first of each pair, and the second.
+    """Load rows of D channels as two float32 (rows, PAIRS): first and second of each pair.
 
     JOINED: pairs are neighbours, 2 i and 2 i + 1; else i and i + D / 2.
     """
@@ -72,7 +73,7 @@ def _store_pairs(ptrs, a, b, mask_t, PAIRS: tl.constexpr, D: tl.constexpr, JOINE
 def _load_angles(
     cos_ptr, sin_ptr, stride_b, b, n, first, mask_t, PAIRS: tl.constexpr, D: tl.constexpr
 ):
-    """cos and sin of tokens n; tokens before `first` are not turned."""
+    """cos and sin of tokens n; 1 and 0 for tokens before `first`, which are not rotated."""
     offs_p = tl.arange(0, PAIRS)
     mask = (mask_t & (n >= first))[:, None] & (offs_p < D // 2)[None, :]
     offs = (b * stride_b + (n - first) * (D // 2))[:, None] + offs_p[None, :]
@@ -81,7 +82,7 @@ def _load_angles(
 
 @triton.jit
 def _load_param(ptr, other, PAIRS: tl.constexpr, D: tl.constexpr, JOINED: tl.constexpr):
-    """A vector of D, or `other` everywhere, as the two of each pair: two float32 (1, PAIRS)."""
+    """A (D,) vector, or `other` if ptr is None, as two float32 (1, PAIRS) like `_load_pairs`."""
     offs_p = tl.arange(0, PAIRS)
     a = tl.full([PAIRS], other, tl.float32)
     b = a
@@ -97,7 +98,7 @@ def _normalize(a, b, eps, NORM: tl.constexpr, PAIRS: tl.constexpr, D: tl.constex
     """xhat of each row, and rstd."""
     if NORM == "layernorm":
         real = (tl.arange(0, PAIRS) < D // 2)[None, :]
-        # Twice: what rounding left in the mean goes too, so rows far from zero keep their digits.
+        # Twice: the second pass removes the first mean's rounding error, for rows far from zero.
         for _ in tl.static_range(2):
             mean = (tl.sum(a + b, axis=1) / D)[:, None]
             a, b = tl.where(real, a - mean, 0.0), tl.where(real, b - mean, 0.0)
@@ -191,9 +192,9 @@ def _attention_qk_bwd_kernel(
     D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """dy becomes dx in place. Programs: runs of tokens x groups of heads x {q, k}.
+    """Overwrite dy with dx. Programs: runs of tokens x groups of heads x {q, k}.
 
-    dparams: a row for each run and group: dweight and dbias of q, then of k, D each.
+    dparams: partial sums, a row per run and group: dweight and dbias of q, then of k, D each.
     """
     pid_t, pid_g, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if which == 0:
@@ -245,7 +246,7 @@ def _attention_qk_bwd_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _attention_qk_sum_kernel(x_ptr, out_ptr, M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Column sums of a float32 (M, C), rows taken in order."""
+    """Column sums of a float32 (M, C) matrix, in a fixed order."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C], tl.float32)
     for m in range(0, M, BLOCK_M):
@@ -258,7 +259,7 @@ def _attention_qk_sum_kernel(x_ptr, out_ptr, M, C, BLOCK_M: tl.constexpr, BLOCK_
 def _arguments(
     qkv: Tensor, cos: Tensor | None, norm: str | None, interleaved: bool
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """What both kernels are given: strides and sizes, and constants."""
+    """Arguments of both kernels: strides and sizes; constexprs and launch options."""
     B, N, _, H, D = qkv.shape
     config = tuned.attention_qk(D, qkv.device.index)
     stride_cos = 0 if cos is None or cos.ndim == 2 else cos.stride(0)
@@ -328,7 +329,7 @@ def _bwd_in_place(
     norm: str | None,
     interleaved: bool,
 ) -> Tensor:
-    """dq' and dk' in dqkv become dq and dk. Returns dweight and dbias of q, then of k: (4, D)."""
+    """Turn dq', dk' in dqkv into dq, dk. Returns dweight and dbias of q, then of k: (4, D)."""
     B, N, _, H, D = qkv.shape
     dparams = qkv.new_zeros((4, D) if norm else (0, D), dtype=torch.float32)
     if qkv.numel() == 0:
@@ -384,7 +385,7 @@ def _bwd(
     norm: str | None,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dqkv, and what `_bwd_in_place` returns."""
+    """dqkv, and the parameters' gradients as `_bwd_in_place` returns them."""
     dqkv = qkv.new_empty(qkv.shape)
     q, k = qk.unbind(2)
     args = (o, lse, scale, lengths, cu_seqlens, max_seqlen, dropout, seed)
@@ -479,9 +480,9 @@ def attention_qk(
     max_seqlen: int = 0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`attention_qkv` with q and k normed (norm "layernorm" or "rmsnorm") and turned (cos, sin).
+    """`attention_qkv` with q and k normed (norm "layernorm" or "rmsnorm") and rotated (cos, sin).
 
-    With cu_seqlens qkv is (1, total, 3, H, D) and the tables have a row for each of its tokens.
+    With cu_seqlens, qkv is (1, total, 3, H, D) and cos, sin have a row for each of its tokens.
     """
     params = (*vectors(q_weight, q_bias, k_weight, k_bias), *_tables(cos, sin))
     sequences = (*vectors(lengths, cu_seqlens), draw_seed(qkv, dropout))
@@ -490,7 +491,7 @@ def attention_qk(
 
 
 def _tables(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """As the kernels read them: float32, contiguous."""
+    """cos and sin as the kernels read them: detached, float32, contiguous."""
     if cos is None or sin is None:
         return None, None
     return cos.detach().float().contiguous(), sin.detach().float().contiguous()

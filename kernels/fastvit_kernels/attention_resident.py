@@ -1,11 +1,11 @@
-"""Attention of short rows: every key of one (image, head) is held at once.
+"""Attention of short sequences: a program holds every key of one (image, head) at once.
 
 Forward: one softmax pass, with no running maximum and no rescaling. Backward: one program owns an
-(image, head), keeps dK and dV in registers while it walks over the query tiles, and computes delta
+(image, head), keeps dK and dV in registers while it loops over the query tiles, and computes delta
 = rowsum(o * do) itself: no atomics, no second kernel, no float32 copy of dQ.
 
-What a round of a loop could share with the next is computed again (disable_licm): there are few
-rounds, and held in registers it makes the longest rows spill.
+Loops recompute their invariants (disable_licm): there are few iterations, and hoisted into
+registers the invariants make the longest sequences spill.
 """
 
 # ruff: noqa: RUF005 - a kernel cannot unpack into a tuple, only add to one.
@@ -60,7 +60,7 @@ def _fwd_rows(
     PRECISION: tl.constexpr,
 ):
     """o and lse of query rows m .. m + BLOCK_M."""
-    # Not of the tail: transposed, ptxas gives its products wrong addresses on sm_90.
+    # Not in the tail: ptxas gives its transposed products wrong addresses on sm_90.
     T: tl.constexpr = is_narrow(BLOCK_M) and not MASK_M
     offs_m = m + tl.arange(0, BLOCK_M)
     q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
@@ -130,7 +130,7 @@ def _attention_fwd_resident_kernel(
         for m in tl.range(pid_s * BLOCK_M, full, SPLITS * BLOCK_M, disable_licm=True):
             _fwd_rows(m, *args, False, BLOCK_M, KEYS, D, ALIGN, PRECISION)
     if TAIL_M:
-        # A loop of one round, or none: unrolled, it would be scheduled into the loop above.
+        # A loop of at most one iteration: unrolled, it would be scheduled into the loop above.
         end = tl.where(pid_s == SPLITS - 1, N, full)
         for m in tl.range(full, end, TAIL_M, num_stages=1, disable_licm=True):
             _fwd_rows(m, *args, True, TAIL_M, KEYS, D, ALIGN, PRECISION)
@@ -153,7 +153,7 @@ def _bwd_tile(
     MASK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk, dv and dq with the part of one query tile and one key tile added."""
+    """Add the contribution of one query tile and one key tile to dk, dv and dq."""
     # Keys x queries: p and ds are then the left operands of dV and dK, still in registers.
     p = exp2((dot_rows(k, q, PRECISION, T) - spread(lse, not T)) * scale_log2)
     if MASK_N:
@@ -190,7 +190,7 @@ def _bwd_rows(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of query rows m .. m + BLOCK_M, written; dK and dV with their part added, returned."""
+    """Write dQ of query rows m .. m + BLOCK_M; return dk and dv with these rows' part added."""
     offs_m = m + tl.arange(0, BLOCK_M)
     q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
     do = load_tile(do_rows, offs_m, N, MASK_M, D, ALIGN)
@@ -266,7 +266,7 @@ def _attention_bwd_resident_kernel(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq, dk and dv share their strides; their heads lie side by side."""
+    """dq, dk and dv share their strides and have contiguous (H, D)."""
     pid_h, pid_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     q_rows = rows_of(q_ptr, pid_b * stride_qb + pid_h * stride_qh, stride_qn, stride_qd, ALIGN)
     k_rows = rows_of(k_ptr, pid_b * stride_kb + pid_h * stride_kh, stride_kn, stride_kd, ALIGN)

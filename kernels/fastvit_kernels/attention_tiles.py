@@ -53,7 +53,7 @@ def piece_offsets(N: tl.constexpr, LARGEST: tl.constexpr, PIECE: tl.constexpr):
 
 @triton.jit
 def piece_bounds(start, n, N: tl.constexpr, LARGEST: tl.constexpr, PIECE: tl.constexpr):
-    """Where a piece of the tail that begins at `start` begins and ends, no later than n."""
+    """Bounds [first, end) of one piece of the tail that begins at `start`; end is at most n."""
     first = start + piece_start(N, LARGEST, PIECE)
     return first, tl.minimum(n, start + piece_end(N, LARGEST, PIECE))
 
@@ -62,7 +62,7 @@ def piece_bounds(start, n, N: tl.constexpr, LARGEST: tl.constexpr, PIECE: tl.con
 def rows_of(ptr, offset, stride_n, stride_d, ALIGN: tl.constexpr):
     """The rows of one (image, head), as load_tile and store_tile take them.
 
-    ALIGN divides every stride but that of the columns, so that loads of 16 bytes stay whole.
+    ALIGN divides every stride but that of the columns, which permits 16-byte loads.
     """
     return (ptr + tl.multiple_of(offset, ALIGN), stride_n, stride_d)
 
@@ -105,8 +105,8 @@ def store_tile(rows, tile, offs_n, n, MASK: tl.constexpr, D: tl.constexpr, ALIGN
 
 @triton.constexpr_function
 def is_narrow(rows):
-    """Fewer than 64 rows are no wgmma: their products are taken transposed, a b^T as b a^T, where
-    the other side has the 64, and stays an operand in shared memory instead of in registers.
+    """True for fewer than 64 rows, too few for wgmma: products are then computed transposed, a b^T
+    as b a^T, so that the other side's 64 rows are read from shared memory instead of registers.
     """
     return rows < 64
 
@@ -134,7 +134,7 @@ def spread(row, TRANS: tl.constexpr):
 
 @triton.jit
 def scale_tile(tile, factor):
-    """Each row (a column vector `factor`) or the whole (a scalar) multiplied."""
+    """tile * factor: a scalar, or one value per row, shaped by `spread`."""
     out = ()
     for i in tl.static_range(len(tile)):
         out = out + (tile[i] * factor,)
@@ -157,7 +157,7 @@ def dot_rows(a, b, PRECISION: tl.constexpr, TRANS: tl.constexpr = False):
 
 @triton.jit
 def dot_tile(acc, a, b, PRECISION: tl.constexpr, TRANS: tl.constexpr = False):
-    """acc + a b, b a tile; with TRANS a and acc are transposed, and acc + b^T a is."""
+    """acc + a b for a tile b; with TRANS a and acc are transposed, and it is acc + b^T a."""
     out = ()
     for i in tl.static_range(len(b)):
         block = a.to(b[i].dtype)
@@ -170,7 +170,7 @@ def dot_tile(acc, a, b, PRECISION: tl.constexpr, TRANS: tl.constexpr = False):
 
 @triton.jit
 def finish_tile(tile, factor, TRANS: tl.constexpr):
-    """An accumulator times `factor`, the right way up for store_tile."""
+    """The accumulator times `factor`, transposed back if TRANS, ready for store_tile."""
     out = ()
     for i in tl.static_range(len(tile)):
         block = tile[i] * factor
@@ -206,7 +206,7 @@ def sequence_of(
 
 @triton.jit
 def dropout_of(seed_ptr, threshold, inv_keep, head):
-    """What keep_mask needs, or () where there is no dropout."""
+    """(seed, threshold, inv_keep, head) for keep_mask, or () without dropout."""
     drop = ()
     if seed_ptr is not None:
         drop = (tl.load(seed_ptr), threshold, inv_keep, head)
@@ -220,9 +220,9 @@ def _kept(bits, threshold):
 
 @triton.jit
 def keep_mask(drop, offs_m, n, BLOCK_N: tl.constexpr, TRANS: tl.constexpr):
-    """Which of rows offs_m x keys n .. n + BLOCK_N dropout keeps; with TRANS, keys x rows.
+    """True where dropout keeps p: rows offs_m x keys n .. n + BLOCK_N; with TRANS, keys x rows.
 
-    A function of the seed, the head, the row and the key alone, so that tiles of any shape agree.
+    Depends on the seed, the head, the row and the key alone, so that tiles of any shape agree.
     The counter is (key / 4, row, head): one Philox draw serves four keys. Seven rounds are the
     fewest that pass BigCrush (Salmon et al., 2011).
     """

@@ -1,4 +1,4 @@
-"""Triton helpers that two ops or more share."""
+"""Triton helpers shared by several ops."""
 
 import triton
 import triton.language as tl
@@ -19,8 +19,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def eights(n, EIGHTS: tl.constexpr):
-    """n, which with EIGHTS is a multiple of 8: of itself the compiler sees only those of 16, and
-    moves the elements of a row one by one.
+    """n; with EIGHTS, as a value that the compiler knows to be a multiple of 8. Triton detects only
+    multiples of 16 itself, and else loads and stores rows element by element.
     """
     if EIGHTS:
         n = n // 8 * 8
@@ -63,8 +63,8 @@ def tanh(x):
 def _half_erf_bell(x, EXACT: tl.constexpr):
     """erf(|x| / sqrt(2)) / 2 and exp(-x^2 / 2).
 
-    EXACT takes tl.erf. Else erf is Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7, far under
-    a 16-bit rounding), whose exponential is the other result: one MUFU.EX2, one MUFU.RCP.
+    EXACT uses tl.erf. Else erf is Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7, far below
+    16-bit rounding), which shares the second result's exponential: one MUFU.EX2, one MUFU.RCP.
     """
     bell = exp2(x * x * -0.7213475204444817)  # -log2(e) / 2
     if EXACT:
@@ -109,7 +109,7 @@ def dgelu(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """Tile (pid_m, pid_n) of a program: GROUP_M tile rows share the columns' operand in L2."""
+    """Tile (pid_m, pid_n) of a program, in groups of GROUP_M tile rows that reuse B from L2."""
     width = GROUP_M * num_n
     first_m = (pid // width) * GROUP_M
     rows = tl.minimum(num_m - first_m, GROUP_M)
@@ -118,8 +118,8 @@ def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _issue(INSTRUCTION: tl.constexpr):
-    """Issue a PTX instruction of the whole program, which memory accesses do not pass. Unlike
-    tl.debug_barrier it leaves the loop around it to the software pipeliner.
+    """Issue a PTX instruction in every thread; memory accesses are not reordered across it. Unlike
+    tl.debug_barrier, it does not keep the loop around it from being software-pipelined.
     """
     if not INTERPRET:
         tl.inline_asm_elementwise(
@@ -134,8 +134,8 @@ def _issue(INSTRUCTION: tl.constexpr):
 
 @triton.jit
 def sleep_later_half(NANOSECONDS: tl.constexpr):
-    """Let the second half of a grid's programs start later. Two equal programs of an SM would do
-    the same at the same time, for good: both multiply, then both write.
+    """Delay the second half of a grid's programs. Otherwise two persistent programs on one SM run
+    in lockstep: both multiply, then both store.
     """
     if not INTERPRET:
         if tl.program_id(0) >= tl.num_programs(0) // 2:
@@ -151,7 +151,7 @@ def sleep_later_half(NANOSECONDS: tl.constexpr):
 
 @triton.jit
 def wait_for_products():
-    """sm_90 alone: let products end that Triton leaves to run into the next round of a loop. ptxas
-    would else wait for each one of them, where the next round begins with new accumulators.
+    """Wait for the wgmmas that Triton leaves in flight into the next loop iteration (sm_90 only).
+    Otherwise ptxas serializes them where the next iteration starts with new accumulators.
     """
     _issue("wgmma.wait_group.sync.aligned 0;")

@@ -1,11 +1,12 @@
-"""The gradient of a residual branch, handed from one op's backward to the next.
+"""A residual branch's gradient, passed from one op's backward to the next along with dx.
 
-A branch that was added to x as path_scale * y gets g = path_scale * dx in the compute dtype: what
-both products of its backward take, through TMA. Under autocast dx is float32, and with drop path it
-is not g: the kernel that writes dx has its rows in registers, and writes g beside them. That spares
-a pass over dx. The copy travels on the gradient itself: whatever replaces that tensor (a hook that
-returns another, a sum of two gradients) leaves the copy behind, and a change in place shows in the
-tensor's version. Compilers see no copies.
+A branch y added to the residual stream as x + path_scale * y has the upstream gradient g =
+path_scale * dx in the compute dtype, which both products of its backward read through TMA. Where dx
+is not g itself, under autocast (dx is float32) or with drop path, the kernel that writes dx has its
+rows in registers and writes g too, which saves a pass over dx. The copy is an attribute of the
+gradient tensor: whatever replaces that tensor (a hook that returns another, a sum of two gradients)
+drops the copy, and in-place changes show in the tensor's version. Under torch.compile there are no
+copies.
 """
 
 from typing import Any, NamedTuple
@@ -15,19 +16,19 @@ from torch import Tensor
 
 
 class Wanted(NamedTuple):
-    """A backward's wish, which it keeps as `wants` in its context; path_scale: (B,)."""
+    """Request for a copy, kept as ctx.wants by the Function that will read it; path_scale: (B,)."""
 
     dtype: torch.dtype
     path_scale: Tensor | None
 
 
 def want(x: Tensor, dtype: torch.dtype, path_scale: Tensor | None) -> Wanted | None:
-    """What the branch that ends in x wants beside x's gradient; None where that itself is g."""
+    """The request of the branch that was added into x; None if x's gradient itself is g."""
     return None if x.dtype == dtype and path_scale is None else Wanted(dtype, path_scale)
 
 
 def wanted(x: Tensor, dtype: torch.dtype) -> Wanted | None:
-    """What the backward that x's gradient goes to wants, if it is of `dtype`."""
+    """The request of the Function that made x, if it is for `dtype`; None under torch.compile."""
     if torch.compiler.is_compiling():
         return None
     found = getattr(x.grad_fn, "wants", None)
@@ -35,12 +36,12 @@ def wanted(x: Tensor, dtype: torch.dtype) -> Wanted | None:
 
 
 def carry(grad: Tensor, copy: Tensor, wish: Any) -> None:
-    """Let grad carry the copy that was wished for, of the same elements in the same order."""
+    """Attach the requested copy to grad: the same elements in the same order."""
     grad._fastvit_copy = copy, wish, grad._version  # type: ignore[attr-defined]
 
 
 def carried(grad: Tensor, wish: Wanted | None) -> Tensor | None:
-    """What grad carries of this very wish; None where there is none of what grad holds now."""
+    """The copy attached to grad for this very request; None if absent or if grad has changed."""
     if wish is None or torch.compiler.is_compiling():
         return None
     copy, granted, version = getattr(grad, "_fastvit_copy", (None, None, 0))
@@ -52,7 +53,7 @@ def carried(grad: Tensor, wish: Wanted | None) -> Tensor | None:
 def branch(
     grad: Tensor, wish: Wanted | None, dtype: torch.dtype, path_scale: Tensor | None
 ) -> Tensor:
-    """g of grad (B, N, C): carried by it, or else made here."""
+    """g for grad (B, N, C): the attached copy, or else computed here."""
     g = carried(grad, wish)
     if g is None:
         g = grad if path_scale is None else grad * path_scale[:, None, None]

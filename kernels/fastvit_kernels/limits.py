@@ -1,10 +1,10 @@
-"""What the kernels can take: each function returns None or the reason why not. No Triton here."""
+"""Limits of the kernels: each function returns None or why a case is unsupported. No Triton."""
 
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM_MIN, HEAD_DIM_MAX = 16, 128
-BATCH_MAX = 65535  # CUDA's limit of a grid's depth
+BATCH_MAX = 65535  # CUDA's limit on a grid's z dimension
 
 
 def dtype(dtype: torch.dtype) -> str | None:
