@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augment:
-    """Ranges of the map. shift: share of the image side; rotate: degrees; scale: share of 1."""
+    """A random affine map per image, drawn from these ranges.
+
+    shift: fraction of the image side; rotate: degrees; scale: zoom within 1 +- scale.
+    """
 
     flip: bool = False
     shift: float = 0.0
@@ -19,7 +22,7 @@ class Augment:
     padding: str = "border"
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """float images (B, C, H, W), each moved by its own draw. The generator lives on the CPU."""
+        """Transform each of the float images (B, C, H, W) at random. generator: on the CPU."""
         count = len(images)
         draws = torch.rand(5, count, generator=generator) * 2 - 1
         angle = draws[0] * math.radians(self.rotate)

@@ -1,6 +1,6 @@
 """Read a checkpoint from a file, a folder or the hub: tensors and the config beside them.
 
-Nothing is unpickled but tensors and plain containers (`weights_only=True`, `allow_pickle=False`).
+Only tensors and plain containers are unpickled (`weights_only=True`, `allow_pickle=False`).
 """
 
 import argparse
@@ -38,8 +38,8 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 @dataclass
 class Source:
-    """What was read: `name` for messages; tensors (numpy arrays of an npz); the configs; notes on
-    what was not read."""
+    """A checkpoint as read. name: for messages; state: tensors, or numpy arrays of an npz; config,
+    preprocessor: the JSON beside it; notes: what was not read."""
 
     name: str
     state: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Source:
 
 
 def read_source(source: str | Path | Mapping[str, Any]) -> Source:
-    """A file, a folder, a hub id ('owner/name', 'hf-hub:owner/name@revision') or a state dict."""
+    """Read a file, folder, hub id ('owner/name', 'hf-hub:owner/name@revision') or state dict."""
     if isinstance(source, Mapping):
         return Source("the state dict", source)
     if not isinstance(source, (str, Path)):
@@ -81,7 +81,7 @@ def read_source(source: str | Path | Mapping[str, Any]) -> Source:
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
-    """The tensors of one file, on the CPU."""
+    """Load the tensors of one file to the CPU."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"checkpoint: {path} must end in one of {', '.join(SUFFIXES)}")
@@ -112,8 +112,9 @@ def read_file(path: Path) -> Mapping[str, Any]:
     return _read_torch(path, size)
 
 
-# Training scripts keep their arguments and an accuracy beside the weights: a plain container, and a
-# number of numpy's, whose function has two names (numpy 2 and before) and whose dtype has a class.
+# Safe types that training scripts save beside the weights: their arguments, a Namespace, and their
+# metrics, numpy scalars. numpy 2 and earlier rebuild a scalar from different module paths, and each
+# dtype has a class.
 _PLAIN: list[Any] = [argparse.Namespace, np.dtype]
 _scalar = np.float64(0).__reduce__()[0]
 _PLAIN += [(_scalar, f"numpy.{module}.multiarray.scalar") for module in ("_core", "core")]
@@ -158,7 +159,7 @@ def _read_folder(folder: Path) -> Source:
 
 
 def _read_whole(folder: Path, weights: Path, name: str) -> Source:
-    """The weights in `folder`, of one file or of all shards of an index, and the configs there."""
+    """Read the weights in `folder`, one file or all shards of an index, and the configs there."""
     if weights.name.endswith(".index.json"):
         state: dict[str, Any] = {}
         for shard in _shards(weights):
@@ -179,7 +180,7 @@ def _read_whole(folder: Path, weights: Path, name: str) -> Source:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index of shards names."""
+    """The shard files that an index names, sorted."""
     files = _json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
         raise UsageError(f"checkpoint: {index} holds no 'weight_map' of tensors to files")
@@ -187,20 +188,20 @@ def _shards(index: Path) -> list[str]:
 
 
 def _config_in(folder: Path, weights: Path) -> dict[str, Any]:
-    """The config that belongs to a weights file of a standard name."""
+    """The config in `folder` if the weights file has a standard name, else {}."""
     if weights.name not in WEIGHTS and not weights.name.startswith("model"):
         return {}
     return next((found for name in CONFIGS if (found := _json(folder / name))), {})
 
 
-# What one of these says is a config, ours or another library's.
+# A JSON object with one of these keys is a config, ours or another library's.
 _CONFIG_KEYS = {"format", "architecture", "architectures", "model_type", "model_cfg", "hidden_size"}
-_OURS = f'{{\n  "format": "{FORMAT}"'  # as save_checkpoint begins
+_OURS = f'{{\n  "format": "{FORMAT}"'  # how save_checkpoint begins a config
 
 
 def _beside(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The config in NAME.json beside NAME.safetensors, and a note where it is something else, such
-    as a log. Ours must be whole."""
+    """The config in NAME.json beside NAME.safetensors, or a note if that is something else, such as
+    a log. A truncated config of ours raises."""
     if not path.is_file():
         return {}, []
     text = path.read_text(errors="replace")
@@ -226,7 +227,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _read_hub(name: str) -> Source:
-    """Fetch what is needed into huggingface_hub's cache, or find it there if it is offline."""
+    """Download what is needed into huggingface_hub's cache, or find it there when offline."""
     try:
         import huggingface_hub as hub
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -246,7 +247,7 @@ def _read_hub(name: str) -> Source:
             try:
                 return Path(hub.hf_hub_download(repository, file, revision=revision or None))
             except LocalEntryNotFoundError as error:
-                unreachable = error  # each further question would wait as long for no answer
+                unreachable = error  # do not wait for a timeout per file
             except EntryNotFoundError:
                 return None
             except Exception as error:
@@ -269,7 +270,7 @@ def _read_hub(name: str) -> Source:
             why = f"; {offline}" if unreachable else ""
             raise UsageError(f"{said} it lacks {shard}, of its index{why}") from unreachable
     read = _read_folder(weights.parent)
-    # What could not be asked for may be there, and would say what the tensors do not.
+    # The hub may have a config that is not cached: without it the architecture may be a guess.
     lost = [] if read.config else [file for file in unknown if file == CONFIGS[0]]
     notes = [f"{file} is not in the cache, and {offline}: read without it" for file in lost]
     return Source(name, read.state, read.config, read.preprocessor, [*read.notes, *notes])

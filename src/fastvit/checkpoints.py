@@ -1,4 +1,4 @@
-"""Checkpoints of any library into `fastvit.ViT`, and out again to timm and Hugging Face."""
+"""Load checkpoints of any library into `fastvit.ViT`; `fastvit.export` is the way back."""
 
 import inspect
 import logging
@@ -26,16 +26,16 @@ from fastvit.shapes import check_whole, infer
 from fastvit.timm_kwargs import translate
 
 State = dict[str, Tensor]
-# Models of timm that are no presets but plain ViTs, so that shapes say all; others of its models
-# have the same names for tensors and compute something else: norms after, other rotations.
+# timm models that are not presets but plain ViTs, so that tensor shapes give the architecture.
+# Other timm models use the same tensor names but compute something else (post-norm, other RoPE).
 PLAIN = (
     *("flexivit_*", "vit_*_gap_*", "vit_*_clip_*", "vit_*_plus_???", "vit_*_miil", "vit_*_36x1_*"),
     *("vit_*_tipsv2", "vit_*_radio_v?", "vit_intern300m_*", "vit_so150m_*", "vit_*_siglip_*"),
     *("vit_*_lingbot", "eva_large_*", "test_vit", "test_vit2", "test_vit4"),
 )
-# What a model computes and no tensor shows: a loaded checkpoint does not change it.
+# Arguments that tensors do not show: `load_weights` keeps the model's and notes a difference.
 COMPUTED = ("norm_eps", "activation", "heads", "rope", "rope_theta", "head_activation", "pool")
-# What None in the arguments of a timm config takes back from its preset.
+# timm argument that a config sets to None -> the arguments of its preset that this resets.
 _UNSET: dict[str, dict[str, Any]] = {
     "ref_feat_shape": {"rope_grid": None},
     "norm_layer": {"norm_eps": 1e-6},
@@ -43,7 +43,7 @@ _UNSET: dict[str, dict[str, Any]] = {
     "init_values": {"layer_scale": None},
     "pos_embed": {"pos_embed": "none"},
 }
-# Of a config that does not name them these are there, as in ViT.
+# Arguments that take ViT's defaults where a complete config does not name them.
 _DEFAULT = ("class_token", "pos_embed", "no_embed_class", "norm")
 _DEFAULT += ("qkv_bias", "proj_bias", "mlp_bias")
 _SIGNATURE = inspect.signature(ViT).parameters
@@ -52,7 +52,7 @@ log = logging.getLogger("fastvit")
 
 @dataclass
 class LoadReport:
-    """What `load_checkpoint` and `load_weights` did; `print` shows it."""
+    """What `load_checkpoint` or `load_weights` read, adapted and left out; `print` shows it."""
 
     source: str
     dialect: str
@@ -72,15 +72,16 @@ class LoadReport:
 
 
 def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> ViT:
-    """A `fastvit.ViT` with the weights of `source`, in eval mode, float32, on the CPU.
+    """Build a `fastvit.ViT` with the weights of `source`, in eval mode, float32, on the CPU.
 
     source: a file (.safetensors; .pth, .pt, .bin, read with weights_only=True; .npz; the index of
     shards), a folder of `save_pretrained` or of `fastvit train`, a hub id ("timm/...",
-    "facebook/dinov2-base"; the cache and HF_HUB_OFFLINE are respected), or a state dict; of two
-    ViTs in one, the teacher or the average. Dialect and architecture come from keys,
-    shapes and the config beside the weights. kwargs, in timm's words or ours, override them: other
-    num_classes, image_size or channels are adapted as timm does, and said on the "fastvit" logger;
-    `model.load_report` keeps it. Raises UsageError, a ValueError, for what cannot be loaded.
+    "facebook/dinov2-base"; the cache and HF_HUB_OFFLINE are respected), or a state dict. If it
+    holds two ViTs, the teacher or the averaged weights are taken. Dialect and architecture come
+    from keys, shapes and the config beside the weights. kwargs, under timm's names or ours,
+    override them: tensors are adapted to other num_classes, image_size or channels as timm does.
+    Changes are logged to "fastvit" and kept in `model.load_report`. Raises UsageError, a
+    ValueError, for what cannot be loaded.
     """
     read_from = read_source(source)
     reading, arguments = interpret(read_from, kwargs)
@@ -88,7 +89,7 @@ def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> Vi
     if reading.dialect == "timm" and not read_from.config:
         _note_assumed(reading, arguments, override)
     try:
-        # Random weights for a billion parameters take their time, and would be overwritten.
+        # Random initialization is slow for large models, and would be overwritten.
         with torch.device("meta"):
             model = ViT(**{**arguments, **override})
         model.to_empty(device="cpu")
@@ -110,7 +111,7 @@ def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> Vi
 
 
 def _note_assumed(reading: Reading, arguments: dict[str, Any], override: dict[str, Any]) -> None:
-    """Say what neither keys nor shapes of timm's state dict show."""
+    """Note which arguments were assumed, as keys and shapes of a timm state dict lack them."""
     names = [n for n in ("norm_eps", "activation", "pool") if n not in override]
     defaults = {"norm_eps": 1e-6, "activation": "gelu"}
     said = [f"{n} {arguments.get(n, defaults.get(n))!r}" for n in names]
@@ -121,13 +122,14 @@ def _note_assumed(reading: Reading, arguments: dict[str, Any], override: dict[st
 def load_weights(
     model: ViT, source: str | Path | Mapping[str, Any], strict: bool = True
 ) -> LoadReport:
-    """Put the weights of `source`, as for `load_checkpoint`, into a model that is there already.
+    """Copy the weights of `source` into an existing model. source: as for `load_checkpoint`.
 
-    What the source does not say itself is read as the model's own arguments would have it. Position
-    table, patch kernel and channels are adapted to the model's, and said. strict: missing
-    or unexpected keys raise one UsageError that lists them, except a head for another number of
-    classes, which stays as it is and is said, as is what the checkpoint was trained to compute
-    otherwise than the model does (norm_eps, activation). Nothing is written unless everything fits.
+    Where the source leaves its architecture open, the model's own arguments decide. Position table,
+    patch kernel and channels are adapted to the model. strict: missing or unexpected keys raise one
+    UsageError that lists them; but a head may be missing, or is skipped if it is for another number
+    of classes, and the model then keeps its own. What was adapted, and settings that differ between
+    checkpoint and model without showing in tensors (norm_eps, activation, ...), are logged and
+    returned. Nothing is written unless everything fits.
     """
     if not isinstance(model, ViT):
         raise TypeError(f"model must be a fastvit.ViT, got {type(model).__name__}")
@@ -147,7 +149,7 @@ def load_weights(
 
 
 def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[str, Any]]:
-    """The tensors in our names, and the arguments of the ViT that they belong to."""
+    """Read a source into tensors under our names and the `ViT` arguments they belong to."""
     config = source.config or _settings_in(source.state)
     ours = config.get("format") == FORMAT and isinstance(config.get("model"), dict)
     timm = "architecture" in config and "pretrained_cfg" in config
@@ -205,7 +207,7 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
 
 
 def _settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The config in the state file of `fastvit train`, which keeps a run's settings beside it."""
+    """The config in a state.pt of `fastvit train`, which holds the run's settings, or {}."""
     settings = state.get("settings")
     model = settings.get("model") if isinstance(settings, Mapping) else None
     if not isinstance(model, Mapping) or not model.keys() <= _SIGNATURE.keys():
@@ -214,7 +216,7 @@ def _settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settled(known: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a config that says all of them, with ViT's defaults for the rest."""
+    """Fill in ViT's defaults in the arguments of a complete config."""
     known = {**{n: _SIGNATURE[n].default for n in _DEFAULT}, **known}
     if known.get("patch_bias") is None:
         known["patch_bias"] = not known.get("pre_norm", False)
@@ -222,7 +224,7 @@ def _settled(known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
-    """What timm's config.json says beyond the shapes: its preset, its arguments, its data."""
+    """Add what timm's config.json says beyond shapes: preset, arguments, preprocessing."""
     architecture = config["architecture"].partition(".")[0]
     preset = PRESETS.get(architecture, {})
     if not preset:
@@ -242,7 +244,7 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
         preset.get("rope") or preset.get("qkv_bias") == "qv"
     ):
         raise UsageError(f"checkpoint: {architecture}: {EVA_POOL}")
-    if preset:  # says all of it: what was read out of the keys alone is no more than a guess
+    if preset:  # complete: what was inferred from the keys alone was a guess
         reading.known = {k: v for k, v in reading.known.items() if k == "head_activation"}
     # RADIO has no final norm; a preset has one, unless the arguments say otherwise.
     known = {**reading.known, **(preset or {"final_norm": False})}
@@ -277,8 +279,11 @@ def _fit(
     strict: bool = True,
     head: str = "left as it was",
 ) -> set[str]:
-    """Adapt the tensors to the model, check every key and shape, then copy. Returns what it lacked
-    and was allowed to. head: what is said of a head that is not the checkpoint's."""
+    """Adapt the tensors to the model, check every key and shape, then copy.
+
+    Returns the absent keys that `may_lack` allows. head: how the report describes a head that the
+    checkpoint did not fill.
+    """
     report = LoadReport(name, reading.dialect, [], reading.dropped, reading.notes)
     expected = _tensors(model)
     state = adapt(reading.state, model, arguments, report.adapted)
@@ -318,15 +323,16 @@ def _fit(
 
 
 def _tensors(model: ViT) -> State:
-    """The model's own, without what wrappers of its modules put into their names."""
+    """The model's tensors, without the names that wrappers insert, such as `_orig_mod`."""
     return {WRAPPED.sub("", k): v for k, v in model.state_dict().items()}
 
 
 def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str]) -> State:
-    """Tensors of an architecture `arguments`, as near to the model's own as timm would bring them.
+    """Adapt the tensors of a ViT of `arguments` to `model`, as timm does.
 
     Channels are summed or repeated, the patch kernel and the position table resampled, a head for
-    other classes left out, the final norm put before or after the pooling.
+    other classes left out, the final norm put before or after the pooling. said: the list that
+    gets a line for each change.
     """
     out = dict(state)
     stem = model.patch_embed
@@ -383,7 +389,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def adapt_channels(kernel: Tensor, channels: int) -> Tensor:
-    """timm's: the sum over channels for one, else repeated and scaled by old / new."""
+    """As timm: sum the channels to get one, else repeat them and scale by old / new."""
     if channels == 1:
         return kernel.sum(dim=1, keepdim=True)
     old = kernel.shape[1]

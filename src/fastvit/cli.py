@@ -1,4 +1,4 @@
-"""The command line: one `add_*` that declares a subcommand and one function that runs it."""
+"""The command line. For each subcommand `add_*` declares it and another function runs it."""
 
 import argparse
 import contextlib
@@ -34,11 +34,11 @@ MODEL_OPTIONS = ("dim", "depth", "heads", "mlp_dim", "patch_size", "image_size",
 RUN_OPTIONS = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "seed", "strict")
 STATE_OPTIONS = ("amp", "compile")
 PICTURES = ("curves.png", "attention.png")
-FILES = (STATE, "model.safetensors", "model.json", *PICTURES)  # of a run
+FILES = (STATE, "model.safetensors", "model.json", *PICTURES)  # what a run writes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; the exit status is 0, 1 for images not read, 2 for bad input."""
+    """Run a subcommand. Returns the exit status: 0, 1 for unreadable images, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="fastvit", description="Train, use and convert Vision Transformers."
     )
@@ -49,15 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for add in (add_convert, add_info):
         add(commands, _size)
     args = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of another encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):  # to print file names that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = args.run(args)
         print(end="", flush=True)
         return status
-    except BrokenPipeError:  # whoever reads has read enough, as in `fastvit predict ... | head`
+    except BrokenPipeError:  # stdout was closed, as by `fastvit predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 128 + 13  # what a shell says of a process that SIGPIPE ended
+        return 128 + 13  # the shell's status for a process that SIGPIPE killed
     except (UsageError, OSError) as error:  # OSError: a full disk, a folder without permission
         print(f"fastvit {args.command}: error: {error}", file=sys.stderr)
         return 2
@@ -85,7 +85,7 @@ def add_train(commands: Any) -> None:
         "--amp", choices=("auto", "bf16", "off"), help="auto (default): bf16 on a GPU"
     )
     where.add_argument("--compile", action="store_true", default=None, help="through torch.compile")
-    where.add_argument("--workers", type=int, help="processes that read images (default: cores)")
+    where.add_argument("--workers", type=int, help="reader processes (default: cores, up to 8)")
 
     model = parser.add_argument_group("model (defaults depend on the data)")
     model.add_argument("--model", metavar="PRESET", help=f"{next(iter(PRESETS))}, ...")
@@ -108,7 +108,7 @@ def add_train(commands: Any) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """`fastvit train`: data, model, training, test, checkpoint, pictures."""
+    """Run `fastvit train`: train, test, write the checkpoint and the figures."""
     need("fastvit train", "matplotlib", "tqdm")
     device = choose_device(args.device)
     if args.workers is not None and args.workers < 0:
@@ -135,7 +135,7 @@ def _train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exi
     folder = held or _new_folder(args.out, settings.data)
     if held is None:
         _hold(folder, stack)
-        _check_free(folder)  # again: while the data was read another run may have come and gone
+        _check_free(folder)  # again: another run may have finished here while the data was read
     amp = args.amp == "bf16" or (args.amp in (None, "auto") and device.type == "cuda")
     run = Run(settings, data, model, device, amp, bool(args.compile))
     if state is not None:
@@ -166,21 +166,21 @@ def _train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exi
 
 
 def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Keep other runs out of the folder, and clear away what killed ones left half written."""
+    """Lock the folder against other runs and delete the partial files of killed ones."""
     if stack.enter_context(holding(folder)):
         sweep(folder, FILES)
 
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """What asks a run to end, such as a scheduler, gets what ctrl-c gets."""
+    """Treat SIGTERM, which schedulers send to end a run, like ctrl-c."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     try:
         before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread, which alone may say so
+    except ValueError:  # only the main thread can set handlers
         yield
         return
     try:
@@ -190,7 +190,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _settings(args: argparse.Namespace) -> tuple[Settings, dict[str, Any] | None]:
-    """The run's settings, and the state to go on from or None."""
+    """The run's settings, and the state to resume from or None."""
     given = {name: getattr(args, name) for name in RUN_OPTIONS}
     chosen = {name: getattr(args, name) for name in MODEL_OPTIONS}
     given, chosen = ({k: v for k, v in d.items() if v is not None} for d in (given, chosen))
@@ -208,7 +208,7 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, dict[str, Any] | None
 
 
 def _finish(run: Run, folder: Path) -> None:
-    """Test, write the checkpoint and the two pictures, and say where they are."""
+    """Test, write the checkpoint and the two figures, and print results and paths."""
     from fastvit.plots import plot_curves
     from fastvit.saving import save_checkpoint
 
@@ -321,7 +321,7 @@ def add_predict(commands: Any) -> None:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """`fastvit predict`: exit status 1 when an image could not be read."""
+    """Run `fastvit predict`. Returns exit status 1 if an image could not be read."""
     from fastvit.predict import predict as predictions
     from fastvit.saving import load_checkpoint
 
@@ -343,7 +343,7 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def _size(text: str) -> int | tuple[int, int]:
-    """'8' or '32x64' (height x width)."""
+    """Parse '8' or '32x64' (height x width)."""
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise argparse.ArgumentTypeError(f"expected N or HEIGHTxWIDTH, got {text!r}")

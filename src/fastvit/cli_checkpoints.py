@@ -1,4 +1,4 @@
-"""`fastvit convert` and `fastvit info`: checkpoints of any library on the command line."""
+"""The commands `fastvit convert` and `fastvit info`, for checkpoints of any library."""
 
 import argparse
 import inspect
@@ -18,7 +18,7 @@ _IMAGE = ("image_size", "num_classes", "dynamic_img_size", "crop_remainder", "ch
 
 
 def add_convert(commands: Any, size: Any) -> None:
-    """Declare `fastvit convert`. size: the parser of 'N' and 'HxW'."""
+    """Declare `fastvit convert`. size: parses 'N' or 'HxW'."""
     parser = commands.add_parser(
         "convert",
         help="rewrite a checkpoint of any library for timm or transformers",
@@ -53,7 +53,7 @@ def _add_input(parser: argparse.ArgumentParser, size: Any) -> None:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """`fastvit convert`: writes all of OUT or nothing, and never over what is there."""
+    """Run `fastvit convert`: write all of OUT or nothing, and never overwrite."""
     out: Path = args.out
     if out.exists():
         raise UsageError(f"{out} already exists; choose another name")
@@ -68,7 +68,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    """`fastvit info`."""
+    """Run `fastvit info`."""
     model = _load(args)
     config, report = model.config, model.load_report
     parameters = sum(p.numel() for p in model.parameters())
@@ -91,18 +91,18 @@ def info(args: argparse.Namespace) -> int:
 
 
 def preset_of(config: dict[str, Any]) -> str | None:
-    """The first preset of this architecture, whatever its image size and number of classes."""
+    """The first preset of this architecture, ignoring image size and number of classes."""
     architecture = [k for k in _DEFAULTS if k not in (*_IMAGE, "resample", "layer_scale")]
     for name, preset in PRESETS.items():
         whole = {**_DEFAULTS, **preset}
-        scaled = [c["layer_scale"] is not None for c in (whole, config)]  # to whatever value
+        scaled = [c["layer_scale"] is not None for c in (whole, config)]  # with any initial value
         if scaled[0] == scaled[1] and all(_same(k, whole[k], config[k]) for k in architecture):
             return name
     return None
 
 
 def _same(name: str, a: Any, b: Any) -> bool:
-    """None of these two is what the rest of the architecture makes of it."""
+    """True if equal. None for fc_norm or patch_bias is a derived default and matches any value."""
     return a == b or (name in ("fc_norm", "patch_bias") and None in (a, b))
 
 

@@ -1,7 +1,7 @@
 """Labelled images in three splits: scikit-learn's digits, Fashion-MNIST files, image folders.
 
-Images are uint8 (N, C, H, W) until a batch reaches the model. Every split is a fixed function of
-the data alone, never of a run's seed: settings are chosen on `val`, and `test` is left for the end.
+Images are uint8 (N, C, H, W) until a batch reaches the model. Splits depend on the data alone, not
+on a run's seed: settings are chosen on `val`, and `test` is only used at the end.
 """
 
 import gzip
@@ -41,7 +41,7 @@ FASHION_CLASSES = (
     "bag",
     "ankle boot",
 )
-VAL_NAMES = ("val", "valid", "validation")  # of a validation folder; the first there is read
+VAL_NAMES = ("val", "valid", "validation")  # the first that exists is the validation folder
 FORMS = "digits, fashion-mnist:PATH or folder:PATH"
 
 
@@ -57,16 +57,16 @@ class Images:
 
     @property
     def readable(self) -> int:
-        """How many images there are to judge a model by."""
+        """Number of images; for ImageFiles, those that could be read."""
         return len(self)
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of `order`, `batch_size` at a time, and their labels."""
+        """Yield the images of `order`, `batch_size` at a time, and their labels."""
         for chosen in order.split(batch_size):
             yield self.images[chosen], self.labels[chosen]
 
     def resized(self, size: tuple[int, int]) -> "Images":
-        """The same images at (height, width), antialiased."""
+        """Resize to (height, width), antialiased."""
         if tuple(self.images.shape[-2:]) == size:
             return self
         parts = [
@@ -96,7 +96,7 @@ class ImageFiles(Dataset):
 
     @property
     def readable(self) -> int:
-        """How many files could be read, of those tried so far."""
+        """Number of files without those that could not be read so far."""
         return len(self) - len(self.skipped)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
@@ -106,13 +106,13 @@ class ImageFiles(Dataset):
             return None, index, str(error)
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The readable images of `order`, at most `batch_size` at a time, and their labels."""
+        """Yield the readable images of `order`, up to `batch_size` at a time, and their labels."""
         loader = DataLoader(
             self,
             batch_sampler=[part.tolist() for part in order.split(batch_size)],
             num_workers=self.workers,
             collate_fn=list,
-            generator=torch.Generator(),  # else the loader draws from the global one
+            generator=torch.Generator(),  # else it draws from the global one
         )
         for items in loader:
             batch = self._readable(items)
@@ -120,7 +120,7 @@ class ImageFiles(Dataset):
                 yield batch.images, batch.labels
 
     def load(self) -> Images:
-        """All readable images in memory."""
+        """Read all readable images into memory."""
         with ThreadPoolExecutor(max(self.workers, 1)) as pool:
             return self._readable(list(pool.map(self.__getitem__, range(len(self)))))
 
@@ -143,7 +143,7 @@ Split = Images | ImageFiles
 
 @dataclass
 class DataSet:
-    """Three splits of one data set and what a model must know about its images."""
+    """Three splits of a data set, its classes, and the shape and statistics of its images."""
 
     name: str
     classes: tuple[str, ...]
@@ -156,7 +156,7 @@ class DataSet:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     skipped_in_loading: int = 0
-    files: str = ""  # a digest of the names of all files and their split, "" where there are none
+    files: str = ""  # digest of all file names and their splits; "" without files
 
     def __post_init__(self) -> None:
         if not self.mean:
@@ -164,13 +164,13 @@ class DataSet:
 
     @property
     def skipped(self) -> int:
-        """Files that could not be read so far."""
+        """Number of files that could not be read so far."""
         splits = (self.train, self.val, self.test)
         streamed = sum(len(s.skipped) for s in splits if isinstance(s, ImageFiles))
         return self.skipped_in_loading + streamed
 
     def describe(self) -> str:
-        """One line: sizes, classes, image shape."""
+        """One line with sizes, image shape and classes."""
         height, width = self.image_size
         return (
             f"{self.name}: {len(self.train):,} train, {len(self.val):,} validation and "
@@ -185,7 +185,7 @@ def load_data(
     strict: bool = False,
     workers: int | None = None,
 ) -> DataSet:
-    """The data set that `spec` names: digits, fashion-mnist:PATH or folder:PATH.
+    """Load the data set `spec`: digits, fashion-mnist:PATH or folder:PATH.
 
     image_size: (height, width) to resize to; None is 8x8, 28x28 and 64x64 respectively.
     """
@@ -206,7 +206,7 @@ def load_data(
 
 
 def absolute(spec: str) -> str:
-    """`spec` with its path absolute, so that it names the same data from any directory."""
+    """Make the path in `spec` absolute, so that it names the same data from any directory."""
     kind, _, path = spec.partition(":")
     return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if path else spec
 
@@ -239,7 +239,7 @@ def split_indices(
 
 
 def statistics(split: Split, sample: int = 2048) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, of pixels in 0..1, over at most `sample` images."""
+    """Mean and std of each channel, of pixels in 0..1, over at most `sample` images."""
     step = math.ceil(len(split) / sample)
     total = torch.zeros(0)
     square, count = total, 0
@@ -256,7 +256,7 @@ def statistics(split: Split, sample: int = 2048) -> tuple[tuple[float, ...], tup
 
 
 def load_digits(image_size: tuple[int, int] = (8, 8)) -> DataSet:
-    """1,797 handwritten digits, 8x8, out of scikit-learn's own wheel."""
+    """Load the 1,797 handwritten digits, 8x8, that scikit-learn ships."""
     need("--data digits", "sklearn")
     from sklearn.datasets import load_digits as sklearn_digits
 
@@ -271,7 +271,7 @@ def load_digits(image_size: tuple[int, int] = (8, 8)) -> DataSet:
 
 
 def load_fashion_mnist(path: Path, image_size: tuple[int, int] = (28, 28)) -> DataSet:
-    """Fashion-MNIST from its four IDX files; the test split is the published one."""
+    """Load Fashion-MNIST from its four IDX files; the test split is the published one."""
     if not path.is_dir():
         raise UsageError(f"--data fashion-mnist: {path} is not a folder")
     published, held_out = (_idx_pair(path, stem).resized(image_size) for stem in ("train", "t10k"))
@@ -309,7 +309,7 @@ def _idx_file(path: Path, stem: str, rank: int) -> Path:
 
 
 def read_idx(path: Path, rank: int) -> np.ndarray:
-    """An IDX file of bytes, plain or gzipped: uint8, `rank` dimensions, big-endian sizes."""
+    """Read an IDX file of bytes, plain or gzipped: uint8, `rank` dimensions, big-endian sizes."""
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
         try:
@@ -339,12 +339,12 @@ def load_folder(
     workers: int = 1,
     memory_limit: int = MEMORY_LIMIT,
 ) -> DataSet:
-    """One subfolder per class: PATH/CLASS/*, or PATH/train/CLASS/* beside PATH/val or PATH/test.
+    """Load images from PATH/CLASS/*, or from PATH/train/CLASS/* beside PATH/val or PATH/test.
 
     With one tree, fixed shares of each class are validation and test. With PATH/train, the test
-    split is PATH/test, or PATH/val where that is all there is; validation is PATH/val where both
-    are there, else a share of train. PATH/valid or PATH/validation is read where there is no
-    PATH/val. Sets over `memory_limit` bytes are streamed from disk.
+    split is PATH/test, or PATH/val if there is no PATH/test; validation is PATH/val if both exist,
+    else a share of train. PATH/valid or PATH/validation is read if there is no PATH/val. Sets over
+    `memory_limit` bytes are streamed from disk.
     """
     need("--data folder", "PIL")
     if not path.is_dir():
@@ -377,7 +377,7 @@ def load_folder(
         if not len(split):
             raise UsageError(
                 f"{path}: too few images for a {name} split ({len(paths)} in {len(classes)} "
-                "classes; three of a class are the least)"
+                "classes; a class needs at least three)"
             )
     names = ["\n".join(str(p.relative_to(path)) for p in s.paths) for s in (train, val, test)]
     digest = hashlib.sha256(os.fsencode("\n\n".join(names))).hexdigest()
@@ -407,7 +407,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
         raise UsageError(
             f"{root}: expected a subfolder with images per class, at least two; found {found}"
         )
-    # Splits of another name would be taken for classes, and train against the rest be learnt.
+    # Split folders under other names would be read as classes, with "train" as one of them.
     nested = [c for c in classes if _folders(root / c) and not _images_in(root / c, deep=False)]
     if len(nested) == len(classes) or "train" in nested:
         name = "train" if "train" in nested else nested[0]
@@ -419,7 +419,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
 
 
 def _images_in(folder: Path, deep: bool = True) -> list[Path]:
-    """The image files in `folder` and below, links to folders followed, each folder read once."""
+    """The image files in `folder` and below; follows links, but reads each folder only once."""
     found: list[Path] = []
     seen: set[str] = set()
     for here, folders, names in os.walk(folder, followlinks=True):
@@ -460,7 +460,7 @@ def _folders(root: Path) -> list[Path]:
 def read_image(
     path: Path, size: tuple[int, int], channels: int = 3, invert: bool = False
 ) -> Tensor:
-    """One image file, upright, cropped to the shape of `size` and resized: uint8 (C, H, W)."""
+    """Read an image upright, cropped to the aspect ratio of `size` and resized: uint8 (C, H, W)."""
     need("reading images", "PIL")
     from PIL import Image, ImageOps
 
@@ -479,8 +479,8 @@ def read_image(
 
 
 def _eight_bits(image: Any) -> Any:
-    """Pillow clips where it converts deeper pixels; 16 bits are scaled, and more are refused,
-    since nothing says what their white is."""
+    """Scale 16-bit pixels to 8 bits, since Pillow's convert would clip them. Raises ValueError for
+    deeper pixels, whose white level is unknown."""
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
         from PIL import Image

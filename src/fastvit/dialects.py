@@ -1,8 +1,8 @@
-"""The key names of other libraries' checkpoints, read into ours.
+"""Translate the tensor names of other libraries' checkpoints into ours.
 
-Every dialect is a table of patterns and what is done after: joining q, k and v, folding positions
-into <cls>. `read` finds the dialect by one key that only its family has, and strips whatever prefix
-(`module.`, `vit.`, `backbone.`, `visual.`) stands before that key.
+Each dialect is a table of key patterns plus postprocessing, such as joining q, k and v or folding
+positions into <cls>. `read` finds the dialect by a key that only its family has, and strips any
+prefix (`module.`, `vit.`, `backbone.`, `visual.`) before that key.
 """
 
 import math
@@ -40,8 +40,9 @@ EVA_POOL = (
 
 @dataclass
 class Reading:
-    """A checkpoint in our names. `known`: arguments of `fastvit.ViT` that its config or its dialect
-    settles; `dropped`: keys that have no place in a ViT; `notes`: what was folded or guessed."""
+    """A checkpoint under our names. known: `fastvit.ViT` arguments fixed by its config or dialect;
+    dropped: keys without a counterpart in a ViT; notes: what was folded or guessed; data: image
+    preprocessing."""
 
     dialect: str
     state: State
@@ -49,10 +50,10 @@ class Reading:
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
-    head_without_bias: bool = False  # a projection, as in CLIP
+    head_without_bias: bool = False  # the head is a projection, as in CLIP
 
 
-# What nearly every dialect has besides its blocks, and of how many dimensions.
+# Tensors that nearly every dialect has outside its blocks, and their allowed ranks.
 _ALWAYS: Ranks = {"cls_token": (3,), "pos_embed": (3,), "patch_embed.proj.bias": (1,)}
 _BIASED: dict[str, Any] = dict(qkv_bias=True, proj_bias=True, mlp_bias=True)
 _P = r"(weight|bias)"
@@ -71,7 +72,7 @@ _OURS: Rules = [
 
 
 def _read_timm(state: State, outside: State, config: Config) -> Reading:
-    """timm's VisionTransformer and Eva, our own, DeiT III, DINO: all share one set of names."""
+    """Read timm's VisionTransformer and Eva, fastvit, DeiT III and DINO, which share names."""
     rules = [
         *_OURS,
         (rf"pre_logits\.fc\.{_P}", r"head.0.\1"),
@@ -178,9 +179,9 @@ _L = r"(?:encoder\.)?(?:model\.)?layers?\.(\d+)\."
 
 
 def _read_hf_vit(state: State, outside: State, config: Config) -> Reading:
-    """transformers' ViT, Dinov2 and Dinov2WithRegisters, under their old and their new keys."""
+    """Read transformers' ViT, Dinov2 and Dinov2WithRegisters, with old or new keys."""
     _refuse_distilled(state, "embeddings.distillation_token")
-    for owner in ("encoder", "backbone_config", "vision_config"):  # where it is one of two models
+    for owner in ("encoder", "backbone_config", "vision_config"):  # composite models
         config = config[owner] if isinstance(config.get(owner), Mapping) else config
     dinov2 = any(k.endswith("layer_scale1.lambda1") for k in state)
     registers = "embeddings.register_tokens" in state
@@ -212,7 +213,7 @@ def _read_hf_vit(state: State, outside: State, config: Config) -> Reading:
         known["dynamic_img_size"] = True
     always = dict(_ALWAYS)
     if not dinov2 and config.get("model_type") in (None, "ijepa"):
-        del always["cls_token"]  # of the bare, the number of positions tells
+        del always["cls_token"]  # I-JEPA has none; without a config, the number of positions tells
     name = "hf dinov2 with registers" if registers else "hf dinov2" if dinov2 else "hf vit"
     data = IMAGENET if dinov2 else INCEPTION
     reading = _finish(name, state, outside, rules, known, data, always)
@@ -293,7 +294,7 @@ def _read_hf_siglip_or_clip(state: State, outside: State, config: Config) -> Rea
     ours["pos_embed"] = ours["pos_embed"][None]
     how = HUGGING_FACE
     if clip:
-        if "head.weight" in ours:  # its classifier reads the mean of the patches before the norm
+        if "head.weight" in ours:  # transformers classifies the mean of the patches, without a norm
             known.update(pool="mean", fc_norm=False, final_norm=False)
             reading.dropped += [k for k in ours if k.startswith("norm.")]
             ours = reading.state = {k: v for k, v in ours.items() if not k.startswith("norm.")}
@@ -374,7 +375,7 @@ def _read_openai(state: State, outside: State, config: Config) -> Reading:
     settings = config.get("model_cfg", config)
     activation = "quick_gelu" if quick or settings.get("quick_gelu") else "gelu"
     known: dict[str, Any] = {"norm_eps": 1e-5, "activation": activation, **_BIASED}
-    known.update(no_embed_class=False, pre_norm=quick)  # open_clip's no_ln_pre leaves it out
+    known.update(no_embed_class=False, pre_norm=quick)  # optional in open_clip (no_ln_pre)
     name, always = "openai" if quick else "open_clip", {"cls_token": (1,), "pos_embed": (2,)}
     reading = _finish(name, state, outside, rules, known, CLIP, always)
     reading.head_without_bias = True
@@ -395,7 +396,7 @@ def _read_openai(state: State, outside: State, config: Config) -> Reading:
 
 
 def _read_vit_pytorch(state: State, outside: State, config: Config) -> Reading:
-    """vit-pytorch where one Linear projects the patches: its older ViT and some models since."""
+    """Read vit-pytorch models with a bare Linear patch projection: its older ViT and some later."""
     if state["to_patch_embedding.1.weight"].ndim == 1:
         raise UsageError(
             "checkpoint: this is a vit-pytorch ViT. It has a LayerNorm before and one after its "
@@ -456,7 +457,7 @@ def _has_dinov2_mask(state: State) -> bool:
 
 
 Reader = Callable[[State, State, Config], Reading]
-# A key that tells the family, what else must hold, who reads it.
+# A key that identifies the family, a further condition, and the reader; the first match is used.
 _FAMILIES: list[tuple[str, Callable[[State], bool], Reader]] = [
     ("patch_embed.proj.weight", _is_dinov3, _read_dinov3),
     ("patch_embed.proj.weight", _is_dinov2, _read_dinov2),
@@ -471,7 +472,7 @@ _FAMILIES: list[tuple[str, Callable[[State], bool], Reader]] = [
 
 
 def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
-    """Any checkpoint's tensors in our names. Raises UsageError for what no dialect explains."""
+    """Translate any checkpoint into our names. Raises UsageError if no dialect matches."""
     state, within = unwrap(state)
     if not any(isinstance(v, Tensor) for v in state.values()):
         state = {k: tensor_of(k, v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
@@ -508,21 +509,21 @@ _AVERAGED = re.compile(r"(?:^|[._])(?:ema|teacher)(?=[._])")
 
 
 def _order(prefix: str) -> tuple[bool, int]:
-    """Averaged weights before others, the shortest prefix before longer ones."""
+    """Sort key of prefixes: averaged weights before others, then shorter prefixes first."""
     return _AVERAGED.search(prefix) is None, len(prefix)
 
 
-# What torch.compile, activation checkpointing and FSDP put into the names of what they wrap.
+# Name parts that torch.compile, activation checkpointing and FSDP insert for wrapped modules.
 WRAPPED = re.compile(rf"\b({'|'.join(WRAPPERS)})\.")
 
 
-# Where a training script's file has its only weights.
+# Keys under which training scripts store their weights, other than averaged ones.
 _WITHIN = ("state_dict", "model_state_dict", "model", "net", "module")
 
 
 def unwrap(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
-    """The state dict inside a training checkpoint's own dict, averaged weights before others, and
-    the key that it lay under, or None."""
+    """The state dict nested in a training checkpoint, averaged weights before others, and its key
+    there, or None if it was not nested."""
     for name in ("state_dict_ema", "model_ema", "teacher", *_WITHIN):
         inner = state.get(name)
         if isinstance(inner, Mapping) and inner:
@@ -539,8 +540,8 @@ def _finish(
     data: dict[str, Any],
     always: Ranks | None = None,
 ) -> Reading:
-    """Rename by the first pattern that fits a whole key; keys that none fits are an error, and so
-    is a tensor that the dialect always has, where it is not there or has another rank."""
+    """Rename each key by the first pattern that matches all of it. Raises UsageError for keys that
+    no pattern matches, and for tensors of `always` that are missing or of another rank."""
     patterns = [(re.compile(pattern), new) for pattern, new in rules]
     reading = Reading(dialect, {}, known, list(outside), data=dict(data))
     unknown = []
@@ -568,7 +569,7 @@ def _finish(
 
 
 def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
-    """What a transformers config says; shapes are held to it."""
+    """The arguments that a transformers config gives; tensors are checked against them later."""
     known: dict[str, Any] = {}
     for ours, theirs, kind in (
         ("norm_eps", "layer_norm_eps", (float, int)),
@@ -602,7 +603,7 @@ def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
 
 
 def _is_bare(config: Config) -> bool:
-    """True if no config came with the tensors: the channels are the caller's word."""
+    """True if no config came with the tensors; `channels` is from the caller."""
     return not config.keys() - {"channels"}
 
 
@@ -627,7 +628,7 @@ def _adopt_classifier(reading: Reading, outside: State) -> None:
 
 
 def _fold_prefix(reading: Reading, registers: bool) -> None:
-    """With registers DINOv2 adds positions to <cls> and patches only: fold <cls>'s own into it."""
+    """With registers, DINOv2 adds positions to <cls> and patches only: fold <cls>'s into it."""
     if registers:
         cls, pos = (reading.state[name] for name in ("cls_token", "pos_embed"))
         if not pos.shape[1] or cls.shape != pos[:, :1].shape:
@@ -647,8 +648,10 @@ def _join(
     within: str = "mlp.fc1.",
     bare_keys: bool = False,
 ) -> None:
-    """blocks.i.attn.{q, k, v}.* -> blocks.i.attn.qkv.*; with bare_keys, q and v alone may have a
-    bias, which then are q_bias and v_bias."""
+    """Concatenate blocks.i.attn.{q, k, v}.* to blocks.i.attn.qkv.*, or likewise other parts.
+
+    bare_keys: k may lack a bias; those of q and v then become q_bias and v_bias.
+    """
     for i in sorted({k.split(".")[1] for k in state if k.startswith("blocks.")}, key=int):
         block = f"blocks.{i}."
         for kind in ("weight", "bias"):

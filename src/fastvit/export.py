@@ -1,4 +1,4 @@
-"""`fastvit.ViT` back to the names, and the files, of timm and transformers."""
+"""Export a `fastvit.ViT` under the tensor names, and as the files, of timm and transformers."""
 
 import json
 import logging
@@ -36,13 +36,13 @@ _TIMM_WORDS = {
 
 
 def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) -> State:
-    """The model's tensors under the keys of `dialect`, "timm" or "hf"; with `path`, also on disk.
+    """Return the model's tensors under the keys of `dialect`, "timm" or "hf"; save them to `path`.
 
     A path that ends in .safetensors gets the tensors alone; any other becomes a folder with
     config.json and model.safetensors, for `timm.create_model("local-dir:PATH")` or transformers'
-    `from_pretrained(PATH)`; one that holds a checkpoint is left as it is. "hf" is ViT, Dinov2,
-    Dinov2WithRegisters, DINOv3ViT, SiglipVision or CLIPVision, whichever holds this model. Raises
-    UsageError where the dialect holds none like it.
+    `from_pretrained(PATH)`. "hf" is ViT, Dinov2, Dinov2WithRegisters, DINOv3ViT, SiglipVision or
+    CLIPVision, whichever can represent this model. Raises UsageError if the dialect cannot, or if
+    `path` already holds a checkpoint; only a .safetensors file without a config is replaced.
     """
     if not isinstance(model, ViT):
         raise TypeError(f"model must be a fastvit.ViT, got {type(model).__name__}")
@@ -126,7 +126,7 @@ def _to_timm(model: ViT, state: State) -> State:
 
 
 def _fit_patch_bias(dialect: str, state: State, pre_norm: bool) -> None:
-    """The patch bias that timm and CLIP have where no norm follows, zero if this model has none."""
+    """Add a zero patch bias, or with pre_norm drop a zero one, as timm and CLIP expect."""
     weight, bias = (state.get(f"patch_embed.proj.{kind}") for kind in ("weight", "bias"))
     assert weight is not None
     if not pre_norm:
@@ -138,12 +138,12 @@ def _fit_patch_bias(dialect: str, state: State, pre_norm: bool) -> None:
 
 
 def _is_eva(config: dict[str, Any]) -> bool:
-    """True if timm holds it in its Eva, which alone has RoPE and keys without a bias."""
+    """True if this is an Eva in timm: only Eva has RoPE, or q and v biases without one for k."""
     return config["rope"] is not None or config["qkv_bias"] == "qv"
 
 
 def _timm_config(model: ViT) -> dict[str, Any]:
-    """timm's config.json: a preset to start from, and all arguments over it."""
+    """timm's config.json: a base architecture and model_args that override all its arguments."""
     c, eva = model.config, _is_eva(model.config)
     packed = c["mlp"] == "swiglu_packed"
     args = {theirs: c[ours] for ours, theirs in _TIMM_WORDS.items()}
@@ -177,13 +177,13 @@ def _timm_config(model: ViT) -> dict[str, Any]:
 
 
 def _vit_args(model: ViT, args: dict[str, Any]) -> tuple[str, float]:
-    """args as timm's VisionTransformer takes them; the preset and its norm_eps."""
+    """Complete `args` for timm's VisionTransformer; return base architecture and its norm_eps."""
     c = model.config
     args.update(fc_norm=c["fc_norm"], qk_norm=c["qk_norm"], pre_norm=c["pre_norm"])
     args.update(final_norm=c["final_norm"], proj_bias=c["proj_bias"], reg_tokens=c["registers"])
     args["pos_embed"] = "learn" if c["pos_embed"] == "learned" else "none"
     if c["norm"] == "rmsnorm":
-        args["norm_layer"] = "rmsnorm"  # of eps 1e-6
+        args["norm_layer"] = "rmsnorm"  # with eps 1e-6
     if c["mlp"] == "swiglu":
         _refuse("timm's VisionTransformer", "a SwiGLU of two projections without RoPE")
     if c["mlp"] == "swiglu_packed":
@@ -195,7 +195,7 @@ def _vit_args(model: ViT, args: dict[str, Any]) -> tuple[str, float]:
 
 
 def _eva_args(model: ViT, args: dict[str, Any]) -> tuple[str, float]:
-    """args as timm's Eva takes them; the preset and its norm_eps."""
+    """Complete `args` for timm's Eva; return base architecture and its norm_eps."""
     c = model.config
     plain = dict(norm="layernorm", pre_norm=False, final_norm=True, proj_bias=True, qk_norm=False)
     for name, value in plain.items():
@@ -263,13 +263,13 @@ def _to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
 
 
 def _class_names(model: ViT) -> list[str]:
-    """The names of the classes, where its checkpoint gave as many as the model has."""
+    """The class names of the model's checkpoint, or [] if the model has another number."""
     names = model.default_cfg.get("label_names") or ()
     return [str(name) for name in names] if len(names) == model.num_classes else []
 
 
 def _fill_biases(state: State, names: tuple[str, ...]) -> None:
-    """Zeros for the biases that transformers has in any case."""
+    """Add zero biases where transformers always has a bias."""
     for key, weight in list(state.items()):
         if key.startswith("blocks.") and key.endswith(tuple(f"{n}.weight" for n in names)):
             state.setdefault(f"{key.removesuffix('weight')}bias", weight.new_zeros(len(weight)))
@@ -317,7 +317,7 @@ def _to_hf_vit(model: ViT, state: State, config: dict[str, Any]) -> tuple[State,
     if c["mlp"] == "swiglu" or (c["mlp"] == "swiglu_packed" and not dinov2):
         _refuse(kind, f"mlp {c['mlp']!r}")
     grid = model.patch_embed.grid_size
-    if dinov2 and grid[0] != grid[1]:  # it reads any as that of a square
+    if dinov2 and grid[0] != grid[1]:  # Dinov2 assumes a square
         _refuse(kind, f"an oblong table of {grid} positions; set_input_size resamples it")
     state = _cover_cls(model, state)
     layer = r"encoder.layer.\1."
@@ -374,7 +374,7 @@ _MODEL_TYPES = {
 
 
 def _mlp_ratio(c: dict[str, Any]) -> int:
-    """Dinov2Config's, an int; a SwiGLU is two thirds of the product wide, rounded up to 8's."""
+    """Dinov2Config's integer ratio; a SwiGLU has 2/3 of dim * ratio, rounded up to 8s."""
     dim, hidden, packed = c["dim"], c["mlp_dim"], c["mlp"] == "swiglu_packed"
     for ratio in (4, *range(1, 65)):
         made = (int(dim * ratio * 2 / 3) + 7) // 8 * 8 if packed else dim * ratio
@@ -395,7 +395,7 @@ def _note_resample(model: ViT, native: Resample, kind: str) -> None:
 
 
 def _cover_cls(model: ViT, state: State) -> State:
-    """A position table with a row for <cls> and none for registers, as transformers has it."""
+    """Give the position table a row for <cls> and none for registers, as in transformers."""
     c, dim = model.config, model.embed_dim
     pos = state["pos_embed"]
     if c["no_embed_class"]:

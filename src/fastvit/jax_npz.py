@@ -1,7 +1,7 @@
-"""Checkpoints of vit_jax and big_vision: .npz files of flax parameters, read into our names.
+"""Translate vit_jax and big_vision checkpoints, .npz files of flax parameters, into our names.
 
-Four styles: bare names, `opt/target/`, `params/`, `params/img/`; blocks numbered, or scanned with
-depth as a leading axis. Kernels are (in, out), heads split off: (in, heads, head dim).
+Keys have no prefix or `opt/target/`, `params/` or `params/img/`. Blocks are numbered, or scanned:
+stacked along a leading depth axis. Kernels are (in, out), in attention (in, heads, head dim).
 """
 
 import re
@@ -25,7 +25,7 @@ def is_jax(arrays: Mapping[str, object]) -> bool:
 
 
 def read_jax(arrays: Arrays) -> Reading:
-    """arrays: what numpy.load gives. Raises UsageError for keys that do not belong to a ViT."""
+    """Translate the arrays of numpy.load. Raises UsageError for keys that no ViT has."""
     prefix = next(p for p in PREFIXES if f"{p}embedding/kernel" in arrays)
     rest = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
     outside = [k for k in arrays if not k.startswith(prefix)]
@@ -38,7 +38,7 @@ def read_jax(arrays: Arrays) -> Reading:
     take = rest.pop
 
     kernel = take("embedding/kernel")
-    if kernel.ndim == 2:  # a Dense over (row, column, channel)
+    if kernel.ndim == 2:  # a Dense over flattened (row, column, channel)
         p = round((len(kernel) / 3) ** 0.5)
         if p * p * 3 != len(kernel):
             raise UsageError(
@@ -111,7 +111,7 @@ def _unscan(rest: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-# The dimensions of an array by the end of its name; the first that fits.
+# Allowed ranks by the end of an array's name; the first match is used.
 _RANKS = (
     (r"embedding/kernel", (2, 4)),
     (r"(query|key|value|out)/kernel", (3,)),
@@ -133,7 +133,7 @@ def _check_ranks(rest: Mapping[str, Tensor]) -> None:
 
 
 def _numbered(rest: Mapping[str, Tensor], name: str) -> str:
-    """The module of flax's that `name` starts, such as MlpBlock_0."""
+    """The numbered flax module, such as MlpBlock_0, for the path `name` of MlpBlock."""
     found = next((k for k in rest if k.startswith(f"{name}_")), None)
     if found is None:
         raise KeyError(f"{name}_*")
@@ -156,7 +156,7 @@ def _dense(state: dict[str, Tensor], rest: dict[str, Tensor], ours: str, theirs:
 
 
 class _Part(NamedTuple):
-    """q, k or v as a Linear: (heads * D, C), (heads * D,)."""
+    """q, k or v as a Linear. weight: (heads * D, C); bias: (heads * D,)."""
 
     weight: Tensor
     bias: Tensor
@@ -164,7 +164,7 @@ class _Part(NamedTuple):
 
 
 def _split_heads(rest: dict[str, Tensor], name: str) -> _Part:
-    """(C, heads, D) and (heads, D) as the weight and the bias of a Linear."""
+    """Reshape kernel (C, heads, D) and bias (heads, D) to the weight and bias of a Linear."""
     kernel, bias = rest.pop(f"{name}/kernel"), rest.pop(f"{name}/bias")
     if kernel.shape[1:] != bias.shape:
         raise UsageError(

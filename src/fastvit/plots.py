@@ -1,4 +1,4 @@
-"""The two pictures of a run: its curves, and where <cls> looks."""
+"""The two figures of a run: its training curves and attention maps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ TRAIN, VAL = "#3b6fd4", "#e07b39"
 
 
 def plot_curves(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
-    """Loss and accuracy by epoch, in training and in validation."""
+    """Plot training and validation loss and accuracy by epoch."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -53,9 +53,9 @@ def plot_attention(
     title: str,
     columns: int = 6,
 ) -> None:
-    """Each image beside the same image under the weights that <cls> gives its patches.
+    """Plot each image beside the same image overlaid with its attention map.
 
-    images: uint8 (B, C, H, W); maps: (B, h, w), one weight per patch; captions: per image the
+    images: uint8 (B, C, H, W); maps: (B, h, w), attention by patch; captions: per image the
     true class, the predicted class and its probability.
     """
     from matplotlib.figure import Figure
@@ -88,7 +88,7 @@ def plot_attention(
 
 
 def overlay(images: Tensor, maps: Tensor) -> Tensor:
-    """The images dimmed, with the map in colour over them: (B, 3, H', W') in 0..1."""
+    """The images in dimmed grey under their maps in colour: (B, 3, H', W') in 0..1."""
     from matplotlib import colormaps
 
     height, width = images.shape[-2:]

@@ -1,4 +1,4 @@
-"""What a checkpoint makes of image files."""
+"""Classify image files with a checkpoint."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from fastvit.model import ViT, pair
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Raise where a checkpoint's JSON lacks what prediction needs."""
+    """Raise UsageError if a checkpoint's JSON lacks what prediction needs."""
     channels, pool = (config["model"].get(k, v) for k, v in (("channels", 3), ("pool", "cls")))
     if channels not in (1, 3):
         raise UsageError(f"checkpoint: it takes images of {channels} channels; files have 1 or 3")
@@ -46,7 +46,7 @@ def predict(
     top: int = 5,
     invert: bool = False,
 ) -> Iterator[tuple[Path, list[tuple[str, float]] | UsageError]]:
-    """For each path its `top` classes with their probabilities, or why it could not be read."""
+    """Yield each path with its `top` classes and probabilities, or the error from reading it."""
     check_config(config)
     size = pair("image_size", model.config["image_size"])
     channels = model.config["channels"]

@@ -1,6 +1,6 @@
-"""Our own checkpoint: weights in NAME.safetensors, and NAME.json beside it with the rest.
+"""fastvit's own checkpoint format: weights in NAME.safetensors, the config in NAME.json beside it.
 
-Both are written to a temporary file first and moved into place, so that a killed process leaves
+Each file is written to a temporary file first and moved into place, so that a killed process leaves
 the old file or the new one, never half of one.
 """
 
@@ -34,13 +34,13 @@ VERSION = 1
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it takes the place of `path` when the body succeeds."""
+    """Yield a temporary path beside `path` that replaces `path` when the body succeeds."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that their owner alone can read
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's are private to the owner
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -50,8 +50,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which must not be there; it becomes `path` when the body
-    succeeds."""
+    """Yield a temporary folder beside `path`, which must not exist, that becomes `path` when the
+    body succeeds."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
@@ -61,7 +61,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# Folders held by this process; a worker process that it forks lets go of its copies.
+# File descriptors of the folders that this process has locked; forked workers close their copies.
 _held: set[int] = set()
 
 
@@ -76,8 +76,8 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[bool]:
-    """Keep other processes that hold folders out of `folder`. The system lets go of it when this
-    process ends, however it does. False where folders cannot be locked. Raises UsageError."""
+    """Lock `folder` against other training runs. The system unlocks it when this process ends,
+    however it ends. Yields False where folders cannot be locked. Raises UsageError if in use."""
     handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
     try:
         if handle is not None:
@@ -101,7 +101,7 @@ def _locks(handle: int, folder: Path) -> bool:
 
 
 def sweep(folder: Path, names: Iterable[str]) -> None:
-    """Delete the temporary files of `replacing` that killed processes left in a folder we hold."""
+    """Delete temporary files of `replacing` that killed processes left in a folder we locked."""
     for name in names:
         stem, suffix = re.escape(f".{name}."), re.escape(Path(name).suffix)
         for path in folder.iterdir():
@@ -116,13 +116,13 @@ def _umask() -> int:
 
 
 def weights_of(model: ViT) -> dict[str, torch.Tensor]:
-    """The model's tensors on the CPU, without what wrappers of its modules put into their names."""
+    """The model's tensors on the CPU, without the names that wrappers such as FSDP insert."""
     return {WRAPPED.sub("", k): v.detach().cpu() for k, v in model.state_dict().items()}
 
 
 def standing(model: ViT, weights: dict[str, torch.Tensor]) -> ViT:
-    """The ViT of the model's arguments, on the meta device, with the depth, classes and pool that
-    it has now. Raises UsageError where its tensors are still not those of that ViT."""
+    """A ViT with the model's arguments and its current depth, classes and pool, on the meta device.
+    Raises UsageError if the names or shapes of its tensors differ from those of `weights`."""
     head = next((weights[k] for k in ("head.weight", "head.2.weight") if k in weights), ())
     blocks = {k.split(".")[1] for k in weights if k.startswith("blocks.")}
     arguments = {
@@ -155,7 +155,7 @@ def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
     if path.suffix != ".safetensors":
         raise UsageError(f"a checkpoint's name must end in .safetensors, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Clones, since safetensors refuses parameters that two modules share.
+    # Clone, since safetensors refuses tensors that share memory.
     weights = {k: v.clone() for k, v in weights_of(model).items()}
     arguments = standing(model, weights).config
     config = {"format": FORMAT, "version": VERSION, "model": arguments, **details}
@@ -168,8 +168,8 @@ def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
 
 
 def json_value(value: Any) -> Any:
-    """What JSON has no word for: a `Resample` that `fastvit.ViT` takes, a path, numbers and arrays
-    of numpy and torch. Raises UsageError for anything else."""
+    """Convert for json.dumps: a `Resample`, a path, or a number or array of numpy or torch. Raises
+    UsageError for anything else."""
     if isinstance(value, Resample):
         return vars(value)
     if isinstance(value, os.PathLike):
@@ -180,7 +180,7 @@ def json_value(value: Any) -> Any:
 
 
 def load_checkpoint(path: Path | str) -> tuple[ViT, dict[str, Any]]:
-    """The model, in eval mode on the CPU, and the JSON, of a checkpoint file or a run's folder."""
+    """Load the model, in eval mode on the CPU, and the JSON of a checkpoint or a run's folder."""
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"

@@ -1,7 +1,7 @@
 """Train a ViT on labelled images: AdamW, warm-up and cosine, label smoothing, light augmentation.
 
-Each epoch seeds its own random numbers from (seed, epoch), and after each the whole state is on
-disk, so that a killed run resumes to exactly the result of an uninterrupted one.
+Each epoch is seeded from (seed, epoch) and ends by saving the whole state, so that a killed run
+resumes to exactly the result of an uninterrupted one.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ STATE = "state.pt"
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a run's result. `model` holds the arguments of `fastvit.ViT`."""
+    """The settings that determine a run's result. model: the arguments of `fastvit.ViT`."""
 
     data: str
     model: dict[str, Any]
@@ -60,7 +60,7 @@ class Settings:
             raise UsageError(f"seed must be in [0, 2**31), got {self.seed}")
 
 
-# What each kind of data is trained with unless told otherwise, chosen on validation splits.
+# Default settings for each kind of data, chosen on validation splits.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": dict(
         epochs=40,
@@ -84,7 +84,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def make_settings(data: str, preset: str | None = None, **given: Any) -> Settings:
-    """The data set's defaults, or a preset's architecture, overridden by what is given.
+    """The data set's defaults, with a preset's architecture if named, overridden by `given`.
 
     given: fields of Settings, and `model`, a dict of ViT arguments.
     """
@@ -104,7 +104,7 @@ def make_settings(data: str, preset: str | None = None, **given: Any) -> Setting
 
 
 def make_model(settings: Settings, data: DataSet) -> ViT:
-    """A fresh ViT for `data`, its weights a function of the seed alone."""
+    """Create a ViT for `data`; its weights depend on the seed alone."""
     torch.manual_seed(settings.seed)
     sizes = {"num_classes": len(data.classes), "channels": data.channels}
     try:
@@ -116,10 +116,10 @@ def make_model(settings: Settings, data: DataSet) -> ViT:
 
 
 def init_small(model: ViT) -> None:
-    """Weights for training from scratch at any width.
+    """Initialize weights for training from scratch at any width.
 
-    A deviation of 0.02 suits a width of 768. In a narrow model it leaves the branches silent, and
-    positions far below the patches, so that it learns for epochs as if the patches had no places.
+    A std of 0.02 suits dim 768. In a narrow model it leaves the residual branches near zero and the
+    positions far below the patch embeddings: for epochs it learns as if patches had no positions.
     """
     if model.pos_embed is not None:
         nn.init.trunc_normal_(model.pos_embed, std=0.5)
@@ -130,9 +130,9 @@ def init_small(model: ViT) -> None:
 
 @dataclass
 class Run:
-    """A training in progress: model, optimizer and history; `fit` runs what is left of it.
+    """A training run: model, optimizer and history; `fit` trains the remaining epochs.
 
-    amp and compile are kept in its state, for they decide the result's last bits.
+    amp and compile are saved with the state, since they change the result's last bits.
     history: per finished epoch, loss and accuracy in training and validation, and images/s.
     """
 
@@ -154,7 +154,7 @@ class Run:
         self._prepare_forward()
 
     def _prepare_forward(self) -> None:
-        """What amp and compile decide."""
+        """Set what depends on amp and compile."""
         self.backend = self._backend()
         self.forward: Any = torch.compile(self.model) if self.compile else self.model
 
@@ -163,7 +163,7 @@ class Run:
         return max(len(self.data.train) // self.settings.batch_size, 1)
 
     def fit(self, folder: Path) -> None:
-        """Train the epochs that are left, writing FOLDER/state.pt after each."""
+        """Train the remaining epochs, writing FOLDER/state.pt after each."""
         from tqdm import tqdm
 
         epochs = self.settings.epochs
@@ -197,7 +197,7 @@ class Run:
         )
 
     def train_epoch(self, epoch: int, bar: Any = None) -> dict[str, float]:
-        """One pass over the training split, then one over the validation split."""
+        """Train for one pass over the training split, then evaluate on the validation split."""
         torch.manual_seed(_epoch_seed(self.settings.seed, epoch))
         generator = torch.Generator().manual_seed(_epoch_seed(self.settings.seed, epoch) + 1)
         order = torch.randperm(len(self.data.train), generator=generator)
@@ -238,7 +238,7 @@ class Run:
         }
 
     def _running(self, total: Tensor, count: int, rate: float) -> str:
-        if self.device.type == "cuda":  # reading `total` would stall the GPU's queue
+        if self.device.type == "cuda":  # reading `total` would synchronize the GPU
             return f"{rate:,.0f} images/s, backend {self.backend.partition(' ')[0]}"
         loss, accuracy = (total / count).tolist()
         return (
@@ -247,7 +247,7 @@ class Run:
         )
 
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """One update. Returns the loss and how many were right, without waiting for the device."""
+        """One optimizer step. Returns loss and number of correct predictions, without a sync."""
         settings = self.settings
         lr = learning_rate(settings, step, settings.epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
@@ -263,7 +263,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> tuple[float, float]:
-        """Cross-entropy, without smoothing, and accuracy on a split."""
+        """Cross-entropy, without label smoothing, and accuracy on a split."""
         self.model.eval()
         total, count = torch.zeros(2, device=self.device), 0
         for images, labels in split.batches(torch.arange(len(split)), 512):
@@ -283,15 +283,15 @@ class Run:
             return self.model(self.normalised(images.to(self.device).float() / 255)).float()
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Pixels in 0..1 to mean 0 and deviation 1."""
+        """Normalize pixels in 0..1 by the data's mean and std."""
         return (images - self._mean) / self._std
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 where `amp` asks for it."""
+        """bfloat16 autocast if `amp`."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
 
     def save_state(self, path: Path) -> None:
-        """Everything that `resume` needs, in one file, moved into place."""
+        """Write everything that `resume` needs to one file, atomically."""
         state = {
             "settings": dataclasses.asdict(self.settings),
             "amp": self.amp,
@@ -307,15 +307,15 @@ class Run:
         with replacing(path) as temporary:
             try:
                 torch.save(state, temporary)
-            except RuntimeError as error:  # a full disk, in PyTorch's words
+            except RuntimeError as error:  # PyTorch's error for a full disk
                 raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Take up a state of `load_state`, amp and compile too; the data must be what it was."""
+        """Restore a state of `load_state`, with its amp and compile; the data must be unchanged."""
         data = self.data
         now = {"data": data.describe(), "classes": list(data.classes), "files": data.files}
         for name, value in now.items():
-            was = state.get(name, value)  # the first versions kept neither classes nor files
+            was = state.get(name, value)  # early versions saved neither classes nor files
             if name == "files" and was != value:
                 raise UsageError(
                     f"--resume: the data changed: the files of {self.settings.data} have other "
@@ -326,12 +326,12 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.seconds = state["history"], state["seconds"]
-        # The first versions kept neither.
+        # Early versions saved neither.
         self.amp, self.compile = state.get("amp", self.amp), state.get("compile", self.compile)
         self._prepare_forward()
 
     def _backend(self) -> str:
-        """Which backend serves the training step, and why where it is not Triton."""
+        """The backend that runs the training step, with the reason if it is not Triton."""
         height, width = self.data.image_size
         images = torch.zeros(1, self.data.channels, height, width, device=self.device)
         with self.autocast():
@@ -343,7 +343,7 @@ class Run:
 
 
 def load_state(folder: Path) -> tuple[Settings, dict[str, Any]]:
-    """The settings and the state of the run in `folder`."""
+    """Load the settings and the state of the run in `folder`."""
     path = folder / STATE
     if not path.is_file():
         raise UsageError(
@@ -357,7 +357,7 @@ def load_state(folder: Path) -> tuple[Settings, dict[str, Any]]:
 
 
 def make_optimizer(model: ViT, settings: Settings) -> torch.optim.AdamW:
-    """AdamW that decays matrices alone: not biases, norms, positions or tokens."""
+    """AdamW that decays only matrices, not biases, norms, positions or tokens."""
     spared = model.no_weight_decay()
     groups: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name, parameter in model.named_parameters():
@@ -382,10 +382,10 @@ def learning_rate(settings: Settings, step: int, total: int) -> float:
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' is the GPU where there is one; asking for a GPU that is not there is an error."""
+    """'auto' is the GPU if there is one. Raises UsageError for 'cuda' without a GPU."""
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device must be auto, cpu or cuda, got {name!r}")
-    with warnings.catch_warnings(action="ignore"):  # an old driver; said below where it matters
+    with warnings.catch_warnings(action="ignore"):  # e.g. of an old driver; 'cuda' raises below
         available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UsageError("--device cuda was asked for, but PyTorch finds no NVIDIA GPU here")
