@@ -1,11 +1,12 @@
-"""Who sums which rows of a weight gradient, so that every program has equally many.
+"""Work schedule of a weight gradient, in which all programs sum about equally many rows.
 
-dW is `tiles` of float32, each the sum of `steps` blocks of rows; `programs` persistent programs
-share them. Whole tiles go round first. The tiles left, fewer than the programs, are cut into
-`chunks` parts of `share` steps; what then remains of each goes to the programs left, whole tiles
-first, the last ones in `chunks2` parts. Programs that run at the same time so walk over the same
-rows, which they share in L2 (an even split of all steps in a row would have each elsewhere).
-Parts of one tile lie side by side and are added in order: bitwise repeatable, no atomics.
+dW has `tiles` tiles of float32, each the sum of `steps` blocks of rows, for `programs` persistent
+programs. First each program takes whole tiles, in rounds. The tiles left, fewer than the programs,
+are each cut into `chunks` parts of `share` steps, one per program; the rest of each such tile goes
+to the programs still idle: one whole rest per program and round, those of the last, unfinished
+round in `chunks2` parts. Concurrent programs thus walk over the same rows and share them in L2
+(in stream-K's even split of all steps, each would be at other rows).
+The parts of a tile are adjacent slabs, added in order: bitwise repeatable, no atomics.
 """
 
 from dataclasses import dataclass
@@ -25,18 +26,18 @@ class Plan:
 
     @property
     def arguments(self) -> tuple[int, int, int, int, int, int]:
-        """As the kernels take them."""
+        """The fields in the kernels' order of arguments."""
         return self.tiles, self.steps, self.programs, self.chunks, self.share, self.chunks2
 
     @property
     def parts(self) -> int:
-        """Tiles of float32 that are written, and read once more to be added."""
+        """Number of slabs: float32 tiles that are written, then read to be added."""
         left = self.tiles % self.programs
         _, rounds, idle, last = self._again()
         return self.tiles - left + left * self.chunks + rounds * idle + last * self.chunks2
 
     def longest(self, stretch: float = 0) -> float:
-        """Steps of the program that has most, each of its stretches counted as so many more."""
+        """Steps of the busiest program, each of its segments counted as `stretch` steps longer."""
         rest, rounds, _, last = self._again()
         again = rounds * (rest + stretch)
         again += -(-rest // self.chunks2) + stretch if last else 0
@@ -46,8 +47,8 @@ class Plan:
         return whole + max(min(self.share, self.steps) + stretch, again)
 
     def columns(self, num_n: int) -> int:
-        """Columns of tiles, `num_n` tiles each, that can share the sums of G's rows: all of them
-        where all tiles are cut alike, those of whole tiles alone, or the first, however it is cut.
+        """How many columns of tiles, `num_n` tiles each, can share the sums of db: all if all tiles
+        are cut alike; else those of uncut tiles only, but at least the first, however it is cut.
         """
         whole = self.tiles // self.programs * self.programs
         if whole in (0, self.tiles):
@@ -55,8 +56,8 @@ class Plan:
         return max(1, whole // num_n)
 
     def _again(self) -> tuple[int, int, int, int]:
-        """Steps that the chunks leave of each tile, whole rounds over those, programs of a round,
-        tiles in the last, unfinished round.
+        """rest, rounds, idle, last: steps that the chunks leave of each tile, whole rounds of such
+        rests, programs per round, rests in the last, unfinished round.
         """
         left = self.tiles % self.programs
         rest, idle = self.steps - self.chunks * self.share, self.programs - left * self.chunks
@@ -66,23 +67,23 @@ class Plan:
 
 
 def even(tiles: int, steps: int, parts: int) -> Plan:
-    """Every tile in so many parts, at most, each of a program of its own."""
+    """The plan that cuts every tile into at most `parts` equal parts, one program per part."""
     share = -(-steps // parts)
     parts = -(-steps // share)
     return Plan(tiles, steps, tiles * parts, parts if parts > 1 else 0, share, 0)
 
 
 def plan(tiles: int, steps: int, programs: int, part_steps: float) -> Plan:
-    """The plan of least `time` for so many programs."""
+    """The plan of least `time` for `programs` programs."""
     left = tiles % programs
     if left == 0:
         return Plan(tiles, steps, programs, 0, steps, 0)
-    # Evenly, in as many parts as there are programs for or in fewer.
+    # Candidates: the remaining tiles in even parts, as many as there are programs for, or fewer.
     most = programs // left
     shares = sorted({-(-steps // chunks) for chunks in range(1, most + 1)})
     plans = [Plan(tiles, steps, programs, -(-steps // share), share, 0) for share in shares]
-    # Or once more what those leave of each tile, where programs are: cut so that all programs have
-    # as many steps, or in whole rounds.
+    # Or chunks that leave a rest to the idle programs: so that all programs have equally many
+    # steps, or so that n whole rests take as long as a chunk.
     idle = programs - left * most
     if idle:
         last, rounds = left % idle, range(left // idle, -(-left // idle) + 1)
@@ -97,19 +98,18 @@ def plan(tiles: int, steps: int, programs: int, part_steps: float) -> Plan:
 
 
 def time(plan: Plan, part_steps: float) -> float:
-    """In steps of one program, `part_steps` of which take as long as writing a part and reading it
-    again.
+    """Estimated time of a plan, in steps of one program. part_steps: how many steps take as long as
+    writing and reading one part.
 
-    Its program fills a pipeline for it and writes it; all share the reading.
+    A part's own program pays for filling the pipeline and writing it; all share the reading.
     """
     return plan.longest(0.6 * part_steps) + 0.5 * part_steps * plan.parts / plan.programs
 
 
 @triton.jit
 def _rounds(tiles, steps, programs, chunks, share):
-    """whole, left, idle, rounds, last: rounds of whole tiles, tiles left, programs for what their
-    chunks leave, rounds of that and tiles in its last, unfinished round (none where they leave
-    nothing).
+    """whole, left, idle, rounds, last: rounds of whole tiles, tiles left, programs for their rests,
+    whole rounds of rests, rests in the last, unfinished round (both 0 if chunks leave no rest).
     """
     whole = tiles // programs
     left = tiles - whole * programs
@@ -121,7 +121,7 @@ def _rounds(tiles, steps, programs, chunks, share):
 
 @triton.jit
 def first_part(tile, tiles, steps, programs, chunks, share, chunks2):
-    """Index of a tile's first part; that of the next tile ends them."""
+    """Slab index of a tile's first part; its parts end where the next tile's begin."""
     whole, _, idle, rounds, last = _rounds(tiles, steps, programs, chunks, share)
     t = tl.maximum(tile - whole * programs, 0)
     again = tl.minimum(t, rounds * idle) + tl.maximum(t - rounds * idle, 0) * chunks2
@@ -130,7 +130,7 @@ def first_part(tile, tiles, steps, programs, chunks, share, chunks2):
 
 @triton.jit
 def num_segments(pid, tiles, steps, programs, chunks, share, chunks2):
-    """How many stretches of rows a program sums."""
+    """Number of segments (consecutive steps of one tile) that a program sums."""
     whole, left, _, rounds, last = _rounds(tiles, steps, programs, chunks, share)
     q = pid - left * chunks
     return whole + tl.where(q < 0, 1, rounds + tl.where(q < last * chunks2, 1, 0))
@@ -138,7 +138,7 @@ def num_segments(pid, tiles, steps, programs, chunks, share, chunks2):
 
 @triton.jit
 def segment(pid, i, tiles, steps, programs, chunks, share, chunks2):
-    """tile, first and last step (excluded) and part of a program's i-th stretch."""
+    """Tile, first step, end step (exclusive) and slab of a program's i-th segment."""
     whole, left, idle, rounds, last = _rounds(tiles, steps, programs, chunks, share)
     q, j = pid - left * chunks, i - whole
     tile, first, end, nth = pid + i * programs, 0, steps, 0
@@ -163,8 +163,8 @@ def segment(pid, i, tiles, steps, programs, chunks, share, chunks2):
 
 @triton.jit
 def owned(column, columns, first, end, steps, chunks, share):
-    """First and last step (excluded), of a stretch, whose rows of G a column of tiles sums: its
-    share of the stretch, or of what the chunks leave of a tile, which may be cut once more.
+    """First and end step (exclusive), within a segment, of those that tile column `column` sums for
+    db: an even share of the segment, or of the tile's rest, if the segment is that or a part of it.
     """
     cut = chunks * share
     from_step, to_step = tl.where(first >= cut, cut, first), tl.where(first >= cut, steps, end)

@@ -4,23 +4,23 @@
 
 Prologues act on the A tile between its load and the product:
     "none"       a
-    "layernorm"  (a - mean) * rstd * norm_weight + norm_bias, statistics read, not recomputed
+    "layernorm"  (a - mean) * rstd * norm_weight + norm_bias, with precomputed mean and rstd
 Epilogues act on the float32 accumulator:
-    "none"       acc + bias; with `fold`, here and below, scale * (acc - shift * s) + bias: what
-                 `layernorm_fold` leaves of a LayerNorm to do
-    "gelu"       GELU(u), u = acc + bias, which is stored beside it for a backward
-    "dgelu"      acc * GELU'(u), and GELU(u) beside it for the product that needs it next
-    "residual"   residual + path_scale[sample] * layer_scale * (acc + bias); beside it, for the
-                 LayerNorm that reads it next, each row's mean and squared deviations by pieces of
-                 columns, and a 16-bit copy of float32 rows (`row_statistics`)
+    "none"       acc + bias; with `fold`, in every epilogue, scale * (acc - shift * s) + bias: the
+                 part of a LayerNorm that `layernorm_fold` leaves to the epilogue
+    "gelu"       GELU(u), u = acc + bias; also stores u for a backward
+    "dgelu"      acc * GELU'(u); also stores GELU(u) for the product that reads it next
+    "residual"   residual + path_scale[sample] * layer_scale * (acc + bias); also stores, for the
+                 LayerNorm that reads it next, the mean and squared deviations of each row's pieces
+                 of columns, and a 16-bit copy of float32 rows (`row_statistics`)
 
-Two kernels share the epilogues. `_gemm_tma_kernel` takes plain 16-bit operands from TMA
-descriptors and is persistent. While a tile runs its epilogue its tensor cores wait: where an
-epilogue is long, tiles are smaller and an SM has two programs, one of which multiplies meanwhile.
+Two kernels share the epilogues. `_gemm_tma_kernel` is persistent and loads plain 16-bit operands
+through TMA descriptors. The tensor cores idle while a program runs its epilogue, so long epilogues
+get smaller tiles and two CTAs per SM, one of which multiplies meanwhile.
 `_gemm_kernel` loads through pointers: prologues, float32, few rows, operands that TMA cannot
-address (a base or a row stride that is no multiple of 16 bytes); and all of sm_80's and sm_120's.
+address (base or row stride not a multiple of 16 bytes), and everything on sm_80 and sm_120.
 Operands are multiplied in the compute dtype with float32 accumulation.
-Bytes: A once per column of tiles (from L2 but for the first), B, and C once.
+Bytes: A once per column of tiles (from L2 after the first), B and C once.
 """
 
 from typing import Any
@@ -58,7 +58,9 @@ def _epilogue(
     EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Of some columns of the tile. other: u of "dgelu", the residual of "residual"."""
+    """Apply the epilogue to columns first_n .. first_n + WIDTH of the tile and store them.
+    other: u for "dgelu", the residual for "residual".
+    """
     matrices, vectors = out
     c_ptr, u_ptr, h_ptr, _, copy_ptr, parts_ptr = matrices
     bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr = vectors
@@ -96,14 +98,14 @@ def _epilogue(
 
 @triton.jit
 def _place(offs_m, offs_n, M, N):
-    """Where rows and columns lie in an (M, N) matrix, and which of them do."""
+    """Offsets of rows and columns in a contiguous (M, N) matrix, and their mask."""
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     return offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], mask
 
 
 @triton.jit
 def _store_parts(c, parts_ptr, offs_m, first_n, M, N, WIDTH: tl.constexpr):
-    """Mean and sum of squared deviations of the rows of c, columns first_n .. first_n + WIDTH."""
+    """Store c's row means and sums of squared deviations, of columns first_n .. first_n + WIDTH."""
     inside = ((first_n + tl.arange(0, WIDTH)) < N)[None, :]
     c = tl.where(inside, c.to(tl.float32), 0.0)
     mean = tl.sum(c, axis=1) / tl.minimum(N - first_n, WIDTH)
@@ -116,7 +118,7 @@ def _store_parts(c, parts_ptr, offs_m, first_n, M, N, WIDTH: tl.constexpr):
 
 @triton.jit
 def _other(other_ptr, offs_m, offs_n, M, N, READS: tl.constexpr):
-    """What the epilogue reads beside the product, if it does."""
+    """Load the epilogue's second operand (u or the residual), if it has one."""
     other = 0.0
     if READS:
         offs, mask = _place(offs_m, offs_n, M, N)
@@ -126,7 +128,7 @@ def _other(other_ptr, offs_m, offs_n, M, N, READS: tl.constexpr):
 
 @triton.jit
 def _columns(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr):
-    """The columns of acc in SUBTILES parts."""
+    """Split acc into SUBTILES tiles of BLOCK_N // SUBTILES columns."""
     if SUBTILES == 1:
         parts = (acc,)
     else:
@@ -153,13 +155,13 @@ def _finish(
     BLOCK_N: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):
-    """The epilogue of SUBTILES parts of the tile in turn: each needs its own share of registers.
-    What the next ones read is loaded before this one stores, which no load may pass.
+    """Run the epilogue on SUBTILES parts of the tile in turn, each with its share of the registers.
+    AHEAD: how many parts ahead `other` is loaded, as the compiler moves no load above a store.
     """
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
     READS: tl.constexpr = EPILOGUE == "dgelu" or EPILOGUE == "residual"
     other_ptr = out[0][1] if EPILOGUE == "dgelu" else out[0][3]
-    # Four bytes an element would take too many registers.
+    # Loading a float32 operand ahead takes too many registers, unless parts are narrow.
     WIDE: tl.constexpr = READS and other_ptr.dtype.element_ty == tl.float32
     AHEAD: tl.constexpr = 2 if SUBTILES >= 8 else 0 if WIDE else 1
     parts = _columns(acc, BLOCK_M, BLOCK_N, SUBTILES)
@@ -320,11 +322,11 @@ def _gemm_tma_kernel(
     SUBTILES: tl.constexpr,
     STAGGER: tl.constexpr,
 ):
-    """B_TRANSPOSED: b lies in memory as (N, K), as a weight does in forward. TMA gives zeros past
-    the edges.
+    """B_TRANSPOSED: b is stored as (N, K), as a weight is in forward. TMA loads zeros past the
+    edges.
     """
     N, K = eights(N, EIGHTS), eights(K, EIGHTS)
-    tl.assume(K > 0)  # else the flattened loop is compiled twice, once for no K at all
+    tl.assume(K > 0)  # else the flattened loop is compiled twice, once for K == 0
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     if STAGGER:
         sleep_later_half(STAGGER)
@@ -371,27 +373,29 @@ TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 products run: IEEE unless PyTorch's TF32 switch is on."""
+    """Input precision of products: "tf32" for float32 if PyTorch's switch is on, else "ieee"."""
     if dtype != torch.float32:
         return "ieee"
-    # This follows allow_tf32, which may not be read once the newer switch was set.
+    # fp32_precision reflects allow_tf32, which raises when read after fp32_precision was set.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def rows(x: Tensor) -> Tensor:
-    """x as a matrix of rows. Copied only where its rows do not lie at one stride."""
+    """x as a matrix of rows; copied unless rows have one stride and columns stride 1."""
     return x.reshape(-1, x.shape[-1]) if x.stride(-1) == 1 else x.contiguous().flatten(0, -2)
 
 
 def vectors(*given: Tensor | None) -> list[Tensor | None]:
-    """Vectors as the kernels read them, element beside element; copied only where they lie apart.
-    For ahead of an autograd Function, so that a gradient finds its way back to what was given.
+    """The vectors made contiguous, as the kernels read them; copied only if they are not.
+    Call it before an autograd Function, so that gradients flow back to the originals.
     """
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in given]
 
 
 def tma_takes(*tensors: Tensor) -> bool:
-    """Whether TMA can address 16-bit matrices: unit column stride, 16-byte base and row stride."""
+    """Whether TMA can address the matrices: 16-bit, unit column stride, base and row stride aligned
+    to 16 bytes.
+    """
     return all(
         t.element_size() == 2
         and t.stride(1) == 1
@@ -407,16 +411,16 @@ def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def _config(a: Tensor, b: Tensor, plain: bool, epilogue: str) -> tuple[tuned.Config, Tensor]:
-    """The configuration, and b or its transpose: the one whose columns lie at stride 1."""
+    """The configuration, and b or its transpose, whichever has unit column stride."""
     b_rows = b.t() if b.stride(0) == 1 else b
     tma = plain and tma_takes(a, b_rows)
     return tuned.gemm(len(a), b.shape[1], b.dtype, a.device.index, tma, epilogue), b_rows
 
 
 def parts_of(a: Tensor, b: Tensor) -> Tensor:
-    """Room for what epilogue "residual" of gemm(a, b) tells of each row by pieces of columns: the
-    mean and the sum of squared deviations, (P, 2, M) float32. A piece has the power of two from
-    N / P up.
+    """Allocate the row statistics that epilogue "residual" of gemm(a, b) writes: the mean and the
+    sum of squared deviations of P pieces of each row, (P, 2, M) float32. The width of a piece is
+    N / P rounded up to a power of two.
     """
     config, _ = _config(a, b, True, "residual")
     pieces = cdiv(b.shape[1], config.BLOCK_N // config.SUBTILES)
@@ -443,13 +447,14 @@ def gemm(
     tokens: int = 1,
     activation: str = "gelu",
 ) -> Tensor:
-    """out = epilogue(prologue(a) b). a: (M, K) rows; b: (K, N) any strides; out: (M, N).
+    """Write epilogue(prologue(a) b) to out and return it. a: (M, K), unit column stride; b: (K, N),
+    any strides, in the compute dtype; out: (M, N).
 
-    b's dtype is the compute dtype. norm: (norm_weight, norm_bias, mean, rstd); fold: (shift,
-    scale, s), float32, of `layernorm_fold`, whose W' is b and whose b' is bias. u: (M, N), read by
-    epilogue "dgelu" and written, if given, by "gelu"; h: (M, N), GELU(u), written by "dgelu", if
-    given; copy: (M, N) and parts of `parts_of`, written by "residual", if given. tokens: rows per
-    sample, for path_scale (B,).
+    norm: (norm_weight, norm_bias, mean, rstd) of prologue "layernorm"; fold: (shift, scale, s) of
+    `layernorm_fold`, float32, with W'^T as b and b' as bias. u: (M, N), read by epilogue "dgelu",
+    and written by "gelu" if given; h: (M, N), GELU(u), written by "dgelu" if given; copy: (M, N),
+    and parts, from `parts_of`, written by "residual" if given. tokens: rows per sample, for
+    path_scale (B,).
     """
     (M, K), N = a.shape, b.shape[1]
     if M == 0:
@@ -459,7 +464,7 @@ def gemm(
     work = "fold" if fold is not None and epilogue == "none" else epilogue
     config, b_rows = _config(a, b, prologue == "none", work)
     tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
-    programs = min(tiles, config.CTAS * tuned.num_sms(a.device.index))  # of a persistent kernel
+    programs = min(tiles, config.CTAS * tuned.num_sms(a.device.index))  # of the persistent kernel
     outputs = (out, u, h), (residual, copy, parts, bias)
     scales = (layer_scale, path_scale)
     norm_params, statistics = (None, None), fold or (None, None, None)

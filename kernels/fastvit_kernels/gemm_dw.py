@@ -1,12 +1,13 @@
 """Weight gradients: dW[N, K] = G[M, N]^T X[M, K] and db[N], the column sums of G.
 
-M, the tokens, is long and dW small: `dw_plan` cuts the tiles of dW along M so that all programs
-have as many rows. A program leaves the float32 sum of its stretch of a tile as a slab, and
-`reduce_slabs` adds the slabs of each tile in order: no atomics, bitwise repeatable. db comes from
-the tiles of G that are loaded anyway. A step with sums is an eighth longer on sm_90 (wgmma reads G
-once more), and the longest program counts: where rows are many, columns of tiles share the sums.
-Bytes: G once per column of tiles and X once per row of them (from L2 but for the first), and two
-times 4 BLOCK_N BLOCK_K for each slab.
+M, the tokens, is long and dW is small: a split-K GEMM, whose tiles `dw_plan` cuts along M so that
+all programs sum equally many rows. A program writes the float32 partial sum of each of its segments
+to a slab, and `reduce_slabs` adds the slabs of each tile in order: no atomics, bitwise repeatable.
+db is summed from the tiles of G that are loaded anyway. A step with these sums takes an eighth
+longer on sm_90 (wgmma reads G a second time), and the busiest program sets the time: with many
+rows, several columns of tiles share the sums.
+Bytes: G once per column of tiles and X once per row of tiles (from L2 after the first), and
+4 BLOCK_N BLOCK_K per slab, written and read.
 """
 
 from dataclasses import dataclass
@@ -26,16 +27,16 @@ _PLAN = ("tiles", "steps", "programs", "chunks", "share", "chunks2")
 
 @triton.jit
 def add_sums(sums, gt):
-    """sums (BLOCK_N, 16) and the sums over the rows of G, gt (BLOCK_N, BLOCK_M) transposed, every
-    column alike.
+    """Add the sums over a tile's rows of G to each column of sums (BLOCK_N, 16).
 
-    Of 16 bits they are a product with ones. For where a tile is both read here and an operand of
-    wgmma, the pipeliner takes its memory for free as soon as it was read here, and loads the next
-    one into it, while wgmma still runs. So a gt of TF32 is one that was loaded for this alone.
+    gt: the tile transposed, (BLOCK_N, BLOCK_M). 16-bit tiles are summed as a product with ones: if
+    a tile is both reduced in registers and an operand of wgmma, Triton's pipeliner considers its
+    buffer free once it was reduced, and loads the next tile into it while wgmma still reads it.
+    For the same reason a gt of TF32 products must be a separate load.
     """
     if gt.dtype == tl.float32:
         return sums + tl.sum(gt, axis=1)[:, None]
-    ones = tl.full([gt.shape[1], 16], 1.0, tl.float32)  # the interpreter has no constants of bf16
+    ones = tl.full([gt.shape[1], 16], 1.0, tl.float32)  # the interpreter cannot fill bf16
     return dot(gt, ones.to(gt.dtype), sums, "ieee")
 
 
@@ -49,7 +50,7 @@ def store_slab(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Whole tiles, columns past dW's edges too: nobody reads those."""
+    """Store a segment's sums. Slabs are whole tiles; columns past dW's edges are never read."""
     offs_n = tl.arange(0, BLOCK_N)
     offs = offs_n[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     tl.store(slabs_ptr + slab.to(tl.int64) * (BLOCK_N * BLOCK_K) + offs, acc)
@@ -75,13 +76,13 @@ def _add_steps(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """acc and sums with what steps first .. end add to a tile of dW, and with SUMS to db.
+    """Add steps first .. end of a tile of dW to acc, and with SUMS those of db to sums.
 
-    g, x: TMA descriptors, or pointers to the tile's columns of rows at these strides.
+    g, x: TMA descriptors, or pointers to matrices with row strides `strides`.
     """
     for m in range(first * BLOCK_M, end * BLOCK_M, BLOCK_M):
         if TMA:
-            # Zeros past row M: stretches are whole blocks of rows.
+            # No mask: segments are whole blocks of rows, and TMA loads zeros past row M.
             gt_tile = tl.trans(g.load([m, col_n]))
             x_tile = x.load([m, col_k])
         else:
@@ -181,15 +182,15 @@ def _reduce_weight(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_N rows of dW, which lie in one row of tiles of TILE_N x TILE_K; db's parts lie beside
-    the first `columns` columns of those.
+    """Reduce BLOCK_N rows of dW, all in one row of TILE_N x TILE_K tiles, and of db, whose partial
+    sums come with the first `columns` columns of tiles.
     """
     offs_n = rows * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     pid_n, num_n = rows * BLOCK_N // TILE_N, tl.cdiv(N, TILE_N)
     tile_n = offs_n % TILE_N
     db = tl.zeros([BLOCK_N], tl.float32)
-    # Of several columns at once: one by one, each load would wait for the one before.
+    # Several columns of tiles at once: one by one, each load would wait for the one before.
     for start in range(0, columns, 16):
         column = start + tl.arange(0, 16)
         first = first_part(column * num_n + pid_n, *plan)
@@ -307,9 +308,9 @@ def _reduce_slabs_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Add the parts of every parameter's gradient in order: one weight, maybe a second one, and
-    the rows that LayerNorm's backward left. With LayerScale, whose branch is layer_scale * y,
-    y = x W^T + b and G = g^T x: dW = layer_scale * G, db = layer_scale * sum(g),
+    """Add the partial sums of all parameter gradients in order: of one weight, optionally a second
+    one, and the rows that LayerNorm's backward wrote. With LayerScale, layer_scale * (x W^T + b),
+    and G = g^T x: dW = layer_scale * G, db = layer_scale * sum(g),
     dlayer_scale = <W, G> + b sum(g).
     """
     pid = tl.program_id(0)
@@ -365,8 +366,8 @@ def _reduce_slabs_kernel(
 
 @dataclass(frozen=True)
 class Slabs:
-    """Parts of dW (N, K), float32: of tiles (S, BLOCK_N, BLOCK_K), and of db (S, BLOCK_N), beside
-    the first `columns` columns of tiles.
+    """Float32 partial sums of dW (N, K), tiles of shape (S, BLOCK_N, BLOCK_K), and of db, (S,
+    BLOCK_N), which are used for the first `columns` columns of tiles only.
     """
 
     dw: Tensor
@@ -378,12 +379,14 @@ class Slabs:
 
     @property
     def arguments(self) -> tuple[int, ...]:
-        """As the kernels take them."""
+        """Sizes and plan in the kernels' order of arguments."""
         return self.N, self.K, self.columns, *self.plan.arguments
 
 
 def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
-    """The parts of g^T x and of g's column sums. g: (M, N); x: (M, K), rows of one dtype."""
+    """Partial sums of g^T x and of g's column sums. g: (M, N), x: (M, K), of one dtype and unit
+    column stride.
+    """
     (M, N), K = g.shape, x.shape[1]
     tma = gemm.tma_takes(g, x)
     config, plan = tuned.gemm_dw(M, N, K, x.dtype, g.device.index, tma)
@@ -432,8 +435,9 @@ def reduce_slabs(
     second: tuple[Slabs, Tensor, Tensor | None] | None = None,
     norm: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> list[Tensor | None]:
-    """Gradients in their parameters' dtypes: weight, bias, layer_scale; then weight and bias of
-    `second`, (its slabs, weight, bias); then those of `norm`, (rows (R, 2, C), weight, bias).
+    """Gradients in their parameters' dtypes, None where a parameter is: weight, bias, layer_scale;
+    weight and bias of `second`, (slabs, weight, bias); those of `norm`, (rows (R, 2, C), weight,
+    bias).
     """
     grads = [_like(p) for p in (weight, bias, layer_scale)]
     tiles = slabs2_tiles = slabs.dw.shape[1:]

@@ -1,11 +1,11 @@
-"""LayerNorm's two row kernels: forward, and the whole of its backward.
+"""LayerNorm's two row kernels: forward, and the whole backward.
 
-forward   mean, rstd = 1 / sqrt(var + eps) and, where the product that follows does not apply the
-          norm itself, y = xhat w + b
-backward  dx = rstd * (dy w - mean(dy w) - xhat mean(dy w xhat)) + dresidual, and y once more, for
-          the dW of that product; sums of dy xhat (for w) and of dy (for b) over runs of rows, which
-          `gemm_dw.reduce_slabs` adds in order; the branch's part of dx in the compute dtype too,
-          for the backward that comes next (`gradient_copy`)
+forward   mean, rstd = 1 / sqrt(var + eps) and, unless the next product applies the norm itself,
+          y = xhat w + b
+backward  dx = rstd * (dy w - mean(dy w) - xhat mean(dy w xhat)) + dresidual; y again, for that
+          product's dW; partial sums over runs of rows of dy xhat (for w) and of dy (for b), which
+          `gemm_dw.reduce_slabs` adds in order; a copy, path_scale * dx in the compute dtype, for
+          the residual branch whose backward comes next (`gradient_copy`)
 RMSNorm is the same with mean = 0 and var = mean(x^2), and without mean(dy w) in dx.
 Bytes: x read, y written; then dy, x, dresidual read, dx, its copy and y written, once each.
 """
@@ -33,14 +33,14 @@ def _affine(xhat, norm_weight_ptr, norm_bias_ptr, offs_c, C):
 
 @triton.jit
 def statistics(x, offs_c, C, eps, RMS: tl.constexpr):
-    """mean and rstd of whole rows of float32, zero past column C."""
+    """Mean and rstd of whole float32 rows, which must be zero past column C."""
     if RMS:
         mean = tl.sum(x, axis=1) * 0.0
         var = tl.sum(x * x, axis=1) / C
     else:
         mean = tl.sum(x, axis=1) / C
-        # Deviations from the mean, not mean(x^2) - mean^2, and the mean corrected by what they sum
-        # to: rows far from zero keep their digits.
+        # Deviations from the mean, not mean(x^2) - mean^2, and the mean corrected by their sum: no
+        # cancellation in rows whose mean is far from zero.
         deviation = tl.where((offs_c < C)[None, :], x - mean[:, None], 0.0)
         correction = tl.sum(deviation, axis=1) / C
         mean += correction
@@ -120,7 +120,7 @@ def _layernorm_bwd_kernel(
     db = tl.zeros([BLOCK_C], tl.float32)
     first = pid * rows_per_program
     end = tl.minimum(first + rows_per_program, M)
-    # The next rows are on their way while these are summed.
+    # Pipelined: the next rows load while these are summed.
     for m in tl.range(first, end, BLOCK_M, num_stages=NUM_STAGES):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
@@ -167,7 +167,7 @@ def layernorm_fwd(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """y = norm(x) in y_dtype (None: not written), mean and rstd.
 
-    x: (M, C) -> (M, C), and (M,) float32 twice.
+    x: (M, C), unit column stride -> y (M, C); mean and rstd (M,), float32.
     """
     M, C = x.shape
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
@@ -212,10 +212,10 @@ def layernorm_bwd(
     needs_params: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx (+ residual, the gradient that bypasses the norm), path_scale * dx in copy_dtype, y in
-    y_dtype (None: not written), and the rows (R, 2, C) that add up to dnorm_weight and dnorm_bias
-    (None without either, or where neither is needed).
+    y_dtype (dtype None: not written), and the rows (R, 2, C) that add up to dnorm_weight and
+    dnorm_bias (None if there is neither, or not needs_params).
 
-    dy: (M, C) contiguous; x: (M, C) rows; residual: (M, C) contiguous. dx has x's dtype.
+    dy, residual: (M, C) contiguous; x: (M, C), unit column stride. dx has x's dtype.
     """
     M, C = x.shape
     dx = torch.empty((M, C), dtype=x.dtype, device=x.device)

@@ -2,21 +2,21 @@
 
 norm(x) W^T + b = scale (z W'^T - shift s) + b'
 W' = norm_weight W,  s = W' 1,  b' = b + W norm_bias
-z = x, shift = mean and scale = rstd (0 for a constant row far from zero); or, of single rows,
-z = (x - mean) rstd, 0 and 1
+z = x, shift = mean and scale = rstd (0 for a constant row far from zero); or, for "far" rows (see
+below), z = (x - mean) rstd, shift = 0 and scale = 1
 
-The product takes z itself through TMA and its epilogue the rest, two instructions an element of its
-output: no tile passes through registers on its way to the tensor cores, and a 16-bit x is z, so
-that no normed copy of it is written and read. s is summed from W' as rounded, so a row's mean
-cancels but for float32 accumulation, however far it lies from zero; rounding W' instead of the
-normed x is an error of the same size (in float16 after division by the largest norm weight, lest
-it be subnormal). RMSNorm has mean = 0.
-A float32 x, as under autocast, is rounded to z in 16 bits. That would cost digits of a row whose
-mean is over half a deviation from zero, and leave float16's range where the deviation is under
-2^-10 or over 2^9: of these rows z is the norm itself.
-The op that made x mostly knows its rows already (`row_statistics`): then x itself is read only for
-rows to be rounded again. One launch does it all, and W', s and b', and casts the weights that the
-op needs as they are.
+The product loads z through TMA and its epilogue does the rest, two instructions per output element:
+no tile passes through registers on its way to the tensor cores, and a 16-bit x is z, so that no
+normalized copy of it is written and read. s is summed from W' as rounded, so a row's mean cancels
+up to float32 accumulation error, however far it lies from zero; rounding W' instead of the
+normalized x causes an error of the same size (in float16 W' is divided by the largest norm weight,
+so that it is not subnormal). RMSNorm has mean = 0.
+A float32 x, as under autocast, is rounded to a 16-bit z. Rows whose mean is over half a standard
+deviation from zero would lose digits, and rows whose deviation is under 2^-10 or over 2^9 would
+leave float16's range: for these, the far rows, z is the normalized row.
+Usually the op that produced x has already computed its statistics (`row_statistics`): then x is
+read only for far rows. One launch does all this, computes W', s and b', and casts the weights that
+the op needs unfolded.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ from fastvit_kernels.common import eights
 from fastvit_kernels.launch import by_eights, cdiv, launch
 from fastvit_kernels.layernorm import statistics
 
-ROWS = 64  # whose pieces a program merges
+ROWS = 64  # rows per program, where it merges the statistics of their pieces
 
 
 class Folded(NamedTuple):
-    """What the product takes; mean and rstd of x."""
+    """Operands of the product and of its epilogue; mean and rstd of x."""
 
     weight: Tensor
     z: Tensor
@@ -50,8 +50,8 @@ class Folded(NamedTuple):
 
 @triton.jit
 def _unit(norm_weight_ptr, C, BLOCK_C: tl.constexpr, HALF: tl.constexpr):
-    """The power of two under the largest norm weight, by which W' is divided and `scale` is
-    multiplied in float16. 1 elsewhere.
+    """The largest norm weight rounded down to a power of two: with HALF, W' is divided and `scale`
+    multiplied by it. Otherwise 1.
     """
     unit = 1.0
     if HALF:
@@ -105,7 +105,7 @@ def _fold_weight(
 def _merge(
     parts_ptr, offs_m, M, C, eps, RMS: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """mean and rstd of rows from those of their pieces, WIDTH columns each: Chan's formula."""
+    """Mean and rstd of rows, merged by Chan's formula from pieces of WIDTH columns each."""
     mask = offs_m < M
     total = tl.zeros([offs_m.shape[0]], tl.float32)
     for i in range(PIECES):
@@ -126,20 +126,20 @@ def _merge(
 
 @triton.jit
 def _variance(rstd, eps):
-    """Of the row itself: what is rounded knows nothing of eps."""
+    """The row's own variance, without eps: rounding does not depend on eps."""
     return 1.0 / (rstd * rstd) - eps
 
 
 @triton.jit
 def _is_far(mean, rstd, eps):
-    """Rows that do not fit 16 bits as they are."""
+    """Mask of rows that are to be normalized before they are rounded to 16 bits."""
     var = _variance(rstd, eps)
     return (mean * mean > 0.25 * var) | (var < 1.0 / (1 << 20)) | (var > 1 << 18)
 
 
 @triton.jit
 def _scale(mean, rstd, eps):
-    """rstd; 0 of a constant row, far from zero, where it would multiply rounding errors alone."""
+    """rstd, or 0 for a constant row far from zero, where it would only amplify rounding errors."""
     deviates = _variance(rstd, eps) > 1e-12 * mean * mean
     return tl.where(deviates | (tl.abs(mean) * rstd < 1024.0), rstd, 0.0)
 
@@ -163,7 +163,7 @@ def _round_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean and rstd of rows read whole, unless KNOWN; scale; z and shift, if given."""
+    """Store mean and rstd of rows read whole, unless KNOWN; scale; and z and shift, if given."""
     offs_m, offs_c = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
     mask = mask_m[:, None] & (offs_c < C)[None, :]
@@ -206,7 +206,7 @@ def _merge_rows(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The same from the rows' pieces; z is there, and is made again for rows that are far."""
+    """As `_round_rows`, from statistics of pieces; of z, if given, only far rows are rewritten."""
     offs_m = first + tl.arange(0, ROWS)
     mask_m = offs_m < M
     mean, rstd = _merge(parts_ptr, offs_m, M, C, eps, RMS, PIECES, WIDTH)
@@ -273,7 +273,7 @@ def _layernorm_fold_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The first programs take rows of the weight, some cast, the others take rows of x."""
+    """The first programs fold rows of the weight, the next ones cast, the others take rows of x."""
     C, stride_xm = eights(C, EIGHTS), eights(stride_xm, EIGHTS)
     stride_wn = eights(stride_wn, EIGHTS)
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_M)
@@ -331,16 +331,16 @@ def layernorm_fold(
 ) -> Folded:
     """W' (N, C) and z (M, C) in `dtype`; s, b' (N,), shift, scale, mean and rstd (M,), float32.
 
-    x: (M, C) rows; weight: (N, C) in `dtype` or wider; parts: of x, by `gemm.parts_of`, and z, a
-    float32 x in `dtype`, which is written to where rows are far; known: mean and rstd, if x has
-    them already; casts: at most two contiguous tensors, each with the one to write it to.
+    x: (M, C), unit column stride; weight: (N, C) in `dtype` or wider; parts: statistics of x's
+    pieces (`gemm.parts_of`); z: with parts, a float32 x rounded to `dtype`, whose far rows are
+    overwritten; known: mean and rstd of x, if computed before; casts: at most two (source, target).
     """
     (M, C), N = x.shape, len(weight)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     folded = torch.empty((N, C), dtype=dtype, device=x.device)
     sums = torch.empty(N, dtype=torch.float32, device=x.device)
     folded_bias = torch.empty_like(sums)
-    # Of their own memory: what an op returns must not overlap.
+    # Two allocations: an op's outputs must not share memory.
     mean, rstd = known or (x.new_empty(M, dtype=torch.float32) for _ in range(2))
     shift, scale = mean, torch.empty_like(mean)
     rounds = x.dtype != dtype

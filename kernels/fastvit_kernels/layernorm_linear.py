@@ -1,15 +1,16 @@
-"""LayerNorm(x) W^T + b, and x itself for the residual that leaves from the same place.
+"""LayerNorm(x) W^T + b, and x itself as the residual, whose gradient the norm's backward adds.
 
 x: (..., C); weight: (O, C) -> (..., O) in the compute dtype. RMSNorm likewise.
-The norm is folded into the product's weight and epilogue where rows are many, applied as tiles of x
-are loaded in float32, else by the row kernel that makes the statistics (`tuned.norm_way` says why).
+The norm is folded into the product's weight and epilogue if there are many rows, applied to tiles
+of x as a float32 product loads them, else written by the row kernel that computes the statistics
+(`tuned.norm_way` says why).
 Saved for backward: x, mean and rstd (float32, one pair a row), weight in the compute dtype.
-Launches: 2 forward (norm and casts, product); 4 backward (dh product, norm, dW, the sum of all
-parts). The residual's gradient is added where the norm's backward writes dx, and dx's copy
-(`gradient_copy`).
-Bytes: x twice, or once where its rows are known (`row_statistics`), and y once (by the row kernel
-the norm once more, a folded float32 x in 16 bits once more); backward dy twice, x once, dh
-twice, dx once, the norm twice, and the dW slabs.
+Launches: 2 forward (norm, product), one more if a weight must be cast, except where the norm is
+folded; 4 backward (dh product, norm, dW, the reduction of all partial sums). The norm's backward
+also writes dx's copy (`gradient_copy`).
+Bytes: forward x twice, or once if its statistics are known (`row_statistics`), and y once; the row
+kernel also writes the norm, and folding a float32 x its 16-bit copy, which the product then reads
+in place of x; backward dy twice, x once, dh twice, dx once, the norm twice, and the dW slabs.
 """
 
 from collections.abc import Sequence
@@ -43,9 +44,9 @@ def _fwd(
     dtype: torch.dtype,
     keeps_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, mean, rstd and, with keeps_weight, what param is cast to (empty where it is of `dtype`).
+    """out, mean, rstd and param cast to `dtype` (empty unless keeps_weight and the dtypes differ).
 
-    parts and copy of x: `row_statistics`.
+    parts, copy: x's statistics and 16-bit copy (`row_statistics`).
     """
     needed = keeps_weight or not folds(x, param, dtype)
     weight, casts = cast(param, dtype, needed)
@@ -56,14 +57,14 @@ def _fwd(
 
 
 def folds(x: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
-    """Whether norm_gemm takes param alone, and leaves its weight unread."""
+    """Whether norm_gemm folds the norm into param itself, and does not read the cast weight."""
     return len(x) > 0 and tuned.norm_way(len(x), len(param), dtype) == "fold"
 
 
 def cast(
     param: Tensor, dtype: torch.dtype, needed: bool = True
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """param in `dtype`, if it is needed, and what is yet to be cast into what for it."""
+    """param in `dtype` (None if not needed), and the (source, target) pairs still to be cast."""
     if param.dtype == dtype:
         return param, []
     if not needed:
@@ -73,7 +74,7 @@ def cast(
 
 
 def kept(weight: Tensor | None, param: Tensor, keeps: bool) -> Tensor:
-    """weight as an op may return it: an op's argument is no result of it."""
+    """weight for an op to return: empty if not kept or if it is param, an argument of the op."""
     return param.new_empty(0) if weight is None or weight is param or not keeps else weight
 
 
@@ -91,9 +92,9 @@ def norm_gemm(
     casts: Sequence[tuple[Tensor, Tensor]] = (),
     **epilogue: Any,
 ) -> tuple[Tensor, Tensor]:
-    """out = epilogue(norm(x) weight^T); returns mean and rstd, which are `known` when this is done
-    for the second time. param: weight in its own dtype; rows: parts and copy of x; casts: made
-    before or beside.
+    """Write epilogue(norm(x) weight^T) to out; return mean and rstd. param: weight before its cast;
+    rows: parts and copy of x; known: mean and rstd, when this is recomputed in backward; casts:
+    (source, target) pairs, cast in the launch that folds the norm, or before.
     """
     if folds(x, param, out.dtype):
         norm, bias = (norm_weight, norm_bias), epilogue.pop("bias", None)
@@ -140,8 +141,8 @@ def _bwd(
     copies: bool,
     path_scale: Tensor | None,
 ) -> list[Tensor]:
-    """dx, with `copies` path_scale * dx in the compute dtype, then the gradients of norm_weight,
-    norm_bias, weight and bias, if they are needed.
+    """dx; with `copies`, path_scale * dx in the compute dtype; with needs_params, the gradients of
+    those of norm_weight, norm_bias, weight and bias that are given.
     """
     params = (norm_weight, norm_bias, param, bias)
     if len(x) == 0:

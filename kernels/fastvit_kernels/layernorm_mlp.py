@@ -1,16 +1,17 @@
-"""x + path_scale * layer_scale * fc2(GELU(fc1(LayerNorm(x)))): two products, nothing between.
+"""x + path_scale * layer_scale * fc2(GELU(fc1(LayerNorm(x)))): two GEMMs with fused epilogues.
 
 x: (B, N, C); fc1_weight: (F, C); fc2_weight: (C, F); layer_scale: (C,); path_scale: (B,).
 Saved for backward: x, mean and rstd (float32, one pair a row), the pre-activation u (B*N, F) and
-both weights in the compute dtype. Bytes a token: C of x's size + F of the compute size + 8; without
-u, which save="recompute" makes again in backward by fc1's product, C of x's size + 8.
-The norm is applied where `layernorm_linear` applies it; bias and GELU ride in fc1's epilogue, bias,
-LayerScale, drop path and residual in fc2's. In backward the epilogue of dU, which has u at hand,
-writes GELU(u) too, for dW2: applied as dW2 loads its tiles it would be computed again for each
-column of tiles, at more issue slots than their products take.
-Launches: 3 forward (norm, fc1, fc2); 6 backward (dU, dW2, dh, norm, dW1, the sum of all parts),
-with LayerScale one more (`linear_residual.operands`).
-Short rows on sm_90 (`tuned.mlp_narrow`): 1 forward, 4 backward; mlp_narrow.py has both.
+both weights in the compute dtype. Bytes a token: C elements of x, F elements of u and 8; with
+save="recompute", where backward recomputes u by fc1's product, C elements of x and 8.
+The norm is applied as in `layernorm_linear`; bias and GELU in fc1's epilogue; bias, LayerScale,
+drop path and residual in fc2's. In backward the epilogue of dU, which reads u anyway, also writes
+GELU(u) for dW2: computed as dW2 loads its tiles, it would be recomputed for each column of tiles,
+in more issue slots than the products take.
+Launches: 3 forward (norm, fc1, fc2); 6 backward (dU, dW2, dh, norm, dW1, the reduction of all
+partial sums), with LayerScale one more (`linear_residual.operands`). Short rows on sm_90
+(`tuned.mlp_narrow`, mlp_narrow.py): 1 forward, 4 backward. Forward takes one more for each weight
+that must be cast, except where the norm is folded.
 """
 
 from typing import Any
@@ -54,10 +55,11 @@ def _fwd(
     out_dtype: torch.dtype,
     keeps: bool,
 ) -> list[Tensor]:
-    """out, u (empty unless save_u), mean, rstd; with keeps_weights, what the parameters are cast to
-    (empty where they are of `dtype`); with `keeps`, what `row_statistics` keeps of out.
+    """out, u (empty unless save_u), mean, rstd, both weights cast to `dtype` (empty unless
+    keeps_weights and the dtypes differ); with `keeps`, unless `mlp_narrow` runs, out's statistics
+    and 16-bit copy (`row_statistics`).
 
-    parts and copy of x: `row_statistics`.
+    parts, copy: those of x.
     """
     out = row_statistics.empty(x.shape, out_dtype, x.device, keeps)
     u = x.new_empty((len(x), len(fc1_param)) if save_u else (0, 0), dtype=dtype)
@@ -167,9 +169,9 @@ def _bwd(
     copies: bool,
     path_scale: Tensor | None,
 ) -> list[Tensor]:
-    """dx, with `copies` path_scale * dx in the compute dtype, then the gradients of the parameters
-    there are, in the order of the arguments. dout: of the residual, g: of the branch
-    (`gradient_copy`, as are copies and path_scale).
+    """dx; with `copies`, path_scale * dx in the compute dtype; with needs_params, the gradients of
+    the given parameters in the order of the arguments. dout, g: the gradients of the residual and
+    of the branch. g, copies, path_scale: see `gradient_copy`.
     """
     params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
     w_dtype = fc1_weight.dtype

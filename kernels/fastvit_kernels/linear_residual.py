@@ -1,11 +1,11 @@
-"""residual + path_scale * layer_scale * (x W^T + b), all but the product in its epilogue.
+"""residual + path_scale * layer_scale * (x W^T + b): one GEMM, all else in its epilogue.
 
 x: (B, N, K); weight: (C, K); residual: (B, N, C); layer_scale: (C,); path_scale: (B,).
 Saved for backward: x and weight in the compute dtype. LayerScale's gradient needs nothing more:
 with G = g^T x, which dW needs anyway, it is <W[c], G[c]> + b[c] sum(g[:, c]).
-Launches: 1 forward; 3 backward (dX product, dW, its slab sum), with LayerScale one more, and one
-more each where a weight is to be cast or g does not come with dout. The residual's gradient is
-dout, the branch's g = path_scale * dout in the compute dtype, which mostly comes with dout
+Launches: 1 forward; 3 backward (dX product, dW, its slab reduction), with LayerScale one more; one
+more each if a weight must be cast, or g is not attached to dout. The residual's gradient is dout,
+the branch's is g = path_scale * dout in the compute dtype, which is usually attached to dout
 (`gradient_copy`).
 Bytes: x, residual and out once, and what `row_statistics` keeps of out; backward g twice, x and dx
 once, and the dW slabs.
@@ -30,7 +30,7 @@ def _fwd(
     out_dtype: torch.dtype,
     keeps: bool,
 ) -> list[Tensor]:
-    """out; with `keeps`, what `row_statistics` keeps of it too."""
+    """out; with `keeps`, also its statistics and 16-bit copy (`row_statistics`)."""
     out = row_statistics.empty((len(x), len(weight)), out_dtype, x.device, keeps)
     parts, copy = row_statistics.room(x, weight, out) if keeps else (None, None)
     gemm.gemm(
@@ -56,8 +56,8 @@ def _fwd_fake(x, weight, bias, residual, layer_scale, path_scale, tokens, out_dt
 def operands(
     g: Tensor, weight: Tensor, param: Tensor, layer_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What dX = (layer_scale * g) W is the product of: LayerScale goes into W, which is smaller
-    than g, but for float16, whose range may not hold layer_scale * W.
+    """The operands of dX = (layer_scale * g) W. LayerScale is multiplied into W, which is smaller
+    than g, except in float16, whose range may not hold layer_scale * W.
     """
     if layer_scale is None:
         return g, weight
@@ -75,7 +75,7 @@ def _bwd(
     layer_scale: Tensor | None,
     needs_params: bool,
 ) -> list[Tensor]:
-    """dx, then the gradients of weight, bias and layer_scale, if they are needed."""
+    """dx; with needs_params, the gradients of weight and, if given, bias and layer_scale."""
     if len(x) == 0:
         return library.zeros(x, (param, bias, layer_scale) if needs_params else ())
     dx = weight.new_empty((len(g), weight.shape[1]))
@@ -97,7 +97,7 @@ linear_residual_bwd = library.register("linear_residual_bwd", _bwd_fake)(_bwd)
 
 
 def branch_dtype(residual: Tensor, layer_scale: Tensor | None, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that eager's residual + layer_scale * branch has."""
+    """The dtype of residual + layer_scale * branch in eager PyTorch."""
     if layer_scale is not None:
         dtype = torch.promote_types(dtype, layer_scale.dtype)
     return torch.promote_types(dtype, residual.dtype)
@@ -132,7 +132,7 @@ class LinearResidualFunction(torch.autograd.Function):
     @staticmethod
     @library.first_order
     def backward(ctx: Any, dout: Tensor) -> Any:
-        *saved, path_scale = ctx.saved_tensors  # checkpointing allows one look
+        *saved, path_scale = ctx.saved_tensors  # checkpointing lets them be read once
         needed = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
         g = gradient_copy.branch(dout, ctx.wants, saved[1].dtype, path_scale)
         dx, *grads = linear_residual_bwd(gemm.rows(g), *saved, needed)

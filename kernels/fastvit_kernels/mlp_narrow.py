@@ -1,30 +1,30 @@
 """x + path_scale * layer_scale * fc2(GELU(fc1(LayerNorm(x)))) in one kernel, for short rows.
 
-forward   a program keeps BLOCK_M rows of LayerNorm(x) in shared memory and of fc2's sum in
-          registers, and walks over the hidden width F in chunks of BLOCK_F: the hidden activation
-          never leaves the SM; u is written where a backward is to read it
+forward   a program keeps BLOCK_M rows of LayerNorm(x) in shared memory and fc2's accumulator for
+          them in registers, and loops over the hidden width F in chunks of BLOCK_F: the hidden
+          activation never leaves the SM; u is written only if a backward will read it
 backward  du = (g W2) GELU'(u) by chunks, du and GELU(u) written for dW1 and dW2; du W1 is summed in
-          registers, and LayerNorm's backward and the residual's gradient follow there
-Rows are cut into pieces, of BLOCK_K columns to multiply and of BLOCK_C to sum: C = 192 is three of
-64, with nothing padded.
-u made again (save="recompute") is forward without fc2, so that gradients agree bit for bit.
+          registers, where LayerNorm's backward and the residual's gradient follow
+Rows are split into pieces: of BLOCK_K columns as operands, of BLOCK_C columns as accumulators.
+C = 192 is three pieces of 64, without padding.
+With save="recompute" backward recomputes u by the forward kernel without fc2: bitwise the same u.
 
-What decides where it runs (`tuned.mlp_narrow`), for H100 (989 TFLOP/s, 3.35 TB/s, 132 SMs), bf16:
+Estimates behind `tuned.mlp_narrow`, for H100 (989 TFLOP/s, 3.35 TB/s, 132 SMs), bf16:
 C = 192, batch 256 (50,432 rows, 394 programs of 128 rows: 2.98 waves; 30 GFLOP)
   inference  39 MB, 12 us; FLOPs 30 us; GELU's 2 MUFU an element 21 us, its 20 other instructions
-             26 us, beside the products of the other warpgroup. As three launches: 233 MB, 70 us
+             26 us, overlapped with the other warpgroup's products. Three launches: 233 MB, 70 us
   training   117 MB, 35 us, against 310 MB, 93 us
   backward   312 MB, 93 us, against 439 MB, 133 us (dU, dh, LayerNorm's backward)
-C = 192, batch 1: 2 programs, through each of whose SMs both weights pass, 0.6 MB: 5 us at 64 bytes
-  a clock, and 12 chunks in a row. Three launches spread the same over up to 48 SMs: those
-C = 384, batch 256: 119 GFLOP, 120 us, and 52 us of GELU. As three launches 141 us in inference,
-  186 us in training; but the sum of 128 rows takes 192 of 255 registers, and programs of 64 rows
-  fetch 1.9 GB of weights from L2: those
-A100, B200 and RTX: FLOPs or GELU take what memory leaves (A100, C = 192: 95 us of FLOPs against 115
-  of three launches' bytes in inference): no clear gain, three launches.
+C = 192, batch 1: 2 programs, each of which loads both weights, 0.6 MB (5 us at 64 bytes a clock),
+  in 12 sequential chunks. Three launches spread the work over up to 48 SMs, and are used
+C = 384, batch 256: 119 GFLOP, 120 us, and 52 us of GELU. Three launches take 141 us in inference,
+  186 us in training, and are used: the accumulator of 128 rows takes 192 of 255 registers, and
+  programs of 64 rows load 1.9 GB of weights from L2
+A100, B200 and RTX: FLOPs or GELU take the time that is saved on memory (A100, C = 192, inference:
+  95 us of FLOPs against 115 us of bytes in three launches): no clear gain, three launches are used.
 """
 
-# ruff: noqa: RUF005 - a kernel cannot unpack into a tuple, only add to one.
+# ruff: noqa: RUF005 - Triton cannot unpack into a tuple, only concatenate tuples.
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def num_pieces(C, BLOCK_C):
 def _load_piece(
     ptr, first, rows, mask_m, i, C: tl.constexpr, BLOCK_C: tl.constexpr, KEEP: tl.constexpr
 ):
-    """Piece i of rows of a contiguous (M, C) matrix; zero past row and column."""
+    """Piece i of rows of a contiguous (M, C) matrix; zero past the last row and column."""
     offs_c = i * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = mask_m[:, None] & (offs_c < C)[None, :]
     ptrs = ptr + first * C + (rows[:, None] * C + offs_c[None, :])
@@ -87,7 +87,7 @@ def _affine(xhat, norm_weight_ptr, norm_bias_ptr, i, C: tl.constexpr, BLOCK_C: t
 
 @triton.jit
 def _deviation(block, mean, i, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Piece i less the rows' means; zero in padded columns."""
+    """Piece i minus the rows' means; zero in padded columns."""
     block = block.to(tl.float32) - mean[:, None]
     if (i + 1) * BLOCK_C > C:
         offs_c = i * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -114,7 +114,7 @@ def _xhat(
 
 @triton.jit
 def _statistics(tile, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr):
-    """mean and rstd as layernorm.py has them: by deviations, the mean corrected by their sum."""
+    """Mean and rstd as in `layernorm.statistics`: deviations, the mean corrected by their sum."""
     mean = tl.zeros([tile[0].shape[0]], tl.float32)
     correction = tl.zeros([tile[0].shape[0]], tl.float32)
     var = tl.zeros([tile[0].shape[0]], tl.float32)
@@ -138,7 +138,7 @@ def _statistics(tile, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.const
 def _load_w1(
     w1, f, i, F, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr
 ):
-    """(BLOCK_F, 64) of fc1_weight (F, C); zero past the edges."""
+    """Load a (BLOCK_F, BLOCK_C) tile of fc1_weight (F, C); zero past the edges."""
     if TMA:
         return w1.load([f, i * BLOCK_C])
     else:
@@ -153,7 +153,7 @@ def _load_w1(
 def _load_w2(
     w2, f, i, F, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr
 ):
-    """(64, BLOCK_F) of fc2_weight (C, F); zero past the edges."""
+    """Load a (BLOCK_C, BLOCK_F) tile of fc2_weight (C, F); zero past the edges."""
     if TMA:
         return w2.load([i * BLOCK_C, f])
     else:
@@ -207,7 +207,7 @@ def _mlp_narrow_fwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """w1, w2: TMA descriptors or pointers. u and out: each written if given."""
-    # A program's first row takes 64 bits, its rows beyond that one take 32.
+    # The offset of a program's first row needs 64 bits; those from there on fit 32.
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     mask_m = rows < M - first
@@ -295,8 +295,8 @@ def _mlp_narrow_bwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """g: of the branch, dout: of the residual. y, du, h and norm_rows, each if given, are what the
-    parameters' gradients are made of; copy takes path_scale * dx in the compute dtype.
+    """g, dout: gradients of the branch and of the residual. Also writes, each if given, y, du, h
+    and norm_rows for the parameters' gradients, and copy = path_scale * dx in the compute dtype.
     """
     pid = tl.program_id(0)
     first = pid.to(tl.int64) * BLOCK_M
@@ -331,7 +331,7 @@ def _mlp_narrow_bwd_kernel(
         dy = total
         wait_for_products()
 
-    # x is read again for each of two passes: all of xhat beside all of dy is too much to hold.
+    # Two passes, each of which loads x: registers do not hold all of xhat in addition to dy.
     slope = tl.zeros([BLOCK_M], tl.float32)
     shift = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(num_pieces(C, BLOCK_C)):
@@ -362,7 +362,7 @@ def _mlp_narrow_bwd_kernel(
 
 
 def config(kernel: str, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> tuned.Config | None:
-    """How `kernel`, "fwd" or "bwd", runs these operands; None: as products of their own."""
+    """The configuration of `kernel`, "fwd" or "bwd"; None if separate GEMMs are to run instead."""
     found = tuned.mlp_narrow(kernel, *x.shape, fc1_weight.dtype, x.device.index)
     weights = (fc1_weight, fc2_weight)
     if found is None or not all(w.is_contiguous() for w in weights):
@@ -373,7 +373,7 @@ def config(kernel: str, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> tu
 def _weights(
     config: tuned.Config, fc1_weight: Tensor, fc2_weight: Tensor, block1: int, block2: int
 ) -> tuple:
-    """Both as the kernels take them; block1, block2: columns of a row that a tile of each spans."""
+    """Both weights as the kernels take them; block1, block2: the size of their tiles along C."""
     if not config.tma:
         return fc1_weight, fc2_weight
     w1 = gemm.descriptor(fc1_weight, [config.BLOCK_N, block1])
@@ -381,7 +381,7 @@ def _weights(
 
 
 def _sum_block(config: tuned.Config) -> int:
-    """Columns of a piece of the sum, which must leave room for its epilogue."""
+    """BLOCK_C: columns of a piece of the accumulator, whose epilogue needs registers too."""
     return config.BLOCK_K // config.SUBTILES
 
 
@@ -421,7 +421,7 @@ def mlp_fwd(
     out: Tensor | None,
     u: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Write out (M, C) and the pre-activation u (M, F), each if given; mean and rstd."""
+    """Write out (M, C) and the pre-activation u (M, F), each if given; return mean and rstd."""
     M, C = x.shape
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
@@ -471,9 +471,9 @@ def mlp_bwd(
     copies: bool,
     path_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (M, C), path_scale * dx in the compute dtype (with `copies`), and what the gradients of
-    the parameters are made of, None unless needed: y, the rows (R, 2, C) that add up to
-    dnorm_weight and dnorm_bias (None without either), du and h = GELU(u).
+    """dx (M, C); path_scale * dx in the compute dtype (with `copies`); and, with needs_params, what
+    the parameters' gradients are computed from: y, the rows (R, 2, C) that add up to dnorm_weight
+    and dnorm_bias (None if there is neither), du and h = GELU(u).
     """
     M, C = x.shape
     programs = cdiv(M, config.BLOCK_M)

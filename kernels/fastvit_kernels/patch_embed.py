@@ -1,14 +1,16 @@
-"""[prefix; patches(images) W^T + b + pos]: a convolution read as a GEMM, its rows the image itself.
+"""[prefix; patches(images) W^T + b + pos]: a convolution as a GEMM that reads the image in place.
 
 images: (B, C, H, W) at any strides; weight: (dim, C, p_h, p_w); pos: (m, dim); prefix: (P, dim).
-Row t of sample b is the patch at (t // grid_w, t % grid_w), column k the pixel (c, y, x) of it;
-both are address arithmetic on the image, so there is no unfolded or permuted copy, and the kernel
-adds bias and positions and writes the prefix rows into the one token buffer (B, P + m, dim).
-Saved for backward: images and weight. For 16-bit products float32 images that need no gradient,
-and float32 gradients, are rounded once: twice the bytes through addresses take longer than a copy.
-Backward: dW and db over fixed slabs of rows and a sum in order, dpos and dprefix by one pass over
-dout along the batch, dimages scattered straight to its pixels: no atomics, and only what is asked.
-FLOPs: 2 B m K dim forward, K = C p_h p_w; as many again for dW, and for dimages.
+Row t of sample b is the patch at (t // grid_w, t % grid_w), column k its pixel (c, y, x); both are
+address arithmetic on the image, without an unfolded or permuted copy. The kernel also adds bias and
+positions, and writes the prefix rows into the same token buffer (B, P + m, dim).
+Saved for backward: images and weight. For 16-bit products, float32 images that need no gradient and
+dW's float32 upstream gradient are cast first: loading twice the bytes through pointers takes longer
+than the copy.
+Backward: dW and db as partial sums over fixed slabs of rows, added in order; dpos and dprefix by
+one sum of dout over the batch; dimages stored straight to its pixels. No atomics, and only the
+gradients that are needed.
+FLOPs: 2 B m K dim forward, K = C p_h p_w; the same for dW, and for dimages.
 Bytes: images and tokens once forward; images once and dout twice backward (three with dimages).
 """
 
@@ -31,7 +33,7 @@ from fastvit_kernels.launch import by_eights, cdiv, launch
 def _pixel_offsets(
     k, stride_c, stride_h, stride_w, P_H: tl.constexpr, P_W: tl.constexpr, VEC: tl.constexpr
 ):
-    """Offset of column k = (c, y, x) from its patch's first pixel; runs of VEC lie side by side."""
+    """Offset of column k = (c, y, x) from its patch's first pixel; runs of VEC are contiguous."""
     c, y, x = k // (P_H * P_W), (k // P_W) % P_H, k % P_W
     offs = c.to(tl.int64) * stride_c + y * stride_h + x * stride_w
     return tl.max_contiguous(tl.multiple_of(offs, VEC), VEC)
@@ -118,9 +120,9 @@ def _patch_embed_fwd_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         acc += bias[None, :]
-    # A NaN or infinite weight or bias must not reach the prefix, though its rows are zeros so far.
+    # Drop the bias in prefix rows, and the NaN of their zeros times a NaN or infinite weight.
     acc = tl.where(is_patch[:, None], acc, 0.0)
-    # One load for both: the rows of prefix and pos lie apart, but each row is one or the other.
+    # One load for both: each row adds a row either of pos or of prefix.
     if HAS_POS and HAS_PREFIX:
         added = tl.where(is_patch, pos_ptr + (token - P) * N, prefix_ptr + token * N)
         acc += tl.load(added[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -184,8 +186,8 @@ def _patch_embed_dw_kernel(
         out_rows = (offs_m // m * (P + m) + P + offs_m % m).to(tl.int64)
         g_ptrs = dout_ptr + out_rows[:, None] * N + cols[None, :]
         g = tl.load(g_ptrs, mask=mask_m[:, None], other=0.0)
-        # Column 0's sums alone are read; but under a condition those of 16 bits cost the pipeliner
-        # a buffer of g on sm_90, and a ragged K five registers.
+        # Only the sums of pid_k == 0 are read; but computing 16-bit ones under that condition costs
+        # the pipeliner a buffer of g on sm_90, and five registers with a ragged K.
         if g.dtype != tl.float32:
             sums = add_sums(sums, tl.trans(g))
         elif pid_k == 0:
@@ -214,7 +216,7 @@ def _patch_embed_dtokens_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dpos and dprefix: dout summed over the batch, one program a token and run of channels."""
+    """dpos and dprefix: dout summed over the batch, one program per token and block of channels."""
     token = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -259,7 +261,7 @@ def _patch_embed_dimages_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """dimages = dout W, (B m, K) with BLOCK_N of its columns a program; N is the reduction here."""
+    """dimages = dout W, as (B m, K), BLOCK_N of its columns a program; the reduction is over N."""
     N = eights(N, EIGHTS)
     M = B * m
     pid_m, pid_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
@@ -292,7 +294,7 @@ def _patch_embed_dimages_kernel(
 
 
 def vector_width(images: Tensor, p_w: int) -> int:
-    """How many pixels of a patch row one load may take: 1, 2, 4 or 8."""
+    """How many pixels of a patch row one vector load can take: 1, 2, 4 or 8."""
     if images.stride(3) != 1:
         return 1
     width = 8
@@ -309,7 +311,9 @@ def _geometry(images: Tensor, weight: Tensor) -> dict[str, int]:
 
 
 def _access(images: Tensor, geometry: dict[str, int]) -> str:
-    """How pixels are reached, for `tuned`: few at an address leave few registers for a tile."""
+    """The kind of pixel loads, for `tuned`: "gather", a pixel or two per address, whose many
+    addresses leave few registers for a tile, or "vectors".
+    """
     few = geometry["VEC"] <= max(1, images.element_size() // 2)
     return "gather" if few else "vectors"
 
@@ -396,7 +400,7 @@ def _bwd(
     dprefix = torch.empty_like(prefix) if needs_prefix and prefix is not None else None
     dw = db = None
     if needs_weight or needs_bias:
-        rounded = dout.to(dtype)  # as eager's convolution has it under autocast
+        rounded = dout.to(dtype)  # as eager's convolution does under autocast
         geometry = _geometry(images, weight)
         gather = _access(images, geometry) == "gather"
         config, plan = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather)
@@ -526,7 +530,7 @@ def patch_embed(
 ) -> Tensor:
     """[prefix; patches(images) weight^T + bias + pos], multiplied in `dtype`: (B, P + m, dim)."""
     if images.stride(1) == 1 and images.stride(3) == images.shape[1] > 1:
-        # channels_last is one channel of C times the width, with the weight's columns to match.
+        # channels_last: read it as one channel of C times the width; permute the weight to match.
         images, weight = (t.permute(0, 2, 3, 1).flatten(2)[:, None] for t in (images, weight))
     if images.dtype == torch.float32 and not images.requires_grad:
         images = images.to(dtype)

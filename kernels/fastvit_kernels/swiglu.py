@@ -1,4 +1,4 @@
-"""SiLU(gate) * value, the middle of a SwiGLU MLP, gate and value side by side in one projection.
+"""SiLU(gate) * value, the middle of a SwiGLU MLP; one projection gives gate and value.
 
 x: (..., 2 F), gate first -> (..., F) in x's dtype; computed in float32.
 Saved for backward: x. dgate = dy value s (1 + gate (1 - s)), dvalue = dy gate s, s = sigmoid(gate).
