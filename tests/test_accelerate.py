@@ -1,4 +1,4 @@
-"""fastvit.accelerate against each peer's own forward, on the peer's own random weights."""
+"""Models of other libraries ("peers") compute after `fastvit.accelerate` what they did before."""
 
 import copy
 import io
@@ -68,7 +68,7 @@ def vit_pytorch_vit(**kwargs):
     return vit.ViT(**{**args, "heads": 2, "mlp_dim": 128, "dim_head": 32, **kwargs})
 
 
-# What each peer's forward must call: the counts show that the ops ran, not the peer's own code.
+# name: (constructor, op calls per forward). The counts prove that the ops ran, not the peer's code.
 PEERS = {
     "timm": (timm_vit, OPS | STEM),
     "timm_layer_scale": (partial(timm_vit, init_values=0.5, qkv_bias=False), OPS | STEM),
@@ -108,7 +108,7 @@ MAIN = ("timm_layer_scale", "hf_vit", "hf_dinov2", "torchvision", "vit_pytorch")
 
 
 def make(name_or_model, train=False):
-    """The peer with every parameter stirred, so that no bias, gamma or head is trivial."""
+    """The peer with noise on every parameter, so that no bias, gamma or head is trivial."""
     model = PEERS[name_or_model][0]() if isinstance(name_or_model, str) else name_or_model
     with torch.no_grad():
         for p in model.parameters():
@@ -121,7 +121,7 @@ def images(batch=3, **kwargs):
 
 
 def tensors(model, x):
-    """Logits, and the features where the peer gives them."""
+    """The peer's logits and, where it exposes them, its features, by name."""
     out = model(x)
     if not isinstance(out, torch.Tensor):
         body = getattr(model, model.base_model_prefix)
@@ -240,7 +240,7 @@ def test_compile_fullgraph(name, train):
     close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected_grads)
 
 
-# What torch 2.11 does of itself: a module's guards are checked where its dictionary has changed.
+# The default in torch 2.11: Dynamo rechecks a module's guards only if its __dict__ has changed.
 @torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True)
 def test_recompiles_after_accelerate_and_restore():
     model, x = make("timm"), images()
@@ -324,7 +324,7 @@ def without_fused_attention(model):
 
 
 def only_attention_dropout(model):
-    """vit-pytorch has one rate for all of a block."""
+    """Turn off all other dropout: vit-pytorch has one rate for the whole block."""
     for name, m in model.named_modules():
         if isinstance(m, nn.Dropout) and not name.endswith("0.dropout"):
             m.p = 0.0
@@ -354,7 +354,7 @@ ATTENTION_DROPOUT = {
 
 @pytest.mark.parametrize("name", ATTENTION_DROPOUT)
 def test_attention_dropout_runs_in_the_op(name):
-    """The reference draws as the peers do, so that one seed shows rate, place and scale."""
+    """The reference draws as the peers do: one seed must give equal results after acceleration."""
     build, ops = ATTENTION_DROPOUT[name]
     model, x = make(build(0.3), train=True), images()
     torch.manual_seed(1)
@@ -373,7 +373,7 @@ def test_attention_dropout_runs_in_the_op(name):
 
 
 def test_attention_dropout_of_the_kernel_has_the_peers_mean_and_variance(device):
-    """Over many draws a v, and p / (1 - p) a^2 v^2 summed over the keys."""
+    """Over many draws: mean a v, variance p / (1 - p) a^2 v^2, each summed over the keys."""
     rate, draws = 0.25, 64
     model = make(timm_vit(depth=1, attn_drop_rate=rate), train=True).to(device)
     attention = model.blocks[0].attn
@@ -426,7 +426,7 @@ def test_gradient_checkpointing(name):
         close(grads(model, x), expected)
     finally:
         fastvit.ops.layernorm_mlp = before
-    # Twice a block in the forward and its replay; `grads` of a transformers model runs two.
+    # Two per forward, of which `grads` runs two, and two more when one forward is recomputed.
     assert calls["mlp"] >= 4
 
 
@@ -459,7 +459,7 @@ def test_outer_hooks_fire_with_the_same_values(name):
 
 
 def _inner(model):
-    """The modules that a fused half would skip, in the second block."""
+    """The modules inside the second block, which the fused path does not call."""
     ends = ("blocks.1", "layers.1", "layer.1", "encoder_layer_1")
     block = next(m for n, m in model.named_modules() if n.endswith(ends))
     return {n: m for n, m in block.named_modules() if n and not isinstance(m, nn.ModuleList)}
@@ -505,7 +505,7 @@ def test_other_hooks_and_replacements_are_honoured():
     assert not torch.allclose(model(x), expected)
     del mlp.fc1.forward
 
-    class Adapted(nn.Module):  # as LoRA does it: a module in the place of a Linear
+    class Adapted(nn.Module):  # like LoRA: a module that replaces a Linear
         def __init__(self, base):
             super().__init__()
             self.base, self.weight, self.bias = base, base.weight, base.bias
@@ -522,7 +522,7 @@ def test_other_hooks_and_replacements_are_honoured():
 
 @pytest.mark.parametrize("name", MAIN)
 def test_global_hooks_fire_as_often_as_before(name):
-    """What counts FLOPs or traces modules hooks them all at once."""
+    """FLOP counters and module tracers hook all modules at once."""
     model, x = make(name), images()
     fired: list[nn.Module] = []
 
@@ -562,7 +562,7 @@ def test_transformers_outputs_and_masks(build):
     for kind in ("attentions", "hidden_states"):
         for i in range(len(expected[kind])):
             close({kind: got[kind][i]}, {kind: expected[kind][i]})
-    # The hooks that transformers leaves behind do not cost the fused path.
+    # Hooks that transformers leaves on the modules do not disable the fused path.
     assert served(model, x) == OPS | STEM
     only_hidden = model(x, output_hidden_states=True)
     close({"h": only_hidden.hidden_states[1]}, {"h": expected.hidden_states[1]})
@@ -605,7 +605,7 @@ def test_vit_pytorch_wrappers():
         extractor = Extractor(model)
         _, tokens = extractor(x)
         extractor.eject()
-        # MAE and SimMIM take a stem apart by slices, each a module of the stem's own class.
+        # MAE and SimMIM slice the stem; nn.Sequential builds a slice with the stem's own class.
         stem = model.to_patch_embedding
         parts = stem[1:](stem[0](x))
         results.append({"logits": logits, "maps": attention, "tokens": tokens, "parts": parts})
@@ -641,7 +641,7 @@ def test_report_names_what_is_left():
     report = fastvit.accelerate(hooked)
     left = [(r.module, r.part, r.reason) for r in report.left]
     assert left == [("blocks.0", "attention", "norm has hooks")]
-    assert len(report.taken) == 5  # the core of block 0 stands in for its half
+    assert len(report.taken) == 5  # of block 0, the attention core replaces the half
 
 
 def test_wrong_types():
@@ -671,7 +671,7 @@ def test_inside_another_module_and_distributed(tmp_path):
 
 
 def _two_ranks(rank, folder, after):
-    """One rank of two: DDP around the accelerated model, or accelerated inside DDP."""
+    """Run one rank of two; accelerate the model before DDP wraps it, or (`after`) inside DDP."""
     torchvision_shim.install()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -721,8 +721,8 @@ def test_optimizer_made_before(name):
 
 
 def logits_and_gradients(model, x):
-    """One forward, one backward. q, k and v are one tensor, as the op has them: the gradient of k's
-    bias alone is zero but for rounding, since softmax ignores a shift of its row."""
+    """Logits and gradients of one forward and backward. Those of q, k and v are joined, as in the
+    packed op: k's bias alone has only rounding errors, since softmax ignores a shift of its row."""
     out = model(x)
     out = out if isinstance(out, torch.Tensor) else out.logits
     weight = torch.linspace(-1, 1, out.numel(), dtype=x.dtype, device=x.device).view_as(out)
@@ -743,7 +743,7 @@ def test_triton_backend(name, device):
     eager = logits_and_gradients(model, x)
     fastvit.accelerate(model)
     assert served(model, x) == PEERS[name][1]
-    with fastvit.use_backend("triton"):  # raises where a kernel cannot serve
+    with fastvit.use_backend("triton"):  # raises where no kernel can run
         got = logits_and_gradients(model, x)
     for key in truth:
         check(key, got[key], eager[key], truth[key])

@@ -1,4 +1,4 @@
-"""Checkpoints of torchvision and vit-pytorch, adaptation as timm adapts, and files at fault."""
+"""torchvision and vit-pytorch checkpoints, adaptation by timm's rules, and damaged checkpoints."""
 
 import json
 import os
@@ -44,9 +44,9 @@ def test_torchvision(hidden: int | None, tmp_path: Path) -> None:
         larger.load_state_dict(stretched)
         images = torch.randn(2, 3, size, size)
         expected = truth(larger, images, lambda x, m=larger: (None, m(x)))
-        # Of a resampled table torchvision has the gradient in the resampled one.
+        # After resampling, torchvision's gradient is of the resampled table, not of the saved one.
         check(ours, expected, parameters=size == 32)
-    # torchvision takes no oblong images; its own rule does, as a function of the grid.
+    # torchvision takes no oblong images, but its resampling rule is defined for any grid.
     oblong = fastvit.load_checkpoint(tmp_path / "tv.pth", heads=2, image_size=(24, 48))
     assert oblong(torch.randn(1, 3, 24, 48)).shape == (1, 5)
 
@@ -85,7 +85,7 @@ def test_vit_pytorch_where_it_cannot(tmp_path: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A narrow ViT that timm saved as it does for the hub, with 9 classes of 3 channels at 32."""
+    """A narrow ViT saved by timm's hub export: 9 classes, 3 channels, 32 x 32 pixels."""
     timm: Any = pytest.importorskip("timm")
     model = liven(timm.create_model("vit_tiny_patch16_224", **NARROW, num_classes=9))
     args = {**NARROW, "num_classes": 9}
@@ -138,7 +138,7 @@ def test_adapts_as_timm_does_and_says_so(
 
 @pytest.mark.parametrize("dialect", ["ours", "vit_jax"])
 def test_a_head_of_two_layers_for_other_classes(dialect: str) -> None:
-    """head_hidden_dim and pre_logits: both layers are fresh, or the model's own stay."""
+    """A two-layer head (head_hidden_dim, pre_logits) is fresh as a whole, or stays as a whole."""
     npz = Path(__file__).parent / "originals/vit_jax_pre_logits.npz"
     source = npz if dialect == "vit_jax" else plain_with_hidden_head()
     whole = fastvit.load_checkpoint(source, heads=2)
@@ -156,7 +156,7 @@ def test_a_head_of_two_layers_for_other_classes(dialect: str) -> None:
 
 
 def test_another_pooling_leaves_the_norm_where_it_was_trained(saved: Path) -> None:
-    """As timm's reset_classifier does, unless fc_norm=True asks for the norm of the mean."""
+    """As in timm's reset_classifier; fc_norm=True moves the norm behind the pooling."""
     timm: Any = pytest.importorskip("timm")
     state, images = torch.load(saved / "pytorch_model.bin"), torch.randn(2, 3, 32, 32)
     theirs: Any = timm.models.VisionTransformer(**NARROW, num_classes=9).eval()
@@ -173,7 +173,7 @@ def test_another_pooling_leaves_the_norm_where_it_was_trained(saved: Path) -> No
 
 
 def test_what_the_model_computes_otherwise_is_said(tmp_path: Path) -> None:
-    """load_weights cannot change the architecture: transformers' eps of 1e-12 stays timm's 1e-6."""
+    """load_weights does not change the architecture: eps stays 1e-6, not transformers' 1e-12."""
     hf: Any = pytest.importorskip("transformers")
     config = hf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     config.intermediate_size, config.image_size, config.patch_size = 128, 32, 8
@@ -207,7 +207,7 @@ def test_mean_and_std_are_of_the_channels_that_there_are(saved: Path) -> None:
 
 
 def test_positions_with_and_without_cls() -> None:
-    """A table that covers <cls> goes into a model where it does not, and back, to the same end."""
+    """Tables with and without rows for prefix tokens convert either way, to the same output."""
     images = torch.randn(2, 3, 32, 32)
     for alone in (False, True):
         theirs: Any = liven(fastvit.ViT(**OURS, registers=2, no_embed_class=alone))
@@ -216,11 +216,11 @@ def test_positions_with_and_without_cls() -> None:
         close("output", ours(images), theirs(images))
 
 
-# --- state dicts at fault
+# --- invalid state dicts
 
 
 def plain(**changes: Tensor | None) -> dict[str, Tensor]:
-    """A whole state dict of ours, with keys changed, added, or taken away (None)."""
+    """A complete fastvit state dict with tensors replaced, added or removed (None); `__` is `.`."""
     state = dict(fastvit.ViT(**OURS, num_classes=3).state_dict())
     for name, tensor in changes.items():
         name = name.replace("__", ".")
@@ -343,7 +343,7 @@ def test_arguments_at_fault() -> None:
 
 
 def test_names_that_wrappers_put_between() -> None:
-    """torch.compile, FSDP and activation checkpointing of single blocks, and DeepSpeed's file."""
+    """Key prefixes of torch.compile, FSDP and activation checkpointing, in a DeepSpeed file."""
     state = plain()
     expected = fastvit.load_checkpoint(state, heads=2).state_dict()
     for wrapper in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
@@ -355,7 +355,7 @@ def test_names_that_wrappers_put_between() -> None:
 
 
 def test_oblong_positions_that_could_be_square_ones() -> None:
-    """2 x 4 patches and <cls> are 9 positions, which are 3 x 3 patches too: the size decides."""
+    """2 x 4 patches with <cls> are 9 positions, as are 3 x 3 patches: `image_size` decides."""
     model = fastvit.ViT(**{**OURS, "image_size": (16, 32)}, num_classes=3).eval()
     images = torch.randn(2, 3, 16, 32)
     loaded = fastvit.load_checkpoint(model.state_dict(), heads=2, image_size=(16, 32))
@@ -364,7 +364,7 @@ def test_oblong_positions_that_could_be_square_ones() -> None:
 
 
 def test_as_many_positions_as_the_named_grid_has_are_copied() -> None:
-    """As timm does: 2 x 8 patches are as many as 4 x 4, and 2 x 2 with five more as 3 x 3."""
+    """As in timm: 2 x 8 patches could be 4 x 4, and 2 x 2 with five prefix tokens 3 x 3."""
     for size, registers, alone in (((16, 64), 0, False), ((16, 64), 0, True), (16, 4, False)):
         options: dict[str, Any] = dict(registers=registers, no_embed_class=alone)
         model = fastvit.ViT(**{**OURS, "image_size": size}, **options).eval()
@@ -388,7 +388,7 @@ def test_as_many_positions_as_the_named_grid_has_are_copied() -> None:
     ids=str,
 )
 def test_a_state_dict_of_the_same_model_is_copied(options: dict[str, Any]) -> None:
-    """Whatever grid or rotations its keys and shapes leave open, the model's arguments settle."""
+    """The model's arguments decide the grid and RoPE where keys and shapes leave them open."""
     first, second = (fastvit.ViT(**{**OURS, **options}).double() for _ in range(2))
     report = liven(second).load_weights(liven(first).state_dict())
     assert not report.adapted
@@ -397,7 +397,7 @@ def test_a_state_dict_of_the_same_model_is_copied(options: dict[str, Any]) -> No
 
 
 def test_the_model_says_what_another_size_leaves_open() -> None:
-    """2 x 2 positions with <cls> and 4 registers are as many as 3 x 3."""
+    """2 x 2 positions with <cls> and 4 registers could also be 3 x 3."""
     model = fastvit.ViT(**{**OURS, "image_size": 32}, registers=4)
     small = fastvit.ViT(**{**OURS, "image_size": 16}, registers=4)
     assert "grid (2, 2) to (4, 4)" in str(model.load_weights(small.state_dict()))
@@ -464,18 +464,18 @@ def test_an_export_writes_over_no_checkpoint(name: str, tmp_path: Path) -> None:
     assert fastvit.load_checkpoint(tmp_path).num_classes == 1000
 
 
-# --- files at fault
+# --- invalid files
 
 
 class Evil:
-    """What would run code when unpickled."""
+    """Runs code when unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.system, ("touch owned",))
 
 
 class EvilScalar:
-    """A scalar of numpy's that is a pickle itself."""
+    """A numpy scalar of dtype object, whose value is a pickle itself."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (np.float64(0).__reduce__()[0], (np.dtype(object), pickle.dumps(Evil())))
@@ -494,11 +494,11 @@ def test_files_at_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             cut.write_bytes(Path(name).read_bytes()[:size])
             with pytest.raises(UsageError, match=rf"{cut} is truncated or not .*; {size:,} bytes"):
                 fastvit.load_checkpoint(cut)
-    Path("broken.pth").write_bytes(b"\x80\x02}q\x00(Q.")  # a reference from an empty stack
+    Path("broken.pth").write_bytes(b"\x80\x02}q\x00(Q.")  # a persistent id from an empty stack
     with pytest.raises(UsageError, match=r"broken\.pth is truncated or not a file of torch\.save"):
         fastvit.load_checkpoint("broken.pth")
     wide = bytearray(Path("good.npz").read_bytes())
-    wide[wide.index(b"PK\x01\x02") + 6] = 255  # the version of zip that it takes to read the entry
+    wide[wide.index(b"PK\x01\x02") + 6] = 255  # the zip version needed to extract the entry
     Path("wide.npz").write_bytes(wide)
     with pytest.raises(UsageError, match=r"wide\.npz is truncated or not a \.npz file"):
         fastvit.load_checkpoint("wide.npz")
@@ -598,7 +598,7 @@ def test_folders_at_fault(saved: Path) -> None:
 
 
 def test_half_a_checkpoint(tmp_path: Path) -> None:
-    """One shard is refused by its name; the index, the folder and a capital ending are read."""
+    """One shard is refused by its name; the index, the folder and an upper-case suffix are read."""
     state = plain()
     names = sorted(state)
     files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -629,7 +629,7 @@ def test_shards_are_joined(tmp_path: Path) -> None:
 
 
 class Hub:
-    """Stands in for huggingface_hub's download: the files that answer, then what else raises."""
+    """A fake huggingface_hub: downloads the files in `folder` and raises `error` for all others."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, error: Any) -> None:
         hub: Any = pytest.importorskip("huggingface_hub")
@@ -660,12 +660,12 @@ def test_a_hub_out_of_reach_is_asked_once(
     ):
         fastvit.load_checkpoint("no/such")
     assert hub.asked == ["config.json"]
-    # The weights alone were fetched once: what the config may say is not taken for absent.
+    # With only the weights in the cache, a note says that the hub may have a config.
     hub.cached["model.safetensors"] = str(saved / "model.safetensors")
     (saved / "config.json").rename(tmp_path / "kept")
     notes = fastvit.load_checkpoint("no/such", heads=2, image_size=32).load_report.notes
     assert any("config.json is not in the cache, and the hub is out of reach" in n for n in notes)
-    hub.cached["config.json"] = object()  # the cache knows that there is none
+    hub.cached["config.json"] = object()  # cached: the hub has no such file
     notes = fastvit.load_checkpoint("no/such", heads=2, image_size=32).load_report.notes
     assert not any("in the cache" in n for n in notes)
 
@@ -692,7 +692,7 @@ def test_a_hub_id_without_the_file_and_a_shard_out_of_reach(
 
 
 def test_the_hub_cache_serves_offline(saved: Path, tmp_path: Path) -> None:
-    """HF_HUB_OFFLINE and the cache are huggingface_hub's own; what is not there is said."""
+    """With HF_HUB_OFFLINE=1, huggingface_hub's cache is read; an uncached id is a clear error."""
     snapshot = tmp_path / "hub/models--timm--vit_tiny_patch16_224.mine/snapshots" / ("a" * 40)
     snapshot.parent.mkdir(parents=True)
     saved.rename(snapshot)

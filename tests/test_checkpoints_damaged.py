@@ -1,4 +1,4 @@
-"""Checkpoints that lack a tensor, or hold one of a wrong shape: every dialect says so."""
+"""Every dialect reports a checkpoint that lacks a tensor or holds one of a wrong shape."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def original(file: str) -> Source:
 
 
 def ijepa(folder: Path) -> Source:
-    """transformers' ViT without <cls>."""
+    """A checkpoint of transformers' I-JEPA, a ViT without <cls>."""
     source = exported("hf", folder, num_classes=0)
     state = {k: v for k, v in source.state.items() if "cls_token" not in k}
     state["embeddings.position_embeddings"] = state["embeddings.position_embeddings"][:, 1:]
@@ -64,7 +64,7 @@ def torchvision(folder: Path) -> Source:
     return Source("torchvision", model.state_dict())
 
 
-# name: the checkpoint, and the tensors that may lack in it: no key tells that they were there
+# name: (checkpoint, regex of tensors that may be missing: no other key implies them)
 DIALECTS: dict[str, tuple[Callable[[Path], Source], str]] = {
     "fastvit": (own, ""),
     "timm": (lambda f: exported("timm", f), ""),
@@ -115,7 +115,7 @@ def test_every_tensor_is_missed_and_of_a_wrong_shape_refused(
     for key, tensor in source.state.items():
         if re.fullmatch(optional, key):
             continue
-        # The second block is like the first: it is enough to take from it.
+        # The second block is like the first: only removal is tried there.
         only_one = re.search(r"(blocks|layers|resblocks|encoderblock_)[._]?1[./]", key)
         for what, damage in list(DAMAGE.items())[: 1 if only_one else None]:
             state = {k: v for k, v in source.state.items() if k != key}
@@ -127,7 +127,7 @@ def test_every_tensor_is_missed_and_of_a_wrong_shape_refused(
             except UsageError as error:
                 assert re.search(SAYS, str(error))
                 continue
-            # vit-pytorch itself has had its tokens with and without a leading one.
+            # Versions of vit-pytorch have these tensors with and without a leading dimension of 1.
             same = what == "one dimension less" and key in ("cls_token", "pos_embedding")
             assert same and name == "vit-pytorch", f"{key}, {what}, was loaded in silence"
 
@@ -161,7 +161,7 @@ def test_what_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         with pytest.raises(UsageError, match=message):
             fastvit.load_checkpoint(damaged(source, **dict.fromkeys(changes)))
-    # A head that is not wanted is not missed.
+    # The head may be missing where the caller replaces or drops it.
     headless = damaged(timm, **{"head.weight": None, "head.bias": None})
     assert fastvit.load_checkpoint(headless, num_classes=0).num_classes == 0
     assert fastvit.load_checkpoint(headless, num_classes=7).num_classes == 7

@@ -1,4 +1,4 @@
-"""Checkpoints that transformers' own save_pretrained wrote, and what from_pretrained reads back."""
+"""Checkpoints written by transformers' save_pretrained, and exports for its from_pretrained."""
 
 import json
 from collections.abc import Callable
@@ -24,8 +24,8 @@ ANY_SIZE = {"interpolate_pos_encoding": True}
 
 
 class Case(NamedTuple):
-    """model: the class and its config. at_any_size: what its forward needs for other images.
-    take: (features, output) of what its forward returns."""
+    """model: builds the model. at_any_size: forward arguments for images of other sizes.
+    take: (features, output) from what forward returns."""
 
     model: Callable[[], Any]
     at_any_size: dict[str, Any]
@@ -105,7 +105,7 @@ EXPORTED = {name: case for name, case in CASES.items() if name != "ijepa"}
 
 @pytest.mark.parametrize("case", EXPORTED.values(), ids=EXPORTED)
 def test_exports_to_what_from_pretrained_reads(case: Case, tmp_path: Path) -> None:
-    """Bit by bit: from_pretrained gives the peer's own parameters back, and so does ours."""
+    """from_pretrained gives the peer's outputs again; load_checkpoint gives bitwise our weights."""
     theirs = liven(case.model())
     theirs.save_pretrained(tmp_path / "a")
     ours = fastvit.load_checkpoint(tmp_path / "a")
@@ -170,7 +170,7 @@ def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2_takes_no_oblong_positions(registers: int, tmp_path: Path) -> None:
-    """transformers reads the table of Dinov2 as that of a square, whatever its config says."""
+    """transformers assumes a square position table in Dinov2, whatever its config says."""
     narrow: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, patch_size=8)
     narrow.update(layer_scale=1.0, num_classes=0, registers=registers)
     for sizes in ({"image_size": (16, 64)}, {"image_size": 32, "patch_size": (4, 16)}):
@@ -202,7 +202,7 @@ def test_export_writes_the_biases_that_transformers_has_in_any_case(tmp_path: Pa
 
 
 def patchified(images: Tensor, patch: int) -> dict[str, Tensor]:
-    """What the NaFlex image processor gives for images of one size: patches, mask, shapes."""
+    """Patches, mask and shapes, as the NaFlex image processor gives them for images of one size."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // patch, patch, W // patch, patch).permute(0, 2, 4, 3, 5, 1)
     patches = x.reshape(B, -1, patch * patch * C)
@@ -214,7 +214,7 @@ def patchified(images: Tensor, patch: int) -> dict[str, Tensor]:
 
 
 def test_siglip2(tmp_path: Path) -> None:
-    """The NaFlex tower: linear patches, one table for all grids."""
+    """The NaFlex tower: patches projected by a Linear, one position table for all grids."""
     size = {k: v for k, v in VIT.items() if k != "image_size"}
     theirs = liven(hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**size, num_patches=16)))
     theirs.save_pretrained(tmp_path)
@@ -233,7 +233,7 @@ def test_siglip2(tmp_path: Path) -> None:
 
 
 def test_siglip2_classifier_and_whole_clip(tmp_path: Path) -> None:
-    """The vision tower is found inside a model of two towers; what is left out is said."""
+    """The vision tower is found inside a two-tower model; the dropped keys are reported."""
     tower = {k: v for k, v in VIT.items() if k != "image_size"}
     text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     config = hf.Siglip2Config(
@@ -293,7 +293,7 @@ def test_timm_ours_hf_ours_timm_is_bit_exact(tmp_path: Path) -> None:
 
 
 def test_the_config_of_one_of_two_models(tmp_path: Path) -> None:
-    """An encoder's own numbers lie in a config inside the config."""
+    """The encoder's sizes are in a config nested inside the config."""
     text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     decoder = hf.BertConfig(**text, vocab_size=9, is_decoder=True, add_cross_attention=True)
     encoder = hf.ViTModel(hf.ViTConfig(**VIT, layer_norm_eps=1e-3))

@@ -1,4 +1,4 @@
-"""Checkpoints of the papers' own code, with what that code gives; see originals/make.py."""
+"""Checkpoints of the papers' own code, with its outputs and gradients; see originals/make.py."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fastvit.jax_npz import is_jax, read_jax
 from fastvit.pos_embed import Resample
 
 FOLDER = Path(__file__).parent / "originals"
-# name: its file, what neither file nor config says, the dialect that it is
+# name: (file, arguments that neither file nor config gives, expected dialect)
 ORIGINALS: dict[str, tuple[str, dict[str, Any], str]] = {
     "dinov2": ("dinov2.pth", {"heads": 2}, "dinov2"),
     "dinov2_teacher": ("dinov2_teacher.pth", {"heads": 2}, "dinov2"),
@@ -33,7 +33,7 @@ ORIGINALS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def truths(name: str) -> list[tuple[Truth, bool]]:
-    """What the original gave for each size, and whether the gradients of parameters are there."""
+    """The original's results for each image size, and whether they have parameter gradients."""
     with np.load(FOLDER / f"{name}.truth.npz") as file:
         arrays = {k: torch.from_numpy(file[k]) for k in file.files}
     found = []
@@ -43,7 +43,7 @@ def truths(name: str) -> list[tuple[Truth, bool]]:
         if is_jax(grads):
             named = read_jax({k: v.numpy() for k, v in grads.items()}).state
         elif grads:
-            # DINOv3 masks the biases of the keys; the mask goes with the biases' gradient.
+            # DINOv3 masks the key biases: reading their gradient needs the mask as well.
             weights = torch.load(FOLDER / ORIGINALS[name][0]) if "dinov3" in name else {}
             named = renamed({**grads, **{k: v for k, v in weights.items() if "bias_mask" in k}})
         else:
@@ -67,7 +67,7 @@ def test_gives_what_the_original_gave(name: str) -> None:
 
 
 def test_another_resampling_would_not_do() -> None:
-    """DINOv2's own offset away from its native size, and flax's GELU, are not matters of taste."""
+    """Results differ without DINOv2's resampling rule, or with exact GELU for flax's tanh GELU."""
     truth = truths("dinov2")[-1][0]
     ours: Any = fastvit.load_checkpoint(
         FOLDER / "dinov2.pth", heads=2, dynamic_img_size=True, resample={"antialias": False}
@@ -93,7 +93,7 @@ def test_resampled_once_is_resampled_at_run_time() -> None:
 
 
 def test_timm_agrees_with_what_we_read_of_jax() -> None:
-    """timm's own npz loader, an independent reader of the same four styles."""
+    """Features agree with those of timm's npz loader, an independent reader of the four styles."""
     timm = pytest.importorskip("timm")
     common: dict[str, Any] = dict(img_size=20, patch_size=4, embed_dim=16, depth=2, num_heads=2)
     for name, more in (

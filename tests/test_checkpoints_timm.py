@@ -1,4 +1,4 @@
-"""Checkpoints that timm wrote, of narrow copies of every family of presets, and back to timm."""
+"""timm checkpoints of a narrow model of each preset family, loaded and exported back to timm."""
 
 import argparse
 from pathlib import Path
@@ -44,7 +44,7 @@ FAMILIES = {
 
 
 def narrow(name: str, **more: Any) -> dict[str, Any]:
-    """timm's arguments for a copy of two blocks and few channels on a grid of 4 x 4."""
+    """timm's arguments for a small copy: two blocks, few channels, a 4 x 4 grid."""
     patch = PRESETS[name]["patch_size"]
     args = dict(embed_dim=64, num_heads=2, depth=2, num_classes=5, img_size=4 * patch)
     if "giant_patch14_reg4" in name:
@@ -58,7 +58,7 @@ def run(model: Any, images: Tensor) -> Truth:
 
 @pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 def test_loads_what_timm_saved(name: str, tmp_path: Path) -> None:
-    """The folder that timm pushes to the hub; at its own size, another, and one not square."""
+    """The folder that timm pushes to the hub, at its native size, a larger and an oblong one."""
     args = narrow(name, dynamic_img_size=True)
     theirs = liven(timm.create_model(name, **args), std=0.1)
     timm.models.save_for_hf(theirs, tmp_path, model_args=args)
@@ -130,7 +130,7 @@ def test_another_resampling_than_that_of_timm_is_said(
 
 
 def test_the_architecture_comes_from_the_shapes(tmp_path: Path) -> None:
-    """State dicts alone, as .pth, .safetensors and inside a training run's checkpoint."""
+    """From a state dict alone, as .pth, .safetensors or inside a training script's checkpoint."""
     for name in ("vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_dinov3"):
         args = narrow(name)
         theirs = liven(timm.create_model(name, **args), std=0.1)
@@ -156,7 +156,7 @@ def test_the_architecture_comes_from_the_shapes(tmp_path: Path) -> None:
 
 
 def test_real_size_and_heads_from_the_shapes(tmp_path: Path) -> None:
-    """ViT-Ti/16 from nothing but its tensors, with a head for its 3 heads of 64."""
+    """ViT-Ti/16 from its tensors alone: 3 heads of 64 and the 7 classes are inferred."""
     theirs = liven(timm.create_model("vit_tiny_patch16_224", num_classes=7), std=0.05)
     torch.save(theirs.state_dict(), tmp_path / "tiny.pth")
     ours = fastvit.load_checkpoint(tmp_path / "tiny.pth")
@@ -173,7 +173,7 @@ def unknown_to_us() -> list[str]:
 
 @pytest.mark.slow
 def test_no_model_of_timm_loads_as_something_else(tmp_path: Path) -> None:
-    """Every other model that timm builds from like names: the same output, or an error."""
+    """Every ViT-like timm model that is no preset here gives the same output or an error."""
     loaded = 0
     for name in unknown_to_us():
         args: dict[str, Any] = dict(embed_dim=64, depth=2, num_heads=2, num_classes=5)
@@ -202,7 +202,7 @@ def test_no_model_of_timm_loads_as_something_else(tmp_path: Path) -> None:
 
 
 def test_models_that_only_look_alike_are_refused(tmp_path: Path) -> None:
-    """Same names of tensors, another computation: norms after, other rotations."""
+    """Same tensor names but another computation, such as post-norm or another RoPE."""
     for name, message in (
         ("vit_base_patch16_rpn_224", "'vit_base_patch16_rpn_224' is not among the models"),
         ("vit_small_patch16_rope_ape_224", "is not among the models"),
@@ -229,7 +229,7 @@ def test_radio_has_no_final_norm(tmp_path: Path) -> None:
 
 
 def test_a_preset_settles_what_keys_alone_would_leave_to_guess(tmp_path: Path) -> None:
-    """norm_pre makes a bare state dict look like CLIP's, of norm_eps 1e-5; a preset says 1e-6."""
+    """norm_pre alone suggests CLIP, with norm_eps 1e-5; the preset in the config says 1e-6."""
     args = narrow("vit_tiny_patch16_224", pre_norm=True)
     theirs = liven(timm.create_model("vit_tiny_patch16_224", **args))
     timm.models.save_for_hf(theirs, tmp_path, model_args=args)

@@ -1,4 +1,4 @@
-"""The command line from the outside: train, resume, predict, and what bad input gets."""
+"""The command line: train, resume, predict, and the errors for bad input."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """A tiny trained run and one of its images: a 1, as a file."""
+    """The folder of a tiny trained run, with one image of the digit 1 as one.png."""
     folder = tmp_path_factory.mktemp("digits") / "run"
     assert main([*DIGITS, "--epochs", "10", "--out", str(folder)]) == 0
     from sklearn.datasets import load_digits
@@ -117,7 +117,7 @@ def wait_for(path):
 
 
 def test_a_folder_has_one_run_at_a_time(capsys):
-    """The second is refused, whether new or resumed; SIGTERM ends the first as ctrl-c does."""
+    """A second run is refused, whether new or resumed; SIGTERM ends the first as ctrl-c does."""
     command = [*DIGITS, "--epochs", "9999", "--out", "run"]
     running = start(*command, stderr=subprocess.PIPE, text=True)
     try:
@@ -175,7 +175,7 @@ with holding(Path(sys.argv[1])) as held:
             pass
         process.stdin.close()
         process.wait(30)
-        with holding(tmp_path) as held:  # its child still sleeps
+        with holding(tmp_path) as held:  # the forked child is still alive
             assert held
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -259,7 +259,7 @@ def test_train_on_fashion_mnist_and_on_a_folder(tmp_path, capsys):
 
 
 def test_test_accuracy_is_of_what_was_used(tmp_path, capsys, monkeypatch):
-    """A streamed folder finds broken files as it goes; accuracy is over the others."""
+    """A streamed folder finds broken files while it reads; accuracy is over the readable ones."""
     from fastvit import cli
     from fastvit.data import ImageFiles, load_folder
 
@@ -453,7 +453,7 @@ def test_a_model_without_cls_says_whose_attention_it_draws(monkeypatch):
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_of_a_file(capsys, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # as a disk with no more room
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # like a full disk
     try:
         assert main([*DIGITS, "--out", "run"]) == 2
     finally:

@@ -1,4 +1,4 @@
-"""fastvit convert and fastvit info from the outside."""
+"""The commands `fastvit convert` and `fastvit info`."""
 
 import json
 import os
@@ -136,7 +136,7 @@ def test_the_names_of_the_classes_go_along(file: Path, capsys: pytest.CaptureFix
     assert config["pretrained_cfg"]["label_names"] == names
     assert main(["convert", "timm", "again", "--to", "hf"]) == 0
     assert json.loads(Path("again/config.json").read_text())["id2label"]["2"] == "emu"
-    # Names of other classes than the model's are nobody's.
+    # Class names are dropped where the model has another number of classes.
     other = fastvit.load_checkpoint("run", num_classes=2)
     fastvit.export_checkpoint(other, "hf", "two")
     fastvit.export_checkpoint(other, "timm", "two timm")
@@ -146,7 +146,7 @@ def test_the_names_of_the_classes_go_along(file: Path, capsys: pytest.CaptureFix
 
 
 def test_our_own_runs_are_checkpoints_too(file: Path, capsys: pytest.CaptureFixture) -> None:
-    """What `fastvit train` writes, its config beside it, by file and by folder."""
+    """The output of `fastvit train`, config included, loads by file and by folder."""
     model = liven(fastvit.ViT(**{**NARROW, "image_size": (16, 32)}, rope="dinov3", num_classes=4))
     mean = [0.1, 0.2, 0.3]
     save_checkpoint("run/model.safetensors", model, mean=mean, std=mean)

@@ -15,11 +15,11 @@ from fastvit_kernels.aot import ARCHS, LIMITS
 from fastvit_kernels.sass import stray_descriptors
 
 ROOT = Path(__file__).parents[1]
-# Products on sm_90 that may use HMMA beside HGMMA: a tile of fewer than 64 rows has no wgmma.
-HMMA_ALLOWED = {"attention": "tail tiles of 16 or 32 query rows, and of keys where rows are owned"}
-# Rows of at most 32 tokens at head dims under 64: no operand has the 64 rows that wgmma takes.
+# Kernels that may use HMMA beside HGMMA on sm_90: wgmma needs a tile of at least 64 rows.
+HMMA_ALLOWED = {"attention": "tail tiles of 16 or 32 query rows; tails of keys in dK and dV"}
+# At most 32 keys and head dims under 64: no operand has the 64 rows that wgmma needs.
 NO_WGMMA = re.compile(r"attention_\w+_resident D(16|24|32|40|48|56) keys 32 ")
-# Whose wgmma each wait for the one before: the pipeline of TF32 pixels meets new accumulators.
+# ptxas serializes this wgmma: other instructions define its accumulators mid-pipeline (C7515).
 SERIAL_ALLOWED = ("patch_embed_dw", "tf32")
 KERNELS = {"patch", "gemm", "attention", "reduce", "layernorm"}
 
@@ -31,7 +31,7 @@ def report(*args: str, path: Path, kernels: set[str] = KERNELS) -> list[dict]:
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert path.exists(), run.stdout[-2000:] + run.stderr[-4000:]
     rows = json.loads(path.read_text())["rows"]
-    # A Config whose launcher vanished from the report would pass unseen.
+    # Otherwise a kernel that is missing from the report would pass unnoticed.
     found = {row["name"].split()[0].split("_")[0] for row in rows}
     assert found - {"swiglu"} == kernels
     return rows
@@ -41,10 +41,10 @@ def check_rows(rows: list[dict]) -> None:
     for row in rows:
         label = f"sm_{row['arch']} {row['name']}"
         assert row["spills"] == 0, f"{label}: spills {row['spills']} bytes a thread"
-        # sm_86 and sm_89 run the lines of sm_80, with as much shared memory as sm_120.
         serial = row["serial"] and not all(word in row["name"] for word in SERIAL_ALLOWED)
         assert not serial, f"{label}: {row['serial']} wgmma, each waited for alone"
         assert row["stray"] == 0, f"{label}: {row['stray']} products read at a parameter"
+        # sm_86 and sm_89 run the configs of sm_80, but have only as much shared memory as sm_120.
         limit = LIMITS[120 if row["arch"] == 80 else row["arch"]].shared_block
         assert row["shared"] <= limit, f"{label}: {row['shared']} bytes shared, limit {limit}"
         assert row["ctas_per_sm"] >= 1, f"{label}: no CTA fits an SM"
@@ -112,7 +112,7 @@ def test_a_descriptor_made_of_a_parameter_is_found() -> None:
         "UMOV UR24,", "UMOV UR26, 0x800 ;\n /*0011*/ UMOV UR27, URZ ;\n /*0012*/ UMOV UR24,"
     )
     assert stray_descriptors(code, 90) == 1 and stray_descriptors(right, 90) == 0
-    # Round the loop it is a parameter again; with A in registers the first two are not read.
+    # In the next iteration UR26 is a parameter again. With A in registers only UR26, 27 are read.
     late = right.replace("@!P0 BRA", "UIADD3 UR26, UR26, UR28, URZ ;\n /*0041*/ @!P0 BRA")
     late = late.replace("UMOV UR24,", "ULDC UR28, c[0x0][0x218] ;\n /*0013*/ UMOV UR24,")
     assert stray_descriptors(late, 90) == 1
@@ -135,7 +135,7 @@ def test_an_address_made_of_a_parameter_is_found_on_sm_100() -> None:
     assert stray_descriptors(code.replace("UR4, 0x12000", "UR20, 0x12000"), 100) == 1
     assert stray_descriptors(code.replace("gdesc[UR36]", "gdesc[UR20]"), 100) == 1
     assert stray_descriptors(code.replace("tmem[UR17]", "tmem[UR21]"), 100) == 2
-    # What the elected thread has made replaces a parameter; what any other has may not.
+    # A write by the elected thread (P0) replaces a parameter; under another predicate it may not.
     made = code.replace("UR4, 0x12000", "UR20, 0x12000")
     elected = "ELECT P0, URZ, PT ;\n /*0041*/ @P0 R2UR UR34, R8 ;\n /*0042*/ UMOV UR35"
     made = made.replace("UMOV UR35", elected)

@@ -27,7 +27,7 @@ def idx_bytes(values: np.ndarray) -> bytes:
 
 
 def write_fashion(folder, train=60, test=20, suffix=".gz") -> None:
-    """A data set in Fashion-MNIST's form; class c is bright in row 2 c."""
+    """Write a data set in Fashion-MNIST's format; class c is bright in row 2 c."""
     rng = np.random.default_rng(0)
     pack = gzip.compress if suffix else bytes
     for stem, count in (("train", train), ("t10k", test)):
@@ -39,7 +39,7 @@ def write_fashion(folder, train=60, test=20, suffix=".gz") -> None:
 
 
 def write_folder(root, classes=("cat", "dog"), count=10, size=(20, 24)) -> None:
-    """Class 0 is red, class 1 green, class 2 blue, each with its own noise."""
+    """Write one folder per class: class 0 is red, class 1 green, class 2 blue, with noise."""
     rng = np.random.default_rng(1)
     for label, name in enumerate(classes):
         (root / name).mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_digits_splits_are_apart_complete_and_fixed():
     assert [len(s) for s in splits] == [1259, 179, 359]
     assert data.describe().startswith("digits: 1,259 train, 179 validation and 359 test images")
     again = load_data("digits")
-    torch.manual_seed(1234)  # no run's seed moves a split
+    torch.manual_seed(1234)  # splits do not depend on the seed
     for one, two in zip(splits, (again.train, again.val, again.test), strict=True):
         assert torch.equal(one.labels, two.labels)
     assert isinstance(data.train, Images) and data.train.images.max() == 255
@@ -175,7 +175,7 @@ def test_other_words_for_the_held_out_folder(tmp_path, name, capsys):
 def test_folders_of_folders_are_no_classes(tmp_path, names):
     for name in names:
         write_folder(tmp_path / name)
-    if names == ("train",):  # beside a folder that could be a class
+    if names == ("train",):  # beside folders that could be classes
         write_folder(tmp_path, ("extra", "more"))
     with pytest.raises(UsageError, match=f"'{names[0]}' holds folders, not images; expected"):
         load_folder(tmp_path)
@@ -299,7 +299,7 @@ def test_read_image_stands_upright_and_is_cropped_not_squeezed(tmp_path):
     pixels = np.zeros((10, 40, 3), np.uint8)
     pixels[:, 13:27] = 200
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # EXIF orientation: rotate by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     image = read_image(tmp_path / "a.png", (12, 4))
     assert image.shape == (3, 12, 4)
@@ -354,7 +354,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_deep_pixels_are_scaled_or_refused(tmp_path):
-    """A conversion of Pillow's clips: 16 bits to white all over, floats in 0..1 to black."""
+    """Pillow's own conversion clips: 16-bit pixels turn all white, floats in 0..1 all black."""
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     for name in ("a.png", "a.tif"):
         Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Two processes train as one does: DistributedDataParallel and FSDP2's fully_shard."""
+"""Two processes train as one does, with DistributedDataParallel and FSDP2's fully_shard."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ WORLD = 2
 
 
 def losses(model: nn.Module, backend: str, rank: int = 0, world: int = 1) -> torch.Tensor:
-    """Of two steps on this rank's share of the batch."""
+    """The losses of two training steps on this rank's share of the batch."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(4, 3, 16, 16, generator=generator)
     labels = torch.arange(4)
@@ -61,7 +61,7 @@ def process(rank: int, port: int, wrapper: str, backend: str, path: str) -> None
         parts = (model.blocks,) if wrapper == "fsdp of blocks" else model.blocks
         for part in (*parts, model):
             fully_shard(part)
-        assert model._reads_cls_alone(), "its hooks read no vector"
+        assert model._reads_cls_alone(), "FSDP's hooks do not read activations"
         register_fsdp_forward_method(model, "forward_intermediates")
         model.forward_intermediates(torch.randn(2, 3, 16, 16), 2)[1][0].sum().backward()
         model.zero_grad()

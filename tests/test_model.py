@@ -133,7 +133,7 @@ def test_init_weights_makes_a_fresh_model_of_any(kwargs: dict) -> None:
 
 
 def test_reference_block_passes_gradcheck_in_float64() -> None:
-    """The oracle's own gradients against finite differences: input, every parameter, LayerScale."""
+    """The reference's gradients of input, parameters and LayerScale against finite differences."""
     block = Block(8, 2, 4, 12, layer_scale=0.5).double()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.5)

@@ -1,4 +1,4 @@
-"""Where <cls> alone is read, the last block's MLP and the final norm run on <cls> alone."""
+"""Where only <cls> is read, the last block's MLP and the final norm run on <cls> alone."""
 
 import functools
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def lively(**options: Any) -> fastvit.ViT:
 
 
 def rows(model: nn.Module, side: int = 16, batch: int = 2) -> int:
-    """How many vectors of an image the last projection of the last block ran on."""
+    """The number of tokens per image that the last op of the last block ran on."""
     p = next(model.parameters())
     images = torch.randn(batch, 3, side, side, dtype=p.dtype, device=p.device)
     choices = fastvit.backend_report(model, images).choices
@@ -65,7 +65,7 @@ def full(model: fastvit.ViT, images: Tensor) -> Tensor:
 
 
 def outcome(model: fastvit.ViT, run: Callable[[Tensor], Tensor], images: Tensor) -> list[Any]:
-    """Output, the images' gradient and every parameter's, of one seed."""
+    """Output and the gradients of images and parameters, from a fixed seed."""
     torch.manual_seed(4)
     model.zero_grad()
     x = images.clone().requires_grad_()
@@ -157,7 +157,7 @@ def test_global_hooks_see_all_tokens(kind: str) -> None:
 
     handle = register(look)
     try:
-        # With a gradient in the images: a backward hook wants one in each module's input.
+        # Images need a gradient: full backward hooks warn about modules whose inputs need none.
         model(torch.randn(2, 3, 16, 16, requires_grad=True)).sum().backward()
     finally:
         handle.remove()
@@ -215,7 +215,7 @@ def test_subclasses_and_patches_see_all_tokens() -> None:
 
 
 class Mixing(Mlp):
-    """An MLP that is not ours, and reads other vectors."""
+    """A user-defined MLP that mixes tokens."""
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, *args) + x.mean(dim=1, keepdim=True)
@@ -256,7 +256,7 @@ def test_other_pools_and_dropout_in_training_take_all_tokens() -> None:
 
 @pytest.mark.parametrize("mlp", ["mlp", "swiglu"])
 def test_flops_are_what_one_vector_takes(mlp: str) -> None:
-    """The last block's projection and MLP run on 1 vector, not 17: forward, and twice backward."""
+    """The last block's projection and MLP run on 1 token, not 17; backward costs twice forward."""
     model = lively(mlp=mlp, dim_head=24)
     per_vector = 2 * (32 * 2 * 24 + (3 if mlp == "swiglu" else 2) * 32 * 48)
     counts = []
@@ -311,7 +311,7 @@ def export(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
 
 
 def hidden_shapes(graph: torch.fx.GraphModule, meta: str) -> list[torch.Size]:
-    """Of the outputs of GELU, in the graph and in those of its parts."""
+    """The shapes of GELU's outputs in the graph and its subgraphs."""
     modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
     nodes = [node for module in modules for node in module.graph.nodes]
     return [node.meta[meta].shape for node in nodes if "gelu" in str(node.target)]
@@ -322,7 +322,7 @@ def hidden_shapes(graph: torch.fx.GraphModule, meta: str) -> list[torch.Size]:
 def test_kernels_take_the_first_row_of_each_image(
     op: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """A slice (B, 1, C) of (B, N, C): its rows lie N * C apart, and so do its gradient's."""
+    """A slice (B, 1, C) of (B, N, C) has a row stride of N * C; other rows get no gradient."""
     B, N, C, hidden = 5, 7, 32, 48
     inputs = {"x": torch.randn(B, N, C), "residual": torch.randn(B, N, C)}
     sizes = {"w1": (hidden, C), "b1": (hidden,), "w2": (C, hidden), "b2": (C,), "proj": (C, C)}
@@ -347,7 +347,6 @@ def test_kernels_take_the_first_row_of_each_image(
                 norm = (t["norm"], t["norm_bias"], t["proj"], t["b2"])
                 y, x = ops.layernorm_linear_fork(x, *norm)
                 out = x + y
-            # The gradient comes as a slice too.
             (out * weights[:, :1].to(device, dtype)).sum().backward()
         grads = {f"d{k}": v.grad for k, v in t.items() if v.grad is not None}
         return {"out": out.detach(), **grads}

@@ -1,4 +1,4 @@
-"""Every option of fastvit.ViT against timm's model with the same one, random draws included."""
+"""Every option of fastvit.ViT against timm's model with the same option, random draws included."""
 
 import functools
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_features_logits_and_gradients(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_another_size(options: dict[str, Any]) -> None:
-    """The gradient of the table goes back through the resampling."""
+    """The gradient of the position table flows back through the resampling."""
     theirs, ours = twins(**options, dynamic_img_size=True)
     p_h, p_w = theirs.patch_embed.patch_size
     check(ours, run(theirs, torch.randn(2, options.get("in_chans", 3), 5 * p_h, 3 * p_w)))
@@ -81,11 +81,11 @@ def test_another_size(options: dict[str, Any]) -> None:
 def test_goes_to_timm_and_comes_back(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """config.json says every option, to timm and to us; but for norm_eps, and that is said."""
+    """config.json gives timm and fastvit every option but norm_eps, which a warning names."""
     _, ours = twins(**OPTIONS[name])
     state = fastvit.export_checkpoint(ours, "timm")
     assert all(torch.equal(state[key], value) for key, value in ours.state_dict().items())
-    if name == "SwiGLU":  # timm's config.json has no word for its class
+    if name == "SwiGLU":  # config.json cannot name timm's class
         with pytest.raises(UsageError, match="a SwiGLU of two projections without RoPE"):
             fastvit.export_checkpoint(ours, "timm", tmp_path)
         return
@@ -127,7 +127,7 @@ def test_training_draws_what_timm_draws(options: dict[str, Any]) -> None:
     """From one seed: the same paths, patches and channels are dropped, and scaled the same."""
     theirs, ours = twins(**options)
     for block in theirs.blocks:
-        block.attn.fused_attn = False  # the fused one draws in another order
+        block.attn.fused_attn = False  # fused attention draws in another order
     images = torch.randn(4, 3, 32, 32)
     outs, grads = [], []
     for model in (theirs.train(), ours.train()):
@@ -145,7 +145,7 @@ def test_training_draws_what_timm_draws(options: dict[str, Any]) -> None:
 
 
 def test_both_forms_of_rope_against_timms_eva() -> None:
-    """Features and gradients, square and oblong, with prefix tokens that do not turn."""
+    """Features and gradients on square and oblong images; prefix tokens are not rotated."""
     eva = timm.models.eva.Eva
     for name, options in (
         ("eva", {"ref_feat_shape": (4, 4)}),
@@ -158,12 +158,12 @@ def test_both_forms_of_rope_against_timms_eva() -> None:
             args = {"rope_temperature": 50.0, "init_values": 1.0, **args}
         theirs: Any = liven(eva(**args))
         base = "vit_small_patch16_dinov3_qkvb" if name == "dinov3" else "eva02_small_patch14_224"
-        # Each word that the preset says otherwise than Eva's constructor does.
+        # The arguments in which the preset differs from the defaults of Eva's constructor.
         said: dict[str, Any] = {"use_abs_pos_emb": True, "num_reg_tokens": 0, "qkv_bias": True}
         said.update(swiglu_mlp=False, use_fc_norm=True)
         said["norm_layer"] = functools.partial(nn.LayerNorm, eps=theirs.blocks[0].norm1.eps)
         for word, mine in (("init_values", "layer_scale"), ("ref_feat_shape", "rope_grid")):
-            said.update({} if word in args else {mine: None})  # None in timm's words says nothing
+            said.update({} if word in args else {mine: None})  # None for timm's name is ignored
         ours: Any = fastvit.create_model(base, **{**said, **args}).eval()
         names = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
         state = theirs.state_dict()

@@ -1,4 +1,4 @@
-"""`model.blocks` as one: hooks on it fire as in timm, and what wraps or replaces it is called."""
+"""`model.blocks` is called as one module: its hooks fire as in timm, and its wrappers run."""
 
 import copy
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def test_hooks_fire_with_rope_and_checkpointing() -> None:
 
 
 class Wrapper(nn.Module):
-    """A user's own, which passes on what it is given."""
+    """A user-defined wrapper of the blocks that passes its arguments on."""
 
     def __init__(self, blocks: nn.Module) -> None:
         super().__init__()
@@ -102,7 +102,8 @@ WRAPS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks, and hides it else
+# Dynamo reads .grad of a non-leaf tensor and hides the warning, unless warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_what_wraps_the_blocks_runs(wrap: str, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Hooks, layers of one's own and pruning do on a ViT what they do on timm's, vector by vector."""
+"""Hooks, user-defined layers and pruning have the same effect on fastvit.ViT as on timm's ViT."""
 
 import copy
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def test_a_backward_hook_sees_the_branch_s_gradient(models: Any, path: str) -> N
 
 
 class Mix(nn.Module):
-    """A layer in which vectors look at one another."""
+    """A layer that mixes tokens: it adds the mean of all."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

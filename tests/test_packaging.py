@@ -1,4 +1,4 @@
-"""The wheel and the sdist hold both packages, and the wheel works where the checkout is not."""
+"""The wheel and the sdist hold both packages, and the wheel works without the checkout."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""A layer put in place of one of ours, a hook, pruning: all act, on the modules' own forward."""
+"""Replaced layers, hooks and pruning take effect: modules then run themselves, not the fused op."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,14 +28,14 @@ def make(mlp: str, **options: Any) -> fastvit.ViT:
 
 
 def part(model: fastvit.ViT, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the part, and its name there."""
+    """The parent module of the part, and the part's attribute name in it."""
     path = name if name.startswith("patch_embed") else f"blocks.0.{name}"
     parent, _, child = path.rpartition(".")
     return model.get_submodule(parent), child
 
 
 class Half(nn.Module):
-    """A module of its own around another: LoRA's shape. At scale 1 it changes nothing."""
+    """A wrapper around another module, as in LoRA. At scale 1 it changes nothing."""
 
     def __init__(self, inner: nn.Module, scale: float) -> None:
         super().__init__()

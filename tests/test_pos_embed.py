@@ -1,4 +1,4 @@
-"""Resampled positions where shapes are traced: torch.compile's training, torch.export's sizes."""
+"""Position resampling under tracing: torch.compile in training, dynamic sizes in torch.export."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved loads, and what is damaged says so."""
+"""Saved checkpoints load again, and damaged ones raise a clear error."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def test_round_trip(tmp_path):
 
 
 def test_modules_changed_since(tmp_path):
-    """Another head and fewer blocks are written as they are, to us and to timm."""
+    """A replaced head and removed blocks are saved as they are, in our format and in timm's."""
     model = tiny(depth=3).eval()
     del model.blocks[2]
     model.head = torch.nn.Linear(16, 9)

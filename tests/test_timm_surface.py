@@ -1,4 +1,4 @@
-"""The working surface that timm's users know, each call against timm's own model."""
+"""timm's model API on fastvit.ViT, each call against timm's own model."""
 
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ def twins(name: str, **more: Any) -> tuple[Any, Any]:
 
 
 def as_timm(name: str, theirs: Any) -> str:
-    """Our name of a parameter as this model of timm's has it: Eva's LayerScale differs."""
+    """timm's name of our parameter `name`; Eva names LayerScale differently."""
     names = dict(theirs.named_parameters())
     for ours, eva in RENAMED.items():
         if name.endswith(ours) and name not in names:
@@ -51,7 +51,7 @@ def as_timm(name: str, theirs: Any) -> str:
 
 
 def same(got: Any, expected: Any) -> None:
-    """The same nest of tuples, lists and dicts, with close tensors."""
+    """Assert equal nesting of tuples, lists and dicts, with close tensors."""
     if isinstance(expected, torch.Tensor):
         close("a tensor", got, expected)
     elif isinstance(expected, dict):
@@ -196,7 +196,7 @@ def test_no_weight_decay_and_layers(name: str) -> None:
 @pytest.mark.parametrize("layer_decay", [None, 0.75])
 @pytest.mark.parametrize("name", MODELS.values(), ids=MODELS)
 def test_param_groups(name: str, layer_decay: float | None) -> None:
-    """The rate and the decay that timm gives to each parameter, frozen ones left out."""
+    """Each parameter gets timm's learning rate scale and weight decay; frozen ones are left out."""
     theirs, ours = twins(name)
     for model in (theirs, ours):
         model.blocks[1].norm1.weight.requires_grad_(False)

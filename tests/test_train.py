@@ -24,7 +24,7 @@ MODEL = dict(image_size=8, patch_size=4, dim=32, depth=2, heads=2, mlp_dim=32, d
 
 
 def stripes(count: int = 96) -> DataSet:
-    """Class c has its bright row at 2 c."""
+    """A data set in which images of class c are bright in row 2 c."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 60, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
     labels = torch.arange(count) % 4
@@ -146,7 +146,7 @@ def test_resume_refuses_other_data_and_damaged_state(tmp_path):
 
 
 def test_the_state_of_a_run_is_a_checkpoint(tmp_path):
-    """Its settings say what the tensors do not: 4 heads of 8, and an eps of its own."""
+    """Its settings give what the tensors do not show: 4 heads of 8, and norm_eps 1e-3."""
     run = start(model={**MODEL, "heads": 4, "norm_eps": 1e-3})
     run.save_state(tmp_path / "state.pt")
     model = load_checkpoint(tmp_path / "state.pt")

@@ -1,4 +1,4 @@
-"""vit-pytorch's MAE, SimMIM, Extractor and Dino on fastvit.ViT; Recorder says what to use."""
+"""vit-pytorch's MAE, SimMIM, Extractor and Dino on fastvit.ViT; Recorder names a substitute."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def twins() -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("wrapper", ["MAE", "SimMIM"])
 def test_masked_image_modelling_is_vit_pytorchs(wrapper: str) -> None:
-    """The same loss, and the same gradient in every parameter of the encoder, mask by mask."""
+    """The same loss and the same gradients in the encoder, from the same random masks."""
     theirs, ours = twins()
     images = torch.randn(4, 3, 32, 32)
     losses = []
@@ -64,7 +64,7 @@ def test_masked_image_modelling_is_vit_pytorchs(wrapper: str) -> None:
 
 
 def test_mae_trains_other_models_of_ours_too() -> None:
-    """Mean pooling without <cls>, registers, no_embed_class, on the model's own optimizer."""
+    """Mean pooling without <cls>, registers and no_embed_class: the loss falls."""
     for options in (
         {"pool": "mean", "class_token": False},
         {"no_embed_class": True, "registers": 2},
@@ -91,7 +91,7 @@ def test_extractor_takes_a_block() -> None:
     images = torch.randn(2, 3, 32, 32)
     logits, tokens = Extractor(ours, layer=ours.blocks[-1])(images)
     close("logits", logits, theirs(images))
-    _, expected = Extractor(theirs)(images)  # after the final norm, which ours takes alone
+    _, expected = Extractor(theirs)(images)  # after the final norm, which a block does not apply
     close("tokens", ours.norm(tokens), expected)
     with pytest.raises(TypeError, match=r"Extractor\(model, layer=model\.blocks\[-1\]\)"):
         Extractor(ours)(images)
@@ -107,7 +107,7 @@ def test_recorder_says_what_to_use() -> None:
 
 
 def test_dino() -> None:
-    """The hidden layer -2 is ours as it is vit-pytorch's: what the head reads."""
+    """hidden_layer=-2 is the input of the head, in vit-pytorch (`to_latent`) as in ours."""
     theirs, ours = twins()
     images = torch.randn(4, 3, 32, 32)
     options: dict[str, Any] = dict(image_size=32, hidden_layer=-2, num_classes_K=16)
