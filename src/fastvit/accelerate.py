@@ -1,11 +1,11 @@
 """`accelerate(model)`: run the ViT you already have on fastvit.ops; `restore` undoes it.
 
-A rerouted module gets a subclass of its own class, whose `forward` is ours, as its `__class__`.
-So nothing that a module holds changes: parameters (the same objects), buffers, names, state dict,
-hooks, training flag, and `isinstance`. A `forward` set on the instance would serve less well: it
-is not pickled, it hides transformers' gradient checkpointing and FSDP's class, and Dynamo guards
-on it by identity. `copy.deepcopy`, `pickle` and `torch.save(model)` keep the module rerouted
-(loading then needs fastvit; call `restore` first to do without).
+A rerouted module's `__class__` becomes a generated subclass of its class, with our `forward`. All
+that the module holds stays: parameters (the same objects), buffers, names, state dict, hooks,
+training flag, and `isinstance`. Setting `forward` on the instance would be worse: it is not
+pickled, it hides transformers' gradient checkpointing and FSDP's class, and Dynamo guards on it by
+identity. `copy.deepcopy`, `pickle` and `torch.save(model)` keep the module rerouted; loading then
+needs fastvit, unless `restore` was called first.
 """
 
 import functools
@@ -27,8 +27,8 @@ SUPPORTED = (
 
 @dataclass(frozen=True)
 class Row:
-    """One part of one module: taken or left, and why. The reason beside a part that is taken says
-    when the peer's own forward serves it all the same."""
+    """One part of one module, whether it was taken, and why not. For a part that is taken, the
+    reason says when its original forward runs nevertheless."""
 
     module: str
     kind: str
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass
 class Report:
-    """What `accelerate` took and left; `print` shows it, equal rows of numbered modules as one."""
+    """What `accelerate` took and left. `print` merges equal rows of numbered modules."""
 
     rows: list[Row] = field(default_factory=list)
     already: bool = False
@@ -74,13 +74,13 @@ def accelerate(model: nn.Module) -> Report:
     model: a live timm `VisionTransformer`, transformers `ViTModel`, `Dinov2Model`,
     `Dinov2WithRegistersModel` or a head on them, torchvision `VisionTransformer`, vit-pytorch
     `ViT`, or any module that holds one. It is changed in place; parameters, state dict, optimizer,
-    hooks on the model, its blocks, stem, norm and head stay as they were. Returns a `Report`.
+    and hooks on the model, its blocks, stem, norm and head stay valid. Returns a `Report`.
 
-    What an op cannot do stays the peer's own: other norms and activations, dropout in training but
-    of attention's probabilities (at the peer's rate; the kernel draws on a GPU), attention masks,
-    `output_attentions`. It is decided again at every call, half a block at a time, so that a hook,
-    a mask or a LoRA layer that comes later is honoured: the half it touches then runs the peer's
-    own modules. Raises TypeError where there is nothing to take.
+    The original modules still run whatever the ops do not support: other norms and activations,
+    dropout in training except on attention probabilities (at the model's rate; on a GPU the kernel
+    draws), attention masks, `output_attentions`. This is decided at every call, separately for a
+    block's attention and MLP, so a hook, mask or LoRA layer added later takes effect: the half
+    that it is on then runs the original modules. Raises TypeError if no known ViT is found.
 
     Call it before FSDP2's `fully_shard`, and before or after DDP and `torch.compile`.
     """
@@ -101,7 +101,7 @@ def accelerate(model: nn.Module) -> Report:
         if any(row.taken for row in rows) and not hasattr(type(module), "_fastvit_peer"):
             _become(module, _subclass(type(module)))
             changed = True
-        # The core serves where the whole attention half does not: told only there.
+        # Report the attention core only where the whole attention half was not taken.
         owners = (name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")[0], name)
         if not (rows and rows[0].part == CORE and covered.intersection(owners)):
             report.rows += rows
@@ -110,7 +110,7 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`: every module gets its own class back. Returns `model`."""
+    """Undo `accelerate`: every module gets its original class back. Returns `model`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     modules = [m for m in model.modules() if hasattr(type(m), "_fastvit_peer")]
@@ -127,13 +127,13 @@ def restore(model: nn.Module) -> nn.Module:
 
 def _become(module: nn.Module, cls: type) -> None:
     module.__class__ = cls
-    # Dynamo of torch 2.11 looks no further at a module whose dictionary nobody wrote to.
+    # Dynamo of torch 2.11 sees a module as unchanged until its __dict__ is written to.
     vars(module)["_fastvit"] = None
     del vars(module)["_fastvit"]
 
 
 def _find(model: nn.Module) -> "list[tuple[str, tuple[nn.Module, Reroute]]]":
-    """Every module that a peer's class name or its owner's says can be rerouted, outside in."""
+    """Return the modules that can be rerouted by their class or their owner's, outermost first."""
     found: dict[str, tuple[nn.Module, Reroute]] = {}
     for name, module in model.named_modules():
         cls = dotted(peer_class(module))
@@ -164,7 +164,7 @@ def _rows(name: str, module: nn.Module, reroute: Reroute) -> list[Row]:
 
 @functools.cache
 def _subclass(peer: type) -> type:
-    """A subclass of `peer` with its name, our forward, and pickling by the peer's class."""
+    """Return a subclass of `peer` with its name and our forward, pickled as `peer`."""
     reroute = REROUTES.get(dotted(peer)) or _STEM_OF[peer.__name__]
     namespace: dict[str, Any] = {
         "forward": reroute.forward,
@@ -182,7 +182,7 @@ _STEM_OF["Sequential"] = STEMS["vit_pytorch.vit.ViT"][1]
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
-    """Pickle and deepcopy rebuild the generated class from the peer's, which has a name."""
+    """Make pickle and deepcopy rebuild the generated class from the importable original."""
     _, _, *state = object.__reduce_ex__(self, max(int(protocol), 2))
     return (_rebuild, (peer_class(self),), *state)
 

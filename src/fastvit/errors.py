@@ -1,4 +1,4 @@
-"""The error for input that a person can correct, and the check for optional packages."""
+"""The exception for invalid user input, and the check for optional packages."""
 
 from importlib.util import find_spec
 
@@ -6,11 +6,11 @@ _PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 class UsageError(ValueError):
-    """Input at fault: bad data, settings or checkpoint. The command line prints it bare."""
+    """Invalid data, settings or checkpoint. The command line prints it without a traceback."""
 
 
 def need(purpose: str, *modules: str) -> None:
-    """Raise before any work when a package of the `train` extra is missing."""
+    """Raise UsageError if a package of the `train` extra is missing. Call it before any work."""
     missing = [_PACKAGES.get(m, m) for m in modules if find_spec(m) is None]
     if missing:
         raise UsageError(

@@ -1,9 +1,9 @@
-"""The two halves of a foreign Transformer block, seen as what one fused op can take.
+"""The attention and MLP halves of another library's Transformer block, as fused ops take them.
 
-A peer's block is described by an `AttentionHalf` and an `MlpHalf`, read afresh at every call, so
-that replaced parameters, LoRA layers or new hooks are seen. `why_not` is the one predicate: it
-decides at the call, and it gives the report its reasons. It costs some microseconds a block, and
-nothing under torch.compile. `run` is the fused op; Dynamo of torch 2.10 cannot call a tuple.
+A block of such a library (a "peer") is described by an `AttentionHalf` and an `MlpHalf` or
+`GatedHalf`, rebuilt at every call to see replaced parameters, LoRA layers and new hooks. `why_not`
+decides at the call and also supplies the report's reasons; it costs some microseconds per block,
+and nothing under torch.compile. `run`, not `__call__`: Dynamo of torch 2.10 cannot call a tuple.
 """
 
 import sys
@@ -68,16 +68,16 @@ _KIND_OF = {
     "vit_pytorch.vit.FeedForward": "mlp",
 }
 _KINDS: dict[type, str] = {}
-Peer = Any  # a module of a peer, whose attributes its kind tells
+Peer = Any  # a peer's module; its kind implies its attributes
 
 
 class AttentionHalf(NamedTuple):
     """x + path * layer_scale * dropout(proj(attention(qkv(norm(x))))).
 
-    qkv: one packed Linear, three Linears, or an nn.MultiheadAttention, whose in_proj is packed;
-    core: the module whose `training` turns attention_dropout, of the probabilities, on; skipped:
-    every further module that the fused op would not call, each with the kinds it may be; odd: the
-    peer's own reason.
+    qkv: one packed Linear, three Linears, or an nn.MultiheadAttention with a packed in_proj;
+    core: the module whose `training` enables attention_dropout (on the probabilities); skipped:
+    (name, module, *allowed kinds) of all other modules that the fused op bypasses; odd: a
+    peer-specific reason why not.
     """
 
     norm: Peer
@@ -93,8 +93,8 @@ class AttentionHalf(NamedTuple):
     odd: str | None = None
 
     def why_not(self, training: bool | None = None) -> str | None:
-        """Why the fused op cannot take this half, or None. training: suppose all dropout on or off;
-        None: as the modules are now."""
+        """Return why the fused op cannot take this half, or None. training: assume all dropout on
+        or off; None: use the modules' flags."""
         reason = self.odd or _why_not_half(self, (*self.qkv, self.proj), training)
         if reason:
             return reason
@@ -121,11 +121,11 @@ class AttentionHalf(NamedTuple):
         return ops.linear_residual(o.flatten(2), proj.weight, proj.bias, x, gamma, path)
 
     def _in_projection(self, pack: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the packed projection.
+        """Return weight and bias of the packed projection; pack False: of its first Linear.
 
-        Three Linears are joined at each call, under autograd: 6 C^2 elements moved and two small
-        launches, where three products would read the tokens three times, recompute LayerNorm twice
-        and add three gradients of x. The parameters stay the peer's own.
+        Three Linears are concatenated at each call, under autograd: 6 C^2 elements moved and two
+        small launches, whereas three GEMMs would read the tokens three times, recompute LayerNorm
+        twice and add three gradients of x. The parameters remain the peer's.
         """
         first = self.qkv[0]
         if _kind(first) == "packed_attention":
@@ -146,8 +146,8 @@ class MlpHalf(NamedTuple):
     odd: str | None = None
 
     def why_not(self, training: bool | None = None) -> str | None:
-        """Why the fused op cannot take this half, or None. training: suppose all dropout on or off;
-        None: as the modules are now."""
+        """Return why the fused op cannot take this half, or None. training: assume all dropout on
+        or off; None: use the modules' flags."""
         reason = (
             self.odd
             or _why_not_half(self, (self.fc1, self.fc2), training)
@@ -178,7 +178,7 @@ class MlpHalf(NamedTuple):
             path_scale(self.drop_path, x),
             norm.eps,
             activation,
-            0.0,  # its dropout is off, or this half would not be taken
+            0.0,  # why_not refuses active dropout
             _kind(norm),
         )
 
@@ -186,7 +186,7 @@ class MlpHalf(NamedTuple):
 class GatedHalf(NamedTuple):
     """x + path * layer_scale * dropout(fc2(SiLU(gate(norm(x))) * value(norm(x)))).
 
-    fc1: one packed Linear, the gate first, or the gate's and the value's; activation: None where
+    fc1: one packed Linear, gate first, or the Linears of gate and value; activation: None where
     the peer calls SiLU as a function.
     """
 
@@ -200,8 +200,8 @@ class GatedHalf(NamedTuple):
     odd: str | None = None
 
     def why_not(self, training: bool | None = None) -> str | None:
-        """Why the fused ops cannot take this half, or None. training: suppose all dropout on or
-        off; None: as the modules are now."""
+        """Return why the fused ops cannot take this half, or None. training: assume all dropout on
+        or off; None: use the modules' flags."""
         reason = (
             self.odd
             or _why_not_half(self, (*self.fc1, self.fc2), training)
@@ -228,13 +228,13 @@ Half = AttentionHalf | MlpHalf | GatedHalf
 def _norm_linear(
     x: Tensor, norm: Peer, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A Linear of norm(x), and x for the residual. RMSNorm has no bias."""
+    """Return a Linear of norm(x), and x for the residual. RMSNorm has no bias."""
     args = (x, norm.weight, getattr(norm, "bias", None), weight, bias, norm.eps, _kind(norm))
     return ops.layernorm_linear_fork(*args)
 
 
 def _joined(linears: tuple[Peer, ...]) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of Linears of one input as those of one Linear, under autograd."""
+    """Concatenate weights and biases of Linears that share an input, under autograd."""
     first = linears[0]
     if len(linears) == 1:
         return first.weight, first.bias
@@ -260,17 +260,17 @@ def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) ->
 
 
 def why_not_skip() -> str | None:
-    """Why no module at all can be skipped, or None: a hook that is to fire for every one."""
+    """Return why no module can be bypassed, or None. A global hook must fire for each module."""
     return "a global module hook is registered" if _has_any_global_hook() else None
 
 
 def is_on(dropout: nn.Module, training: bool | None) -> bool:
-    """Its own flag decides unless one is supposed: Monte Carlo dropout runs in an eval model."""
+    """Return `training` if given, else the module's flag (Monte Carlo dropout: on in eval)."""
     return dropout.training if training is None else training
 
 
 def why_not_rate(rate: float, core: nn.Module, training: bool | None) -> str | None:
-    """Why attention cannot drop probabilities at `rate`, where it is on, or None."""
+    """Return why attention dropout at `rate`, where it is on, is not supported, or None."""
     if 0.0 <= rate < 1.0 or not is_on(core, training):
         return None
     return f"attention dropout {rate} in training"
@@ -281,8 +281,8 @@ def rate_now(rate: float, core: nn.Module) -> float:
 
 
 def why_not_module(name: str, module: Any, *kinds: str) -> str | None:
-    """Why `module` cannot be skipped by a fused op that does its work: a kind that the op does not
-    know, a hook that would not fire, a forward replaced on the instance, a tensor subclass."""
+    """Return why a fused op cannot bypass `module`, or None: a kind that the op does not support,
+    a hook that would not fire, a forward replaced on the instance, a tensor subclass."""
     if module is None:
         return None
     if reason := why_not_kind(name, module, *kinds):
@@ -291,7 +291,7 @@ def why_not_module(name: str, module: Any, *kinds: str) -> str | None:
 
 
 def why_not_kind(name: str, module: Any, *kinds: str) -> str | None:
-    """Why a module that is called as ever, hooks and all, is not what is expected."""
+    """Return why a module that is still called, with its hooks, is of another kind, or None."""
     return None if _kind(module) in kinds else f"{name} is {type(module).__name__}"
 
 
@@ -307,7 +307,7 @@ def wants_attentions(module: nn.Module) -> bool:
 
 
 def _idle_capture(module: nn.Module) -> bool:
-    """True if all forward hooks are those that transformers leaves behind, with nothing to do."""
+    """True if all forward hooks are transformers' output capturing, and it is inactive."""
     if torch.compiler.is_compiling():
         return False
     if any(hook.__module__ != _CAPTURE for hook in module._forward_hooks.values()):
@@ -317,7 +317,7 @@ def _idle_capture(module: nn.Module) -> bool:
 
 
 def path_scale(drop_path: Peer | None, x: Tensor) -> Tensor | None:
-    """The factor of each sample, drawn as the peer's own DropPath draws it. (B,)."""
+    """Drop path's factor per sample, (B,), drawn as the peer's DropPath draws it."""
     rate = getattr(drop_path, "drop_prob", 0.0)
     if drop_path is None or not rate or not drop_path.training:
         return None
@@ -330,7 +330,7 @@ def path_scale(drop_path: Peer | None, x: Tensor) -> Tensor | None:
 
 
 def peer_class(module: Any) -> type:
-    """The class that the peer gave to this module, also where it is rerouted."""
+    """Return the module's original class, also if `accelerate` rerouted it."""
     return getattr(type(module), "_fastvit_peer", type(module))
 
 

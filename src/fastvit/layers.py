@@ -1,9 +1,9 @@
-"""The parts of a Vision Transformer. State-dict names and shapes are timm's.
+"""The modules of a Vision Transformer. State-dict names and shapes are timm's.
 
-Each residual branch takes the stream and its own norm, and returns the stream: so the norm rides in
-the prologue of the branch's first product, LayerScale, drop path and the sum in the epilogue of its
-last. Where somebody looks at a branch alone, or has put a module of their own in its place, it
-takes the normed stream alone and returns what is to be added, as timm's do.
+A residual branch takes the residual stream and its norm, and returns the updated stream, so that
+the norm runs in the prologue of the branch's first GEMM, and LayerScale, drop path and the residual
+add in the epilogue of its last. A branch that has hooks or was replaced by another module is called
+as in timm: on the normed stream alone, returning the term to add.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from fastvit.pos_embed import Grid, Resample, resample_patches
 
 NORMS = ops.NORMS
 MLPS = ("mlp", "swiglu", "swiglu_packed")
-Tables = tuple[Tensor, Tensor, bool]  # RoPE's cos and sin, and whether its pairs are neighbours
+Tables = tuple[Tensor, Tensor, bool]  # RoPE's cos, sin and interleaved (see Rope)
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -85,7 +85,7 @@ def make_norm(kind: str, dim: int, eps: float) -> Norm:
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each projected to `dim`. Holds the weights of one convolution."""
+    """Project non-overlapping patches to `dim`. The weights are those of one nn.Conv2d."""
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class PatchEmbed(nn.Module):
         any_size: bool = False,
         crop: bool = False,
     ) -> None:
-        """any_size: take images of any number of patches; crop: leave out what is over at the
-        right and the bottom, as a convolution does."""
+        """any_size: accept any number of whole patches; crop: ignore the pixels beyond the last
+        whole patch at the right and the bottom, as a convolution does."""
         super().__init__()
         self.any_size, self.crop, self.channels = any_size, crop, channels
         self._set_sizes(image_size, patch_size)
@@ -110,7 +110,7 @@ class PatchEmbed(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def grid(self, images: Tensor) -> Grid:
-        """Rows and columns of patches in images (B, C, H, W), whose size is checked here."""
+        """Check the size of images (B, C, H, W) and return their rows and columns of patches."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         channels = getattr(self.proj, "in_channels", self.channels)
@@ -141,7 +141,7 @@ class PatchEmbed(nn.Module):
         return ops.patch_embed(images, self.proj.weight, self.proj.bias, pos, prefix)
 
     def resize(self, image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
-        """Take another image size and, resampling the kernel, another patch size."""
+        """Change the image size and the patch size, resampling the kernel to the latter."""
         before = self.patch_size
         self._set_sizes(image_size, patch_size)
         if patch_size != before:
@@ -153,7 +153,7 @@ class PatchEmbed(nn.Module):
 def grid_of(
     name: str, size: tuple[int, int], patch_size: tuple[int, int], crop: bool = False
 ) -> Grid:
-    """Patches per side of an image that is a whole number of them, or that may be cropped to it."""
+    """Return the patches per side; raise if there is a remainder that `crop` does not allow."""
     for side, word in enumerate(("height", "width")):
         if size[side] % patch_size[side] and not (crop and size[side] > patch_size[side]):
             raise ValueError(
@@ -163,7 +163,7 @@ def grid_of(
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel on a residual branch."""
+    """A learned per-channel factor on a residual branch."""
 
     def __init__(self, dim: int, init: float) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class LayerScale(nn.Module):
 
 
 class Activation(nn.Module):
-    """`ops.ACTIVATIONS` by name."""
+    """An activation function of `ops.ACTIVATIONS`, by name."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -188,11 +188,11 @@ class Activation(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + Attention(norm(x)), heads side by side in one packed projection; without a norm,
-    Attention(x) alone.
+    """x + Attention(norm(x)) with a packed QKV projection; without a norm, Attention(x) alone.
 
-    qkv_bias "qv": keys have none, as in EVA and DINOv3. qk_norm: a norm over each head's channels
-    of q and k. dropout is on the probabilities, proj_dropout after the output projection.
+    qkv_bias "qv": a bias on q and v but not k, as in EVA and DINOv3. qk_norm: a norm over each
+    head's channels of q and k. dropout is on the probabilities, proj_dropout after the output
+    projection.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class Attention(nn.Module):
         rope: Tables | None = None,
         rows: int | None = None,
     ) -> Tensor:
-        """rows: all vectors are looked at, but the first `rows` alone go on; None: all do."""
+        """rows: return only the first `rows` vectors, which attend to all; None: return all."""
         dropout, proj_dropout = (self.dropout, self.proj_dropout) if self.training else (0.0, 0.0)
         qkv, x = self.project(x, norm)
         o = ops.attention_qkv(qkv, dropout=dropout, **self.qk_options(rope)).flatten(2)
@@ -239,7 +239,7 @@ class Attention(nn.Module):
         return _linear_residual("proj", self.proj, o, x, *branch)
 
     def project(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
-        """q, k, v of norm(x), packed, and x itself: (B, N, C) -> (B, N, 3, H, D), (B, N, C)."""
+        """Packed q, k, v of norm(x), and x: (B, N, C) -> (B, N, 3, H, D), (B, N, C)."""
         bias = getattr(self.qkv, "bias", None)
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -256,7 +256,7 @@ class Attention(nn.Module):
         qkv = qkv.unflatten(-1, (3, self.heads, self.dim_head))
         if reason := self._why_norms_apart():
             ops.leave_to_modules("qk_norm_rope", qkv, reason)
-            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, D), as timm's norms are given
+            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, D), as timm's norms get it
             q = q if self.q_norm is None else self.q_norm(q)
             k = k if self.k_norm is None else self.k_norm(k)
             qkv = torch.stack([q.to(v.dtype), k.to(v.dtype), v], dim=2).transpose(1, 3)
@@ -268,8 +268,8 @@ class Attention(nn.Module):
         return why_not_fused(LayerNorm, RMSNorm, q_norm=self.q_norm, k_norm=self.k_norm)
 
     def qk_options(self, rope: Tables | None) -> dict[str, Any]:
-        """QK-norm, unless `project` has done it, and RoPE, as `ops.attention_qkv` and
-        `ops.qk_norm_rope` take them.
+        """Keyword arguments of `ops.attention_qkv` and `ops.qk_norm_rope`: RoPE, and QK-norm unless
+        `project` has applied it.
         """
         options: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None and not self._why_norms_apart():
@@ -335,8 +335,8 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """x + fc2(SiLU(gate) * value), gate and value two projections of norm(x) to hidden_dim; without
-    a norm, of x, and x is not added.
+    """x + fc2(SiLU(gate) * value), where gate and value are projections of norm(x) to hidden_dim;
+    without a norm, projections of x, and x is not added.
 
     packed: both in fc1, gate first, as in DINOv2; else fc1_g and fc1_x, as in EVA and DINOv3.
     """
@@ -357,7 +357,7 @@ class SwiGlu(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def project(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
-        """gate and value of norm(x), packed, and x itself: (B, N, C) -> (B, N, 2 F), (B, N, C)."""
+        """Packed gate and value of norm(x), and x: (B, N, C) -> (B, N, 2 F), (B, N, C)."""
         if self.fc1 is not None:
             parts = {"fc1": self.fc1}
         else:
@@ -420,7 +420,7 @@ _BRANCHES = (Attention, Mlp, SwiGlu)
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block. x: (B, N, C) -> (B, N, C), or its first `rows` vectors alone."""
+    """A pre-norm encoder block. x: (B, N, C) -> (B, N, C), or only its first `rows` vectors."""
 
     def __init__(
         self,
@@ -478,24 +478,24 @@ class Block(nn.Module):
         return self.mlp(x, self.norm2, None if self.ls2 is None else self.ls2.gamma, path)
 
     def why_tail_runs(self) -> str | None:
-        """Why a module behind the attention may look at all vectors; None: all are plain."""
+        """Return why a module after the attention may need all vectors; None: all are plain."""
         tail = {"norm2": self.norm2, "proj": self.attn.proj, **dict(self.mlp.named_children())}
         tail |= {name: ls for name, ls in (("ls1", self.ls1), ("ls2", self.ls2)) if ls is not None}
         kinds = (*_KINDS, Activation, LayerScale)
         return None if are_bare(kinds, *tail.values()) else why_not_fused(*kinds, **tail)
 
     def path_scale(self, x: Tensor) -> Tensor | None:
-        """Drop path's factor per sample: 0 with probability drop_path, else 1 / keep. (B,)."""
+        """Drop path's factor per sample, (B,): 0 with probability drop_path, else 1 / keep."""
         if not self.training or not self.drop_path:
             return None
         keep = 1.0 - self.drop_path
-        # Of x, so that vmap draws for each of its samples.
+        # x.new_empty rather than torch.empty: vmap then draws for each of its samples.
         scale = x.new_empty(x.shape[0], dtype=torch.float32)
         return scale.bernoulli_(keep).div_(keep)
 
 
 class Blocks(nn.Sequential):
-    """The encoder's blocks in turn, called as one: so hooks, wrappers and sharding of it act."""
+    """The encoder's blocks in sequence, as one module: hooks, wrappers and FSDP on it work."""
 
     def forward(  # type: ignore[override]
         self,
@@ -505,10 +505,10 @@ class Blocks(nn.Sequential):
         checkpointing: bool = False,
         wanted: Sequence[bool] | None = None,
     ) -> Any:
-        """x: (B, N, C) -> (B, N, C); with `wanted`, and a list of what these blocks give.
+        """x: (B, N, C) -> (B, N, C); with `wanted`, also a list of the wanted blocks' outputs.
 
-        rows: the last block gives its first `rows` vectors alone. wanted: of each block in turn;
-        those that it does not reach do not run.
+        rows: the last block returns only its first `rows` vectors. wanted: one flag per block; if
+        there are fewer flags than blocks, the remaining blocks do not run.
         """
         last = len(self) - 1
         kept = []
@@ -528,15 +528,15 @@ def run_block(
     rows: int | None = None,
     checkpointing: bool = False,
 ) -> Tensor:
-    # By name, and what is not None alone: a block of the user's own takes x, as in timm, and a
-    # forward pre-hook that returns arguments returns the positional ones.
+    # Only arguments that are set, by keyword: a replaced block takes x alone, as in timm, and a
+    # forward pre-hook that returns new arguments returns the positional ones.
     options: dict[str, Any] = {}
     if rope is not None:
         options["rope"] = rope
     if rows is not None:
         options["rows"] = rows
     if checkpointing and torch.is_grad_enabled():
-        # Dynamo traces both on one backend, and takes no contexts of this kind.
+        # Dynamo does not support such a context_fn, and traces both passes on one backend anyway.
         if not torch.compiler.is_compiling():
             options["context_fn"] = backend.recomputing
         return checkpoint(block, x, use_reentrant=False, **options)
@@ -544,7 +544,7 @@ def run_block(
 
 
 def _why_apart(name: str, branch: nn.Module, scale_name: str, scale: Any) -> str | None:
-    """Why a branch is to be called as timm calls its own, on the normed stream alone; or None."""
+    """Return why a branch must be called on the normed stream alone, as in timm; or None."""
     if are_bare(_BRANCHES, branch) and (scale is None or are_bare((LayerScale,), scale)):
         return None
     if not runs(branch, _BRANCHES, "forward"):
@@ -560,7 +560,7 @@ def _add(x: Tensor, branch: Tensor, layer_scale: Any, path_scale: Tensor | None)
 
 
 class AttentionPool(nn.Module):
-    """One learned query reads all tokens, then an MLP: SigLIP's head. (B, N, C) -> (B, C)."""
+    """SigLIP's head: a learned query attends to all tokens, then an MLP. (B, N, C) -> (B, C)."""
 
     def __init__(
         self, dim: int, heads: int, mlp_dim: int, norm: Norm, activation: str = "gelu"

@@ -44,36 +44,38 @@ class ViT(VitPytorchNames, nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929).
 
     Defaults are ViT-B/16. `image_size` and `patch_size` are ints or (height, width). `dim_head`
-    None means dim / heads. `num_classes` 0 leaves the head out; `head_hidden_dim` makes it Linear,
+    None means dim / heads. `num_classes` 0 omits the head; `head_hidden_dim` makes the head Linear,
     `head_activation` ("gelu" or "tanh"), Linear.
 
     `pool`: "cls" classifies the <cls> vector after the final norm; "mean", "max" and "avgmax" (half
-    their sum) take the patch vectors, then norm (`fc_norm` False: norm, then pool); "cls_mean"
-    joins <cls> and the mean (DINOv2's classifiers); "map" is attention pooling (SigLIP); "none"
-    keeps all vectors.
+    the sum of the two) pool the patch vectors, then norm (`fc_norm` False: norm, then pool);
+    "cls_mean" concatenates <cls> and the patch mean (DINOv2's classifiers); "map" is attention
+    pooling (SigLIP); "none" keeps all vectors.
 
-    Tokens: `class_token`; `registers`, learned tokens behind it; `pos_embed` "learned" or "none",
-    with `no_embed_class` for the patches alone. `rope` turns q and k of the patches by their place:
-    "eva" (theta 10000; `rope_grid`: the grid its indices are measured on) or "dinov3" (theta 100).
-    `dynamic_img_size` takes images of any whole number of patches; the table is then resampled by
-    `resample`: a mapping of mode, antialias, align_corners, offset (`fastvit.pos_embed.Resample`).
-    `crop_remainder` leaves out the pixels beyond the last whole patch, as a convolution does.
+    Tokens: `class_token` adds <cls>; `registers` is the number of register tokens after it;
+    `pos_embed` is "learned" or "none"; with `no_embed_class` only patches have positions. `rope`
+    rotates q and k of the patches by their grid position: "eva" (theta 10000; `rope_grid`: the grid
+    that indices are rescaled to) or "dinov3" (theta 100); `rope_theta` overrides theta.
+    `dynamic_img_size` accepts images of any whole number of patches and resamples the position
+    table by `resample`: a mapping of mode, antialias, align_corners and offset
+    (`fastvit.pos_embed.Resample`). `crop_remainder` ignores the pixels beyond the last whole patch,
+    as a convolution does.
 
-    Blocks: `norm` "layernorm" or "rmsnorm" of `norm_eps`; `pre_norm`, a norm ahead of the first
-    (then without a patch bias, unless `patch_bias` says so); `final_norm`; `qk_norm`;
-    `layer_scale`, its initial value; `mlp` "mlp", "swiglu" or "swiglu_packed", `mlp_dim` wide per
-    branch; `activation` "gelu", "gelu_tanh" or "quick_gelu"; `qkv_bias` True, False or "qv";
-    `proj_bias`; `mlp_bias`.
+    Blocks: `norm` is "layernorm" or "rmsnorm" with `norm_eps`; `pre_norm` adds a norm before the
+    first block (and drops the patch bias, unless `patch_bias` is set); `final_norm`; `qk_norm`;
+    `layer_scale` is its initial value; `mlp` is "mlp", "swiglu" or "swiglu_packed", `mlp_dim` wide
+    per branch; `activation` is "gelu", "gelu_tanh" or "quick_gelu"; `qkv_bias` is True, False or
+    "qv" (none on k); `proj_bias`; `mlp_bias`.
 
     Rates: `dropout` acts on attention probabilities, after the output projection and twice in the
-    MLP, unless `attn_dropout`, `proj_dropout`, `mlp_dropout` say otherwise; `emb_dropout` after the
-    position embedding, `head_dropout` before the head; `patch_dropout` leaves that share of the
-    patches out; `drop_path` is stochastic depth's rate at the last block, rising linearly from 0.
-    Rates inside blocks are numbers, not nn.Dropout: for Monte Carlo dropout call `train()` on each
-    `attn` and `mlp` of an eval model's blocks.
+    MLP, unless `attn_dropout`, `proj_dropout` or `mlp_dropout` overrides it; `emb_dropout` acts
+    after the position embedding, `head_dropout` before the head; `patch_dropout` is the share of
+    patches dropped in training; `drop_path` is the stochastic depth rate of the last block, rising
+    linearly from 0 at the first. Rates inside blocks are numbers, not nn.Dropout modules: for Monte
+    Carlo dropout call `train()` on each `attn` and `mlp` of an eval model's blocks.
 
-    `config` holds these arguments, so that `ViT(**model.config)` is the same architecture;
-    `default_cfg` says how images are to be prepared, under timm's names.
+    `config` holds these arguments: `ViT(**model.config)` builds the same architecture.
+    `default_cfg` describes image preprocessing under timm's names.
     """
 
     def __init__(
@@ -244,10 +246,10 @@ class ViT(VitPytorchNames, nn.Module):
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """timm's: truncated normal of std 0.02, zero biases, prefix tokens near zero.
+        """Initialize as timm does: truncated normal of std 0.02, zero biases, prefix tokens near 0.
 
-        needs_reset: give every other tensor a fresh model's value too, as after `to_empty`; from
-        one seed all weights are then a fresh model's. False: the modules are fresh already.
+        needs_reset: also reset all other tensors, as needed after `to_empty`; with the same seed
+        all weights then equal a newly built model's. False: the modules were just constructed.
         """
         if needs_reset:
             for module in self.modules():
@@ -264,7 +266,7 @@ class ViT(VitPytorchNames, nn.Module):
             nn.init.trunc_normal_(self.attn_pool.latent, std=self.embed_dim**-0.5)
 
     def _reset(self, module: nn.Module) -> None:
-        """The module's own tensors as its constructor leaves them, with the draws it takes."""
+        """Reset the module's own tensors as its constructor does, with the same random draws."""
         surface: Any = module
         if isinstance(module, LayerScale):
             nn.init.constant_(module.gamma, self.config["layer_scale"])
@@ -278,8 +280,8 @@ class ViT(VitPytorchNames, nn.Module):
     def forward(self, images: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
         """images: (B, channels, H, W) -> logits (B, num_classes); (B, N, .) with pool "none".
 
-        Where <cls> alone is read, the last projection and MLP, and the final norm, run on it alone.
-        attn_mask, is_causal: timm's, which ask for nothing here; a mask is an error.
+        If only <cls> is read, the last block's output projection and MLP and the final norm run
+        on <cls> only. attn_mask, is_causal: for timm's signature; setting one raises UsageError.
         """
         _check_unmasked(attn_mask, is_causal)
         if self._reads_cls_alone():
@@ -287,17 +289,17 @@ class ViT(VitPytorchNames, nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def _reads_cls_alone(self) -> bool:
-        """Whether the vectors behind <cls> may end at the last attention, for nobody sees them.
+        """Return whether the last block may drop all vectors but <cls> after its attention.
 
-        What comes after acts on each vector alone, so logits and gradients are the same without.
+        All later layers act on each vector separately, so logits and gradients do not change.
         """
         blocks: Any = self.blocks
         if not runs(blocks, (Blocks, nn.Sequential, nn.ModuleList), "forward") or not len(blocks):
             return False
         block: Any = blocks[-1]
         methods = ("forward_features", "forward_head", "pooled", "encode")
-        # Methods and modules that are not ours may read any vector, and so may hooks. And from one
-        # seed dropout drops what timm's does, which takes a draw for every vector.
+        # Overridden methods, replaced modules and hooks may read any vector. Dropout needs a draw
+        # for every vector to drop the same elements as timm from the same seed.
         return (
             self.pool == "cls"
             and runs(self, (ViT,), *methods)
@@ -323,7 +325,7 @@ class ViT(VitPytorchNames, nn.Module):
         return x if pre_logits else self.head(x)
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The vectors of forward_features pooled: (B, N, dim) -> (B, dim)."""
+        """Pool forward_features: (B, N, dim) -> (B, dim), (B, 2 dim) for "cls_mean"."""
         if self.pool == "none":
             return x
         if self.pool == "cls":
@@ -339,7 +341,7 @@ class ViT(VitPytorchNames, nn.Module):
         return torch.cat([x[:, 0], mean], dim=1) if self.pool == "cls_mean" else mean
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tables | None]:
-        """Stem: patches, positions, prefix tokens. (B, channels, H, W) -> (B, N, dim), RoPE's."""
+        """Patches, positions, prefix tokens: (B, channels, H, W) -> (B, N, dim), RoPE tables."""
         stem = self.patch_embed
         grid = stem.grid(images) if hasattr(stem, "grid") else None
         if grid is None and self.rope is not None:
@@ -348,7 +350,7 @@ class ViT(VitPytorchNames, nn.Module):
         pos, prefix = self.positions(grid)
         if runs(stem, (PatchEmbed,), "forward") and not watched(stem):
             x = self.pos_drop(stem(images, pos, prefix))
-        else:  # hooks and other stems have to do with patches alone, as in timm
+        else:  # a hooked or replaced stem returns patches only, as in timm
             x = self.pos_drop(place(stem(images), pos, prefix))
         tables = None
         if self.rope is not None and grid is not None:
@@ -361,16 +363,16 @@ class ViT(VitPytorchNames, nn.Module):
         return self.norm_pre(x), rope
 
     def positions(self, grid: Grid | None) -> tuple[Tensor | None, Tensor | None]:
-        """The position of each patch of the grid (m, dim), and the prefix tokens (P, dim).
+        """Return the patches' position embeddings (m, dim) and the prefix tokens (P, dim).
 
-        grid: None for as many patches as there are positions, in their order.
+        grid: resample the position table to this grid; None: return the table as it is.
         """
         tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = torch.cat(tokens, dim=1)[0] if tokens else None
         if self.pos_embed is None:
             return None, prefix
         covered = 0 if self.no_embed_class else self.num_prefix_tokens
-        # What torch's counters of modules ask of an argument, no view of a leaf has under no_grad.
+        # Under no_grad a view of a leaf requires grad but has no grad_fn: FlopCounterMode asserts.
         pos = self.pos_embed if torch.is_grad_enabled() else self.pos_embed.detach()
         own, table = pos[0].tensor_split([covered])
         if prefix is not None and covered:
@@ -382,7 +384,7 @@ class ViT(VitPytorchNames, nn.Module):
     def _drop_patches(
         self, x: Tensor, tables: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Keep each sample's own random patches, in random order, and all prefix tokens."""
+        """Keep a random subset of each sample's patches, in random order, and all prefix tokens."""
         prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=1)
         B, m, dim = patches.shape
         kept = max(1, int(m * (1.0 - self.patch_dropout)))
@@ -393,9 +395,9 @@ class ViT(VitPytorchNames, nn.Module):
         return torch.cat([prefix, patches], dim=1), tables
 
     def encode(self, images: Tensor, rows: int | None = None) -> Tensor:
-        """Stem and body, before the final norm. (B, channels, H, W) -> (B, N, dim).
+        """Stem and blocks, before the final norm: (B, channels, H, W) -> (B, N, dim).
 
-        rows: of the last block the first `rows` vectors are enough.
+        rows: the last block may return its first `rows` vectors only.
         """
         x, rope = self.embed(images)
         blocks, checkpointing = self.blocks, self.grad_checkpointing
@@ -404,10 +406,10 @@ class ViT(VitPytorchNames, nn.Module):
         plain = runs(blocks, (nn.Sequential, nn.ModuleList), "forward")
         if plain and not why_not_plain("blocks", blocks, bool(blocks._forward_hooks)):
             return Blocks.forward(blocks, x, rope, rows, checkpointing)
-        return run_block(blocks, x, rope, None, checkpointing)  # the user's own is called as one
+        return run_block(blocks, x, rope, None, checkpointing)  # custom container: one call
 
     def _container(self) -> nn.Sequential | nn.ModuleList:
-        """What holds the blocks, inside what torch.compile, FSDP and checkpointing put around."""
+        """Return the blocks' container, without torch.compile, FSDP or checkpointing wrappers."""
         blocks = unwrapped(self.blocks)
         if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
             raise UsageError(
@@ -429,11 +431,12 @@ class ViT(VitPytorchNames, nn.Module):
         attn_mask: None = None,
         is_causal: bool = False,
     ) -> Any:
-        """timm's: the final vectors and those after chosen blocks, as maps (B, dim, h, w) or "NLC".
+        """As in timm: return the final vectors and the patch vectors after chosen blocks.
 
-        indices: the last n blocks, or their indices; None: all. norm: through the final norm.
-        Returns (final, [maps]); [maps] alone with intermediates_only; each a pair (map, prefix)
-        with return_prefix_tokens; or a dict with output_dict.
+        indices: an int for the last n blocks, or block indices; None: all. norm: apply the final
+        norm to each. output_fmt: "NCHW" for maps (B, dim, h, w), "NLC" for (B, m, dim).
+        Returns (final, [maps]), or [maps] with intermediates_only; each entry is a pair
+        (map, prefix) with return_prefix_tokens; a dict with output_dict.
         """
         _check_unmasked(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
@@ -444,12 +447,14 @@ class ViT(VitPytorchNames, nn.Module):
             raise ValueError("output_fmt 'NCHW' needs all patches; patch_dropout is on")
         x, rope = self.embed(x)
         blocks: Any = self._container()
-        # Hooks on all blocks as one do not fire here, nor in timm; sharding and wrappers act.
+        # A plain container is not called, so hooks on it do not fire, as in timm; wrappers and
+        # FSDP have to run.
         called = isinstance(blocks, Blocks) and type(self.blocks) is not Blocks
         run = self.blocks if called else partial(Blocks.forward, blocks)
+        # Flags rather than indices: Dynamo makes indices symbolic, and finds none in a list.
         wanted = [False] * len(blocks)
         for i in taken:
-            wanted[i] = True  # Dynamo makes numbers symbols, and finds no symbol in a list
+            wanted[i] = True
         wanted = wanted[: max(taken) + 1] if stop_early else wanted
         x, kept = run(x, rope=rope, checkpointing=self.grad_checkpointing, wanted=wanted)
         kept = [self.norm(t) for t in kept] if norm else kept
@@ -475,7 +480,7 @@ class ViT(VitPytorchNames, nn.Module):
         norm: bool = False,
         attn_mask: None = None,
     ) -> list[Any]:
-        """The vectors of the patches after the last n blocks, or after those numbered in n."""
+        """Return the patch vectors after the last n blocks, or after the blocks with indices n."""
         return self.forward_intermediates(
             x,
             n,
@@ -492,9 +497,10 @@ class ViT(VitPytorchNames, nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """timm's: drop the blocks behind the last of `indices`, and what comes after the blocks.
+        """As in timm: drop the blocks after the last of `indices`, optionally also norm and head.
 
-        indices: as in forward_intermediates, which gives the same for those returned.
+        indices: as in forward_intermediates. Returns their block numbers, for which
+        forward_intermediates gives the same outputs as before.
         """
         taken = self._take("indices", indices)
         self.blocks: Any = self._container()[: max(taken) + 1]
@@ -527,9 +533,9 @@ class ViT(VitPytorchNames, nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh Linear head for num_classes, 0 for none. global_pool: timm's or our pool name.
+        """Replace the head by a new Linear, or none for 0. global_pool: timm's or our pool name.
 
-        Where the norm stands does not change; attention pooling can be left but not entered.
+        The norm stays before or after the pool, as it was; pool "map" can be removed, not added.
         """
         pool = self.pool if global_pool is None else TIMM_POOLS.get(global_pool, global_pool)
         check_sizes(0, num_classes=num_classes)
@@ -544,14 +550,14 @@ class ViT(VitPytorchNames, nn.Module):
         self.pool, self.num_classes = pool, num_classes
         self.config.update(pool=pool, num_classes=num_classes, fc_norm=after, head_hidden_dim=None)
         self.default_cfg["num_classes"] = num_classes
-        # The stem may be the user's own, and a quantized layer's integers are nobody's to follow.
+        # Any floating-point parameter: the stem may be replaced, quantized weights are integers.
         like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         self.head = self._make_head(num_classes, None).to(like.device, like.dtype)
         self.head.train(self.training)
         self.reset_head()
 
     def reset_head(self) -> None:
-        """Fresh random weights for the head."""
+        """Reinitialize the head's weights."""
         for module in self.head.modules():
             if isinstance(module, nn.Linear):
                 _init_linear(module)
@@ -574,9 +580,9 @@ class ViT(VitPytorchNames, nn.Module):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Take another image size or patch size, resampling the table and the patch kernel.
+        """Change the image or patch size, resampling the position table and the patch kernel.
 
-        The resampled parameters are new objects: make the optimizer afterwards.
+        The resampled parameters are new objects: create the optimizer afterwards.
         """
         stem = self.patch_embed
         if not isinstance(stem, PatchEmbed):
@@ -605,21 +611,21 @@ class ViT(VitPytorchNames, nn.Module):
         self.grad_checkpointing = enable
 
     def set_mlp_recompute(self, enable: bool = True) -> None:
-        """Keep no hidden activation of the MLPs for backward: fc1 is run once more there.
+        """Do not keep the MLPs' hidden activations for backward, which then recomputes fc1.
 
-        Saves mlp_dim values a token and block, at least a third of what a block of ViT-B keeps, for
-        a tenth more arithmetic. SwiGLU keeps its own.
+        Saves mlp_dim values per token and block, at least a third of what a ViT-B block keeps, for
+        a tenth more arithmetic. SwiGLU still keeps its activations.
         """
         for module in self.modules():
             if isinstance(module, Mlp):
                 module.save = "recompute" if enable else "all"
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that optimizers should not decay, beside biases and norms."""
+        """Return the parameters that optimizers should not decay, besides biases and norms."""
         return {"pos_embed", "cls_token", "reg_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's: patterns that sort parameter names into stem, blocks and the norm after them."""
+        """Return timm's patterns that sort parameter names into stem, blocks and final norm."""
         return {
             "stem": r"^cls_token|^reg_token|^pos_embed|^patch_embed|^norm_pre",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
@@ -630,7 +636,7 @@ class ViT(VitPytorchNames, nn.Module):
         return self.default_cfg
 
     def load_weights(self, source: Any, strict: bool = True) -> Any:
-        """`fastvit.load_weights(self, source, strict)`: any checkpoint, in any known dialect."""
+        """Load a checkpoint of any known dialect: `fastvit.load_weights(self, source, strict)`."""
         from fastvit.checkpoints import load_weights
 
         return load_weights(self, source, strict)
@@ -639,9 +645,9 @@ class ViT(VitPytorchNames, nn.Module):
     def attention_maps(
         self, images: Tensor, layers: Sequence[int] = (-1,), rows: str | Sequence[int] = "cls"
     ) -> Tensor:
-        """Where chosen tokens look: (B, len(layers), heads, len(rows), N), rows summing to 1.
+        """Attention probabilities of chosen queries: (B, len(layers), heads, len(rows), N).
 
-        rows: "cls", "all" or token indices. Recomputed per layer; no N x N matrix unless asked.
+        rows: "cls", "all" or token indices. Only these rows of the N x N matrix are computed.
         """
         blocks = self._container()
         depth = len(blocks)
@@ -683,10 +689,10 @@ TIMM_POOLS = {"token": "cls", "avg": "mean", "": "none"}
 def _check_unmasked(attn_mask: Any, is_causal: Any) -> None:
     if attn_mask is not None:
         raise UsageError(
-            f"attn_mask must be None, got {type(attn_mask).__name__}; every vector looks at all"
+            f"attn_mask must be None, got {type(attn_mask).__name__}; attention is unmasked"
         )
     if is_causal:
-        raise UsageError(f"is_causal must be False, got {is_causal!r}; every vector looks at all")
+        raise UsageError(f"is_causal must be False, got {is_causal!r}; attention is unmasked")
 
 
 def _init_linear(module: nn.Linear) -> None:

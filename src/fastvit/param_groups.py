@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer: no decay for vectors, lower rates for earlier layers."""
+"""Optimizer parameter groups: no weight decay for vectors, lower rates for earlier layers."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 from fastvit.errors import UsageError
 from fastvit.plain import WRAPPERS
 
-_WRAPPERS = (*WRAPPERS, "module")  # DDP's
+_WRAPPERS = (*WRAPPERS, "module")  # "module" is DDP's
 
 
 def param_groups(
@@ -16,11 +16,11 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups of trainable parameters, each with `lr`, `weight_decay`, `lr_scale` and its `names`.
 
-    Vectors (biases, norms, LayerScale) and what `model.no_weight_decay()` names do not decay. With
-    layer_decay g the rate of layer i is lr * g^(depth + 1 - i): the stem is layer 0, block i layer
-    i + 1, the final norm goes with the last block, the head is layer depth + 1. These are the
-    groups of timm's `param_groups_layer_decay`. model: a fastvit.ViT or a ViT of timm, compiled,
-    in DDP or FSDP, or inside a module of your own, whose other layers then go with the head.
+    Vectors (biases, norms, LayerScale) and the names in `model.no_weight_decay()` do not decay.
+    With layer_decay g the rate of layer i is lr * g^(depth + 1 - i): the stem is layer 0, block i
+    is layer i + 1, the final norm is in the last block's layer, the head is layer depth + 1. These
+    are the groups of timm's `param_groups_layer_decay`. model: a fastvit.ViT or a ViT of timm,
+    compiled, in DDP or FSDP, or inside another module, whose other layers are in the head's layer.
     """
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr!r}")
@@ -65,12 +65,12 @@ def param_groups(
 
 
 def _bare(name: str) -> str:
-    """The name without what wrappers put into it."""
+    """The parameter name without the parts that wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _outermost(model: nn.Module, *attributes: str) -> dict[str, Any]:
-    """The modules with these attributes, none inside another, by what their names begin with."""
+    """The outermost modules that have all these attributes, by name prefix."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if all(hasattr(module, a) for a in attributes):
@@ -81,7 +81,7 @@ def _outermost(model: nn.Module, *attributes: str) -> dict[str, Any]:
 
 
 def _layers(model: nn.Module) -> tuple[str, dict[str, Any], int]:
-    """The ViT in the model: what its names begin with, its patterns of layers, its depth."""
+    """The one ViT in the model: its name prefix, its group_matcher patterns and its depth."""
     vits = {
         prefix: vit
         for prefix, vit in _outermost(model, "group_matcher", "blocks").items()

@@ -1,7 +1,7 @@
-"""Whether a module may be skipped: our ops read its parameters and never call it.
+"""Checks whether a module may be bypassed: fused ops read its parameters and never call it.
 
-A layer that somebody put in place of ours, a hook, a replaced forward or a quantized weight would
-be passed over in silence; the functions here tell, and the caller then runs the modules themselves.
+A replaced layer, a hook, a patched forward or a quantized weight would be ignored silently; these
+functions detect them, and the caller then calls the modules themselves.
 """
 
 from typing import Any
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import _has_any_global_hook
 
-# Where torch.compile, FSDP and activation checkpointing hold the module that they wrap.
+# The names under which torch.compile, FSDP and activation checkpointing hold a wrapped module.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _TENSORS = (nn.Parameter, Tensor, type(None))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside such wrappers, which run it as it is."""
+    """Return the module inside any of these wrappers."""
     inner = next((m for name in WRAPPERS if (m := module._modules.get(name)) is not None), None)
     return module if inner is None else unwrapped(inner)
 
 
 def why_not_fused(*kinds: type[nn.Module], **modules: Any) -> str | None:
-    """Why a fused op cannot do the work of these modules, each of one of the kinds; or None."""
+    """Return why a fused op cannot replace these modules, or None. kinds: classes it implements."""
     if _has_any_global_hook() and watched():
         return "a global module hook is registered"
     for name, module in modules.items():
@@ -37,22 +37,23 @@ def why_not_fused(*kinds: type[nn.Module], **modules: Any) -> str | None:
 
 
 def why_not_plain(name: str, module: nn.Module, hooked: bool) -> str | None:
-    """Why a module of a known kind cannot be skipped. hooked: whether a forward hook would fire."""
+    """Return why a module of a known kind cannot be bypassed. hooked: forward hooks would fire."""
     if "forward" in module.__dict__:
         return f"{name} has its forward replaced"
     before = module._forward_pre_hooks
     if hooked or before or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks"
     kind = type(module._parameters.get("weight"))
-    # A compiler's stand-ins are plain tensors to it.
+    # torch.compile's fake and functional tensors count as plain.
     if kind not in _TENSORS and not kind.__module__.startswith("torch._subclasses."):
         return f"{name} holds a {kind.__name__}"
     return None
 
 
 def are_bare(kinds: tuple[type, ...], *modules: Any) -> bool:
-    """Whether each module is just of one of the kinds, and nobody hooked or patched any: what is so
-    nearly always, at a tenth of the cost of the reasons why not.
+    """Return whether each module is exactly of one of the kinds, unhooked and unpatched.
+
+    This fast path for the usual case costs a tenth of `why_not_fused`.
     """
     if _has_any_global_hook():
         return False
@@ -64,12 +65,12 @@ def are_bare(kinds: tuple[type, ...], *modules: Any) -> bool:
     return True
 
 
-# These hooks follow names and parameters, and read no vector: FlopCounterMode's, fully_shard's.
+# Hooks that read no activations, only names and parameters: FlopCounterMode's, fully_shard's.
 _BLIND = ("torch.utils.module_tracker", "torch.distributed.fsdp.")
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether a hook on one of the modules, or on all there are, sees what goes in or comes out."""
+    """Return whether a hook on one of the modules, or a global one, sees inputs or outputs."""
     tables = [
         torch_module._global_forward_pre_hooks,
         torch_module._global_forward_hooks,
@@ -83,7 +84,7 @@ def watched(*modules: nn.Module) -> bool:
 
 
 def runs(module: Any, kinds: tuple[type, ...], *methods: str) -> bool:
-    """Whether module has these methods from one of the kinds: no subclass's, no patched ones."""
+    """Return whether module's methods are those of one of the kinds, not overridden or patched."""
     patched = any(m in vars(module) for m in methods)
     return not patched and any(
         isinstance(module, kind)

@@ -1,6 +1,6 @@
 """Resample position tables and patch kernels when the grid or the patch changes.
 
-Libraries disagree here, and the difference shows in the outputs: each model carries its own rule.
+Libraries resample differently, which changes the outputs, so each model carries its own rule.
 """
 
 import math
@@ -18,7 +18,7 @@ MODES = ("bicubic", "bilinear", "nearest")
 
 @dataclass(frozen=True)
 class Resample:
-    """How a table of positions is stretched to another grid; the defaults are timm's.
+    """How a position table is resampled to another grid; the defaults are timm's.
 
     offset: DINOv2's models without registers scale by (new + 0.1) / old instead of new / old.
     """
@@ -58,8 +58,8 @@ def resample_positions(table: Tensor, old: Grid, new: Grid, how: Resample) -> Te
     plane = table.to(torch.promote_types(table.dtype, torch.float32)).reshape(*old, -1)
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     if traced and torch.is_grad_enabled() and table.requires_grad:
-        # PyTorch cannot trace the gradient of an interpolation to a size that varies. As products
-        # it can: of float64, which neither TF32 nor autocast cuts short.
+        # PyTorch cannot trace the backward of interpolation to a symbolic size, but it can trace
+        # matrix products. In float64, which neither TF32 nor autocast rounds.
         rows, columns = (_matrix(o, n, how, table.device) for o, n in zip(old, new, strict=True))
         plane = (rows @ plane.double().flatten(1)).unflatten(1, (old[1], -1))
         plane = columns @ plane
@@ -71,15 +71,15 @@ def resample_positions(table: Tensor, old: Grid, new: Grid, how: Resample) -> Te
 def _same(old: Grid, new: Grid) -> bool:
     if not torch.compiler.is_exporting():
         return old == new
-    # To compare would hold an exported program to the size it was exported with.
+    # Comparing symbolic sizes would specialize the exported program to its example size.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return all(statically_known_true(o == n) for o, n in zip(old, new, strict=True))
 
 
 def _matrix(old: int, new: int, how: Resample, device: torch.device) -> Tensor:
-    """What stretches one side: (new, old) float64. Columns and rows are stretched apart."""
-    # Two columns: antialiasing on a CPU takes planes of one for planes in another memory format.
+    """Interpolation of one side as a (new, old) float64 matrix; it is separable."""
+    # Two columns: with one, antialiasing on CPU mistakes the planes' memory format.
     basis = torch.eye(old, dtype=torch.float64, device=device)[None, :, :, None].repeat(1, 1, 1, 2)
     return _interpolate(basis, (old, 2), (new, 2), how)[0, :, :, 0].mT
 
@@ -99,10 +99,10 @@ def _interpolate(planes: Tensor, old: Grid, new: Grid, how: Resample) -> Tensor:
 
 
 def resample_patches(weight: Tensor, new: Grid, how: Resample) -> Tensor:
-    """A patch kernel at another patch size, (O, C, h, w) -> (O, C, *new).
+    """Resample a patch kernel to another patch size, (O, C, h, w) -> (O, C, *new).
 
-    With R the matrix that resizes a patch from the old size to the new one, the kernel is
-    pinv(R^T) w: on a resized patch it gives what w gave on the patch (FlexiViT, 2212.08013).
+    With R the matrix that resizes a patch from the old size to the new one, the new kernel is
+    pinv(R^T) w: its output on a resized patch is that of w on the patch (FlexiViT, 2212.08013).
     """
     old = (weight.shape[-2], weight.shape[-1])
     if old == new:

@@ -1,7 +1,7 @@
 """Named models, under timm's names: each is the keyword arguments of `fastvit.ViT`.
 
-`PRESETS` holds those arguments, `DATA` how each family's images are prepared, `TAGS` the weights
-that `pretrained=True` takes from the hub when the name carries no ".tag" of its own.
+`PRESETS` holds those arguments, `DATA` the image preprocessing, and `TAGS` the weights that
+`pretrained=True` loads from the hub when the name has no ".tag".
 """
 
 import difflib
@@ -40,7 +40,7 @@ _SIZES = {
     "gigantic": (1664, 48, 16, 8192),
 }
 
-# Images are stretched to the size, whatever their aspect, not cropped to it.
+# Images are resized to the input size regardless of aspect ratio, not cropped to it.
 _SQUASHED = {
     "vit_medium_patch16_gap_384",
     "vit_so150m2_patch16_reg1_gap_448",
@@ -97,7 +97,7 @@ def _add_plain() -> None:
 
 
 def _add_pooled() -> None:
-    """No <cls>: mean pooling, with registers or without."""
+    """Models without <cls>: mean pooling, with or without registers."""
     free = dict(class_token=False, pool="mean", patch_size=16)
     for size, image, tag in (
         ("medium", 240, "sw_in12k"),
@@ -172,7 +172,7 @@ def _add_dinov2() -> None:
 
 
 def _add_dinov3() -> None:
-    """qkvb: with biases on q and v. As in timm patches are averaged; the originals take <cls>."""
+    """qkvb: biases on q and v. As in timm the pool is the patch mean; the originals use <cls>."""
     shared = dict(
         patch_size=16,
         image_size=256,
@@ -211,7 +211,7 @@ def _add_siglip() -> None:
         *(("giantopt", 16, image) for image in (256, 384)),
     ):
         args: dict[str, Any] = dict(shared, patch_size=patch, image_size=image)
-        # timm's choice: tanh only where no SigLIP 1 of the name had been trained on erf.
+        # As in timm: tanh GELU, except where SigLIP 1 has the same name and was trained with erf.
         tanh = patch == 32 or size == "giantopt" or (size, patch) == ("so400m", 16)
         if tanh or (size, image) == ("large", 512):
             args["activation"] = "gelu_tanh"
@@ -317,10 +317,10 @@ def create_model(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> ViT:
-    """A `fastvit.ViT` by its timm name; kwargs, timm's or ours, override the preset's.
+    """Build a `fastvit.ViT` by its timm name; kwargs, timm's or ours, override the preset's.
 
-    The name may end in ".tag", timm's name for one training of it; `pretrained` takes those weights
-    (else the usual ones) from the hub, or from its cache alone where HF_HUB_OFFLINE is set.
+    The name may end in ".tag", timm's name for a set of weights; `pretrained` loads those weights
+    (by default those in `TAGS`) from the hub, or only from its cache if HF_HUB_OFFLINE is set.
     Otherwise the weights are random, or those of `checkpoint_path`.
     """
     if not isinstance(name, str):
@@ -358,7 +358,7 @@ def _pretrained(architecture: str, tag: str, cache_dir: Any, kwargs: dict[str, A
 
 
 def list_models(filter: str | Sequence[str] = "*") -> list[str]:
-    """Names that `create_model` takes, those that fit a shell pattern such as '*base*', or any of
-    several."""
+    """Return the names that `create_model` takes and that match a shell pattern such as '*base*',
+    or any of several."""
     patterns = [filter] if isinstance(filter, str) else filter
     return [name for name in PRESETS if any(fnmatch.fnmatch(name, p) for p in patterns)]

@@ -1,4 +1,4 @@
-"""Forwards on fastvit.ops for classes of timm, transformers, torchvision and vit-pytorch.
+"""Forwards on fastvit.ops for classes of timm, transformers, torchvision and vit-pytorch (peers).
 
 `REROUTES` maps the dotted name of a peer's class to its `Reroute`; peers are recognized by name and
 never imported. Each forward falls back in steps: the fused half, then the peer's modules with only
@@ -28,7 +28,7 @@ from fastvit.halves import (
     why_not_skip,
 )
 
-# Softmax attention under other names: without a mask they all compute what ops.attention does.
+# Implementations of softmax attention: without a mask all compute the same as ops.attention.
 _HF_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _HF_MASKS = ("attention_mask", "head_mask", "output_attentions", "is_causal")
 CORE = "attention core"
@@ -37,8 +37,8 @@ Parts = list[tuple[str, str, Callable[[bool | None], str | None]]]
 
 @dataclass(frozen=True)
 class Reroute:
-    """forward: what serves in place of the peer's. parts(module): (submodule, part, why_not) of
-    what it can take; why_not(training) is the reason against it, or None."""
+    """forward: replaces the peer's. parts(module): a (submodule, part, why_not) for each part that
+    it can take; why_not(training) returns the reason why it cannot, or None."""
 
     forward: Callable[..., Any]
     parts: Callable[[Any], Parts]
@@ -96,12 +96,12 @@ def _timm_attention_half(b: Any) -> AttentionHalf:
 
 
 def _rate(dropout: Any) -> float:
-    """Of a Dropout; a module in its place is another's business to refuse."""
+    """The rate of a Dropout, 0 for any other module: why_not_module rejects it."""
     return getattr(dropout, "p", 0.0)
 
 
 def _timm_dropout_switch(a: Any) -> Any:
-    """The module whose `training` turns attention dropout on: SDPA asks the attention's own."""
+    """The module whose `training` enables attention dropout: the attention itself with SDPA."""
     return a if a.fused_attn else a.attn_drop
 
 
@@ -160,7 +160,7 @@ def _timm_attention(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _hf_core(attention: Any) -> tuple[Any, Any, tuple[Any, Any, Any], Any, Any]:
-    """core, projection, (q, k, v), the projection's dropout and its container, in both layouts."""
+    """core, projection, (q, k, v), the projection's dropout and container, in either layout."""
     if hasattr(attention, "q_proj"):
         linears = (attention.q_proj, attention.k_proj, attention.v_proj)
         return attention, attention.o_proj, linears, None, None
@@ -256,7 +256,7 @@ def _hf_attention_reason(a: Any, training: bool | None = None) -> str | None:
 
 
 def _hf_attention_parts(a: Any) -> Parts:
-    # In the older layout this class may be the container around the module that attends.
+    # In the older layout this class may be the container of the attention core.
     if not hasattr(a, "q_proj") and not hasattr(a, "query"):
         return []
     return _single(CORE, _hf_attention_reason)(a)
@@ -282,7 +282,7 @@ def _tv_attention_half(b: Any) -> AttentionHalf:
     skipped = (("self_attention", a, "packed_attention"), ("dropout", b.dropout, "dropout"))
     odd = None
     if a.in_proj_weight is None or not a.batch_first or a.bias_k is not None or a.add_zero_attn:
-        odd = "self_attention has separate projections, bias_k, zero attention or batch second"
+        odd = "self_attention has separate projections, bias_k, add_zero_attn or no batch_first"
     return AttentionHalf(
         b.ln_1, (a,), a.out_proj, a.num_heads, None, a, a.dropout, None, None, skipped, odd
     )
@@ -378,7 +378,7 @@ def _vp_attention_reason(a: Any, training: bool | None = None) -> str | None:
         or why_not_module("attend", a.attend, "softmax")
         or why_not_module("dropout", a.dropout, "dropout")
         or why_not_rate(a.dropout.p, a.dropout, training)
-        or limits.attention(round(a.scale**-2))  # to_qkv may be another's module
+        or limits.attention(round(a.scale**-2))  # to_qkv may be replaced, so not from it
     )
 
 
@@ -390,7 +390,7 @@ def _vp_attention(self: Any, x: Tensor) -> Tensor:
     return self.to_out(ops.attention_qkv(qkv, self.scale, rate).flatten(2))
 
 
-# --- patch embedding: the one convolution, so that the owner's hooks, pads and norms stay
+# --- patch embedding: only the convolution, so that the owner's hooks, padding and norms stay
 
 
 def _conv_reason(conv: Any, training: bool | None = None) -> str | None:
@@ -403,11 +403,11 @@ def _conv_reason(conv: Any, training: bool | None = None) -> str | None:
 
 
 def _patch_projection(self: Any, input: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, dim, H / p_h, W / p_w), a view of the (B, m, dim) that the op writes:
-    the owner's flatten and transpose undo it without a copy."""
+    """(B, C, H, W) -> (B, dim, H / p_h, W / p_w), a view of the op's (B, m, dim) output that the
+    owner's flatten and transpose undo without a copy."""
     p_h, p_w = self.kernel_size
     fits = input.ndim == 4 and input.shape[2] % p_h == 0 and input.shape[3] % p_w == 0
-    # The module's own hooks run around this forward: only what makes the convolution odd counts.
+    # The module's hooks still fire around this forward, so only sizes and weights are checked.
     if not fits or type(self.weight) not in (nn.Parameter, Tensor):
         return self._fastvit_peer.forward(self, input)
     grid = (input.shape[2] // p_h, input.shape[3] // p_w)
@@ -458,7 +458,7 @@ REROUTES: dict[str, Reroute] = {
     "vit_pytorch.vit.Attention": Reroute(_vp_attention, _single(CORE, _vp_attention_reason)),
 }
 
-# Where a peer keeps the module that embeds patches: owner's class -> (attribute, reroute).
+# The peers' patch embeddings: class that holds the module -> (attribute, reroute).
 STEMS: dict[str, tuple[str, Reroute]] = {
     "timm.layers.patch_embed.PatchEmbed": ("proj", _CONV),
     f"{HF}.vit.modeling_vit.ViTPatchEmbeddings": ("projection", _CONV),

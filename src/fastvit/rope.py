@@ -1,8 +1,8 @@
 """Rotary position embedding over the patch grid, in the forms of EVA-02 and of DINOv3.
 
-A head of D channels turns D / 4 pairs by angles that grow with the row and D / 4 with the column.
-EVA: angle = index * theta^(-4 i / D), the pairs are neighbours. DINOv3: angle = 2 pi *
-centre * theta^(-4 i / D), centres in (-1, 1), the pairs are D / 2 apart. Nothing is learned.
+Of the D / 2 channel pairs of a head, half are rotated in proportion to the patch's row and half to
+its column. EVA: angle = index * theta^(-4 i / D), pairs are adjacent channels. DINOv3: angle =
+2 pi * centre * theta^(-4 i / D), centres in (-1, 1), pairs are D / 2 apart. Nothing is learned.
 """
 
 import math
@@ -18,7 +18,7 @@ FORMS = ("eva", "dinov3")
 
 @dataclass(frozen=True)
 class Rope:
-    """reference_grid: EVA measures its indices on this grid, whatever the image's own."""
+    """reference_grid: EVA rescales its indices to this grid, whatever the image's grid."""
 
     form: str
     dim_head: int
@@ -35,11 +35,11 @@ class Rope:
 
     @property
     def interleaved(self) -> bool:
-        """True if channel 2 i turns with 2 i + 1, False if channel i turns with i + D / 2."""
+        """True if channel 2 i is paired with 2 i + 1, False if channel i with i + D / 2."""
         return self.form == "eva"
 
     def angles(self, grid: Grid, device: torch.device | None = None) -> Tensor:
-        """(h * w, D / 2) float32: the row's angles, then the column's."""
+        """Angles (h * w, D / 2) float32: D / 4 for the row, then D / 4 for the column."""
         quarter = self.dim_head // 4
         exponents = torch.arange(quarter, dtype=torch.float32, device=device) / quarter
         frequencies = 1.0 / self.theta**exponents

@@ -1,4 +1,4 @@
-"""The arguments of `fastvit.ViT` that a state dict in our names shows, and what is guessed."""
+"""Infer the arguments of `fastvit.ViT` from a state dict that has our tensor names."""
 
 import math
 from collections.abc import Mapping
@@ -16,10 +16,12 @@ State = Mapping[str, Tensor]
 def infer(
     state: State, known: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Arguments for `ViT(**...)` and what had to be guessed. known: what the config settles; what
-    shapes show stands above it, but a config of other layers or another width is an error. wanted:
-    image_size and no_embed_class of the model that it is for, or None; they decide between grids
-    of as many positions."""
+    """Return arguments for `ViT(**...)`, and notes on what had to be guessed.
+
+    known: arguments that the config sets; tensors override them, but a config with another dim,
+    depth, registers or patch_size is an error. wanted: image_size and no_embed_class that the
+    caller asks for, or None; they choose between grids with the same number of positions.
+    """
     kernel, qkv = state["patch_embed.proj.weight"], state["blocks.0.attn.qkv.weight"]
     dim, channels, *patch = kernel.shape
     mlp_dim = state["blocks.0.mlp.fc2.weight"].shape[1]
@@ -39,7 +41,7 @@ def infer(
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "norm": "layernorm" if "blocks.0.norm1.bias" in state else "rmsnorm",
         "pre_norm": "norm_pre.weight" in state,
-        # Without one it is half a checkpoint, unless it says so.
+        # A checkpoint without a final norm is incomplete, unless its config says there is none.
         "final_norm": "norm.weight" in state
         or "fc_norm.weight" in state
         or known.get("final_norm", True),
@@ -71,7 +73,7 @@ def infer(
 
 
 TOKENS = ("cls_token", "reg_token", "pos_embed", "attn_pool.latent")
-# Arguments of ViT that a config or a dialect may settle, and a tensor that is there if they are.
+# Arguments of ViT that a config or dialect may set, and a tensor that must then be present.
 _TENSORS = {
     "class_token": "cls_token",
     "registers": "reg_token",
@@ -92,8 +94,10 @@ _HEADS = [
 
 
 def check_tensors(state: State, ranks: Mapping[str, tuple[int, ...]] | None = None) -> None:
-    """Raise where a tensor of ours is no plain one of numbers, is empty or has another rank than
-    its name asks for. ranks: those that a dialect has instead."""
+    """Raise if a tensor is not plain floating point, is empty or has the wrong rank for its name.
+
+    ranks: the allowed ranks by name, where a dialect has others.
+    """
     for name, tensor in state.items():
         if what := _unfit(tensor):
             raise UsageError(f"checkpoint: {name} is {what}")
@@ -115,7 +119,7 @@ def _rank(name: str) -> int:
 
 
 def _unfit(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being weights: quantized, without data, sparse."""
+    """Return why a tensor cannot be a weight (quantized, without data or sparse), or None."""
     if not tensor.is_floating_point():
         return f"{tensor.dtype}, not floating point"
     if tensor.is_meta or tensor.layout != torch.strided:
@@ -124,8 +128,8 @@ def _unfit(tensor: Tensor) -> str | None:
 
 
 def check_whole(state: State, known: Mapping[str, Any]) -> None:
-    """Raise for tensors that cannot be those of a ViT: without the shapes that tell its
-    architecture, with half a head, or without what `known` says that there is."""
+    """Raise unless the tensors can be those of a whole ViT: those that determine its architecture
+    are present, the head is complete, and so is what `known` says the model has."""
     check_tensors(state)
     mlp = ("fc1_g", "fc1_x") if "blocks.0.mlp.fc1_x.weight" in state else ("fc1",)
     needed = ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight"]
@@ -137,7 +141,7 @@ def check_whole(state: State, known: Mapping[str, Any]) -> None:
         lacking += sorted(whole - head)
         if whole < head:
             unexpected = ", ".join(sorted(head - whole))
-            raise UsageError(f"checkpoint: beside a whole head it has the unexpected {unexpected}")
+            raise UsageError(f"checkpoint: besides a head it has the unexpected {unexpected}")
     if lacking:
         raise UsageError(f"checkpoint: it lacks {', '.join(lacking)}")
     for name, tensor in _TENSORS.items():
@@ -220,7 +224,7 @@ def _image(
     wanted: Mapping[str, Any],
     notes: list[str],
 ) -> None:
-    """Image size and whether prefix tokens have positions, from the number of positions."""
+    """Infer image size and whether prefix tokens have positions from the number of positions."""
     p_h, p_w = _pair(shown["patch_size"])
     size, given = known.get("image_size"), wanted["image_size"]
     if "pos_embed" not in state:
@@ -251,8 +255,8 @@ def _image(
             return
     if not shown["class_token"] and _square(count - 1):
         raise UsageError(
-            f"checkpoint: {count} positions make no square grid, but one and that of <cls>, and it "
-            "lacks cls_token; pass image_size=(height, width) if that is right"
+            f"checkpoint: {count} positions make no square grid; with one for <cls> they "
+            "would, but cls_token is missing; pass image_size=(height, width) if that is right"
         )
     hint = "pass image_size=(height, width)" if given is None else f"nor are they those of {given}"
     raise UsageError(f"checkpoint: {count} positions make no square grid; {hint}")
@@ -261,8 +265,8 @@ def _image(
 def _covers(
     count: int, prefix: int, known: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> dict[int, bool]:
-    """The numbers of patches that a table of `count` positions may be for, the likelier first, and
-    whether that leaves prefix tokens without positions."""
+    """Map each number of patches that a table of `count` positions may cover, likelier first, to
+    whether the prefix tokens then have no positions."""
     settled = known.get("no_embed_class")
     if settled is not None:
         return {count if settled else count - prefix: bool(settled)}
@@ -273,7 +277,7 @@ def _covers(
 
 
 def _is_of(covers: Mapping[int, bool], patches: int) -> bool:
-    """Whether a table is one of so many patches, whatever their grid, as timm takes it to be."""
+    """Return whether the table covers `patches` patches. As in timm, any grid of them will do."""
     likelier = next(iter(covers))
     return patches == likelier or (patches in covers and not _square(likelier))
 

@@ -1,4 +1,4 @@
-"""timm's constructor arguments in the words of `fastvit.ViT`."""
+"""Translate timm's constructor arguments to those of `fastvit.ViT`."""
 
 import functools
 import inspect
@@ -27,7 +27,7 @@ _RENAMED = {
     "mlp_layer": "mlp",
     "norm_layer": "norm",
     "global_pool": "pool",
-    # Eva's own words
+    # names that only Eva has
     "num_reg_tokens": "registers",
     "use_fc_norm": "fc_norm",
     "use_pre_transformer_norm": "pre_norm",
@@ -49,7 +49,7 @@ _SAME = {
     "fc_norm",
     "dynamic_img_size",
 }
-_ONLY_AT = {  # what timm can also do and we cannot: the value that asks for nothing
+_ONLY_AT = {  # arguments that fastvit does not support: the only value accepted
     "scale_attn_norm": False,
     "scale_mlp_norm": False,
     "pool_include_prefix": False,
@@ -79,16 +79,16 @@ _INSTEAD = {
     "pretrained_cfg": "load_checkpoint(source) takes weights from elsewhere",
     "pretrained_cfg_overlay": "load_checkpoint(source) takes weights from elsewhere",
 }
-_BY_VALUE = {  # what it sets in ours, by value; most are Eva's
+_BY_VALUE = {  # the arguments of ours that each value sets; most are Eva's
     "strict_img_size": {True: {}, False: {"dynamic_img_size": True}},
     "exportable": {True: {}, False: {}},
     "no_jit": {True: {}, False: {}},
     "use_abs_pos_emb": {True: {"pos_embed": "learned"}, False: {"pos_embed": "none"}},
     "use_rot_pos_emb": {True: {}, False: {"rope": None}},
     "rope_type": {"cat": {"rope": "eva"}, "dinov3": {"rope": "dinov3"}},
-    "swiglu_mlp": {True: {}, False: {}},  # the two words together settle the MLP
+    "swiglu_mlp": {True: {}, False: {}},  # see _translate_eva: with swiglu_align_to
     "swiglu_align_to": {0: {}, 8: {}, 64: {}},
-    "rope_rotate_half": {True: {}, False: {}},  # held to the form of RoPE
+    "rope_rotate_half": {True: {}, False: {}},  # _translate_eva checks it against rope
     "qkv_fused": {True: {}},
 }
 TIMM_NAMES = {*_RENAMED, *_SAME, *_ONLY_AT, *_BY_VALUE, "mlp_ratio", "proj_drop_rate"}
@@ -116,11 +116,11 @@ _MLPS = {"Mlp": "mlp", "SwiGLU": "swiglu", "SwiGLUPacked": "swiglu_packed"}
 
 
 def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
-    """kwargs in timm's words, ours or both, as ours. preset: the values they override.
+    """Translate kwargs in timm's names, ours or both to ours. preset: the values they override.
 
-    mlp_ratio is timm's: of the width, both branches together for a packed SwiGLU, but not in Eva.
-    proj_bias is timm's: without it the MLP has no biases either, unless mlp_bias says so. What only
-    timm can do raises UsageError and names the argument. None in timm's words asks for nothing.
+    mlp_ratio as in timm: relative to dim, for both branches together in a packed SwiGLU except in
+    Eva. proj_bias as in timm: False also removes the MLP's biases, unless mlp_bias is given. What
+    only timm supports raises UsageError with the argument's name. None for timm's names is ignored.
     """
     kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in TIMM_NAMES}
     ours = {k: v for k, v in kwargs.items() if k not in TIMM_NAMES - _SAME}
@@ -132,12 +132,12 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
             continue
         if name in _ONLY_AT:
             if _name_of(value) != _ONLY_AT[name]:
-                instead = _INSTEAD.get(name, "fastvit has no such")
+                instead = _INSTEAD.get(name, "fastvit does not support it")
                 raise UsageError(f"{name}={_name_of(value)!r} is timm's alone; {instead}")
             continue
         if name in _BY_VALUE:
             if value not in _BY_VALUE[name]:
-                raise UsageError(f"{name}={value!r} is timm's alone; fastvit has no such")
+                raise UsageError(f"{name}={value!r} is timm's alone; fastvit does not support it")
             continue
         _put(ours, name, _RENAMED[name], value)
     eva = preset.get("rope") is not None or preset.get("qkv_bias") == "qv" or "qkv_fused" in kwargs
@@ -172,14 +172,14 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
 def _aligned(
     hidden: int, ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, Any]
 ) -> int:
-    """Eva rounds the width of a SwiGLU of two projections up."""
+    """Round a width up, as Eva does for a SwiGLU with separate projections."""
     gated = {**preset, **ours}.get("mlp") == "swiglu"
     align = kwargs.get("swiglu_align_to", 8 if preset.get("mlp") == "swiglu" else 0)
     return hidden + -hidden % align if gated and align else hidden
 
 
 def _translate_eva(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, Any]) -> None:
-    """Eva's words of two values."""
+    """Apply `_BY_VALUE`, RoPE's arguments and those that choose a SwiGLU."""
     for name, meanings in _BY_VALUE.items():
         if name in kwargs:
             ours.update(meanings[kwargs[name]])
@@ -192,7 +192,7 @@ def _translate_eva(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[st
     told = kwargs.get("rope_rotate_half", halves)
     if {"rope_type", "rope_rotate_half"} & kwargs.keys() and rope and told != (rope == "dinov3"):
         raise UsageError(
-            f"rope_rotate_half={told} is timm's alone with this rope_type; fastvit turns halves "
+            f"rope_rotate_half={told} is timm's alone with this rope_type; fastvit pairs halves "
             "with 'dinov3' and neighbours with 'cat'"
         )
     if {"swiglu_mlp", "swiglu_align_to"} & kwargs.keys():
@@ -211,7 +211,7 @@ def _translate_eva_pool(
             "global_pool='map' of timm's Eva reads <cls> and registers too; fastvit's pool='map' "
             "the patches alone"
         )
-    if pool in ("max", "avgmax"):  # Eva puts the norm after the mean alone
+    if pool in ("max", "avgmax"):  # Eva norms after pooling only for the mean
         ours.setdefault("fc_norm", preset.get("fc_norm", False))
 
 
@@ -222,7 +222,7 @@ def _put(ours: dict[str, Any], theirs: str, name: str, value: Any) -> None:
 
 
 def _check_gate(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, Any]) -> None:
-    """timm hands its act_layer, GELU unless told otherwise, to a gated mlp_layer too."""
+    """Raise if timm would gate without SiLU: it passes act_layer, by default GELU, to any MLP."""
     gated = ours.get("mlp", preset.get("mlp", "mlp")) != "mlp"
     told = "act_layer" in kwargs or ("mlp_layer" in kwargs and preset.get("mlp", "mlp") == "mlp")
     act = _name_of(kwargs.get("act_layer", "gelu"))
@@ -243,12 +243,12 @@ def _translate_words(ours: dict[str, Any]) -> None:
             continue
         word = _name_of(value)
         ours[name] = words.get(word, word)
-    if ours.get("activation") == "silu":  # SwiGLU's own, which timm lets one say
+    if ours.get("activation") == "silu":  # what SwiGLU always uses; timm accepts it as an argument
         del ours["activation"]
 
 
 def _norm_eps(layer: Any) -> float:
-    """The eps of timm's norm_layer: its own default where a partial says none, 1e-6 for a word."""
+    """The eps of timm's norm_layer: 1e-6 for a string, else a partial's or the class's default."""
     if isinstance(layer, str):
         return 1e-6
     said: dict[str, Any] = {}
@@ -258,11 +258,11 @@ def _norm_eps(layer: Any) -> float:
             raise UsageError(f"norm_layer: {more[0]}={said[more[0]]!r} is not among fastvit's")
     parameters = inspect.signature(layer).parameters
     eps = said.get("eps", parameters["eps"].default if "eps" in parameters else 1e-5)
-    return torch.finfo(torch.float32).eps if eps is None else eps  # None is torch's RMSNorm's
+    return torch.finfo(torch.float32).eps if eps is None else eps  # None: torch's RMSNorm
 
 
 def _name_of(value: Callable[..., Any] | Any) -> Any:
-    """The name of a class, a partial of one, or the value itself. timm's packed SwiGLU is one."""
+    """The name of a class or of a partial of one (timm's packed SwiGLU), else the value itself."""
     if isinstance(value, functools.partial):
         inner = _name_of(value.func)
         gate_first = value.keywords.get("gate_last") is False

@@ -1,7 +1,7 @@
 """The parts of a `fastvit.ViT` under vit-pytorch's names, so that its wrappers take one as encoder.
 
-`MAE` and `SimMIM` cut images into patches, embed them, add positions and run the encoder by
-themselves: they read `to_patch_embedding`, `pos_embedding` and `transformer`.
+`MAE` and `SimMIM` patchify, embed, add positions and run the encoder's blocks themselves, through
+the attributes `to_patch_embedding`, `pos_embedding` and `transformer`.
 """
 
 from typing import Any, NoReturn
@@ -13,16 +13,16 @@ Peer = Any  # the ViT that these names belong to
 
 
 class VitPytorchNames:
-    """vit-pytorch's names for what `fastvit.ViT` has. Nothing here owns a parameter."""
+    """Properties with vit-pytorch's names, views of a `fastvit.ViT` that own no parameters."""
 
     @property
     def to_patch_embedding(self: Peer) -> nn.Sequential:
-        """[0] cuts images into (B, m, p_h * p_w * channels), [1:] projects those to (B, m, dim)."""
+        """[0] cuts images into (B, m, p_h * p_w * channels), [1:] projects them to (B, m, dim)."""
         return nn.Sequential(_Patches(self), nn.Identity(), _Projection(self))
 
     @property
     def pos_embedding(self: Peer) -> Tensor:
-        """(1, m, dim), with a row for <cls> ahead where `pool` is "cls", as MAE and SimMIM read."""
+        """(1, m, dim), after a row for <cls> if `pool` is "cls", as MAE and SimMIM expect."""
         grid = self.patch_embed.grid_size
         table, _ = self.positions(grid)
         if table is None:
@@ -36,12 +36,12 @@ class VitPytorchNames:
     def transformer(self: Peer) -> nn.Module:
         """Blocks and final norm on tokens: (B, n, dim) -> (B, n, dim)."""
         if self.rope is not None:
-            raise AttributeError("transformer: RoPE needs the places of the patches, not tokens")
+            raise AttributeError("transformer: RoPE needs the patches' grid positions")
         return _Transformer(self)
 
 
 class _View(nn.Module):
-    """Works on a model's own modules, which stay the model's: none is registered here."""
+    """A module that runs on a model's modules without registering them as its own."""
 
     model: Peer
 
@@ -61,7 +61,7 @@ class _Patches(_View):
 class _Projection(_View):
     @property
     def weight(self) -> Tensor:
-        """(dim, p_h * p_w * channels): the convolution's kernel as vit-pytorch orders pixels."""
+        """(dim, p_h * p_w * channels): the patch kernel in vit-pytorch's pixel order."""
         return self.model.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
 
     def forward(self, patches: Tensor) -> Tensor:
