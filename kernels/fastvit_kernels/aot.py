@@ -1,8 +1,8 @@
-"""Compile kernels ahead of time, with no GPU, and read what the machine code costs.
+"""Compile kernels ahead of time, with no GPU, and read from the machine code what they cost.
 
-`record` runs the real launchers on meta tensors and keeps each launch instead of making it, so a
-case can never drift from what a user's GPU would run. `compile_case` builds its cubin for an
-architecture and reads registers, spills, shared memory and the matrix instructions in it.
+`record` runs the real launchers on meta tensors and records their launches instead of making them,
+so that a case cannot differ from what a user's GPU would run. `compile_case` builds a case's cubin
+for an architecture and reads its registers, spills, shared memory and matrix instructions.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# `launch` notes Triton's own run when it is imported: before `intercept` puts another there.
+# Importing `launch` saves Triton's own JITFunction.run, before `intercept` replaces it.
 from fastvit_kernels import launch as _launch  # noqa: F401
 from fastvit_kernels import tuned
 from fastvit_kernels.sass import stray_descriptors
@@ -32,7 +32,9 @@ ARCHS = (80, 90, 100, 120)
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one part, from the CUDA programming guide: SMs; shared bytes an SM, a block; threads."""
+    """A GPU's limits, from the CUDA programming guide: SMs; shared bytes per SM and per block;
+    threads and registers per SM.
+    """
 
     sms: int
     shared_sm: int
@@ -58,7 +60,7 @@ _POINTEES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One launch: `types` as triton writes them ("*bf16", "i32"), ":16" where divisible by 16."""
+    """One launch. types: in Triton's notation ("*bf16", "i32"), with ":16" if divisible by 16."""
 
     name: str
     kernel: Any
@@ -75,9 +77,10 @@ _OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": None}  # and Triton's de
 
 @contextlib.contextmanager
 def intercept(arch: int, keep: Callable[..., None]) -> Iterator[None]:
-    """Hand every launch of the body to `keep` as a GPU of `arch` would get it; launch nothing.
+    """Pass every launch of the body to `keep`, as a GPU of `arch` would get it; launch nothing.
 
-    keep(kernel, values, options, grid), values by argument name, options as `_OPTIONS`.
+    keep(kernel, values, options, grid): values by argument name; options with the keys of
+    `_OPTIONS`.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
@@ -97,7 +100,7 @@ def intercept(arch: int, keep: Callable[..., None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record(arch: int) -> Iterator[list[Case]]:
-    """Collect the launches that the body would make on a GPU of `arch`."""
+    """Collect the launches that the body would make on a GPU of `arch`, as cases."""
     cases: list[Case] = []
 
     def keep(*launch: Any) -> None:
@@ -110,7 +113,7 @@ def record(arch: int) -> Iterator[list[Case]]:
 def case_of(
     kernel: Any, values: dict[str, Any], options: dict[str, Any], grid: tuple[int, ...]
 ) -> Case:
-    """What `intercept` hands over, as a case."""
+    """The case of a launch with the arguments that `intercept` passes to `keep`."""
     types, constants = [], []
     for p in kernel.params:
         value = values[p.name]
@@ -124,12 +127,12 @@ def case_of(
 
 
 def kernel_name(kernel: Any) -> str:
-    """`gemm_dw` of `_gemm_dw_kernel`."""
+    """The kernel's short name: `gemm_dw` for `_gemm_dw_kernel`."""
     return kernel.fn.__name__.strip("_").removesuffix("_kernel")
 
 
 def _type(value: Any, specialize: bool = True) -> str | None:
-    """The type that triton gives an argument; None where it becomes a constant (None and 1)."""
+    """The type that Triton gives an argument; None if it becomes a constant (None and 1)."""
     if isinstance(value, torch.Tensor):
         return "*" + _POINTEES[value.dtype]
     if isinstance(value, TensorDescriptor):
@@ -144,10 +147,10 @@ def _type(value: Any, specialize: bool = True) -> str | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one compiled case costs; spills in bytes a thread, shared memory in bytes a CTA.
+    """What one compiled case costs; spills in bytes per thread, shared memory in bytes per CTA.
 
-    serial: wgmma instructions that ptxas has made wait for one another; stray: wgmma and tcgen05
-    products that would read at a wrong address (`sass`).
+    serial: wgmma instructions that ptxas makes wait for one another; stray: wgmma and tcgen05
+    products that would read from a wrong address (`sass`).
     """
 
     name: str
@@ -181,7 +184,7 @@ def build(case: Case, arch: int) -> Any:
 
 
 def compile_case(case: Case, arch: int) -> Cost:
-    """Build the case and read its cost."""
+    """Build the case and read its cost from the machine code."""
     compiled = build(case, arch)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -191,7 +194,7 @@ def compile_case(case: Case, arch: int) -> Cost:
     registers = int(_field(r"REG:(\d+)", usage))
     stack = int(_field(r"STACK:(\d+)", usage)) if re.search(r"\b(LDL|STL)\b", sass) else 0
     shared, warps, limits = compiled.metadata.shared, case.num_warps, LIMITS[arch]
-    # Registers are given out to warps in units of 256; every CTA takes 1 KiB of shared memory more.
+    # Warps get registers in units of 256; every CTA takes 1 KiB of shared memory on top.
     by_registers = limits.registers // (-(-registers * 32 // 256) * 256 * warps)
     by_shared = limits.shared_sm // (shared + 1024)
     by_threads = limits.threads // (32 * warps)

@@ -1,6 +1,6 @@
-"""FLOPs of the ops as `torch.utils.flop_counter` counts PyTorch's: of products alone.
+"""FLOP formulas of the ops for `torch.utils.flop_counter`: like PyTorch's, of products alone.
 
-Each formula has a launcher's arguments by name. A backward of attention makes the scores again.
+Each formula takes a launcher's arguments by name. Attention's backward recomputes the scores.
 """
 
 import inspect
@@ -17,8 +17,8 @@ def _product(rows: Tensor, weight: Tensor, times: int = 1) -> int:
 
 
 def _attention(q: Tensor, a: Any, times: int) -> int:
-    """`times` products with the scores of q, (B, N, H, D), or of packed sequences;
-    of the longest possible where their bounds have no numbers.
+    """FLOPs of `times` products of the size of q k^T. q: (B, N, H, D), or packed sequences, each of
+    max_seqlen if cu_seqlens is a FakeTensor, which has no values.
     """
     B, N, H, D = q.shape
     lengths = [N] * B
@@ -35,7 +35,7 @@ def _maps(a: Any) -> int:
 
 
 def _patches(a: Any) -> int:
-    """The one product of the patch embedding's forward."""
+    """FLOPs of the patch embedding's forward, one product."""
     B, _, height, width = a.images.shape
     p_h, p_w = a.weight.shape[2:]
     return 2 * B * (height // p_h) * (width // p_w) * a.weight.numel()
@@ -61,7 +61,7 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
 
 
 def counts(name: str, launcher: Callable[..., Any]) -> Callable[..., int]:
-    """`launcher`'s FLOPs, as `register_flop_formula(get_raw=True)` asks for them."""
+    """A function that counts `launcher`'s FLOPs, for `register_flop_formula(get_raw=True)`."""
     signature = inspect.signature(launcher)
 
     def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:

@@ -1,9 +1,9 @@
-"""Launch kernels at little cost to the CPU.
+"""Launch kernels with little CPU overhead.
 
 A ViT block makes 7 launches forward and 15 backward, of some 25 arguments each; in small batches
 and small models the GPU waits for them. Triton binds and classifies every argument of every call;
-here what it compiled is kept under the few facts that it compiles for, and is called with the
-arguments as they are. `replay` goes on from there, and makes all launches of an op's call at once.
+here a compiled kernel is cached under the few facts that Triton specializes on, and is called with
+the arguments as they are. `replay` goes further and repeats all launches of a call of an op.
 """
 
 import threading
@@ -18,17 +18,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _TRITONS_RUN = JITFunction.run
 _general: dict[int, tuple[bool, ...]] = {}
 
-Again = Callable[[Any, Any], Any]  # makes a launch, of (stream, args)
+Again = Callable[[Any, Any], Any]  # again(stream, args) makes a launch
 
 
 class Watcher(Protocol):
     def launch(self, again: Again, stream: Any, args: tuple, compiled: bool) -> Any:
-        """again(stream, args), and keep it. compiled: addresses do for tensors."""
+        """Call again(stream, args) and record it. compiled: args may hold addresses for tensors."""
         ...
 
 
 class _Watching(threading.local):
-    by: Watcher | None = None  # who wants to make the launches of a thread again
+    by: Watcher | None = None  # records the launches of this thread
 
 
 watching = _Watching()
@@ -41,12 +41,12 @@ def cdiv(a: int, b: int) -> int:
 
 
 def by_eights(*sizes: int) -> bool:
-    """What to tell `common.eights` of sizes and strides: 8 divides them all, 16 not."""
+    """EIGHTS for `common.eights`: 8 divides all these sizes and strides, but 16 does not."""
     return all(n % 8 == 0 for n in sizes) and any(n % 16 for n in sizes)
 
 
 def is_tritons() -> bool:
-    """Whether nobody stands in for Triton's launch, or is told of each, as profilers are."""
+    """True if JITFunction.run is Triton's own and no launch hook is set, as profilers set them."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return JITFunction.run is _TRITONS_RUN and not any(getattr(h, "calls", h) for h in hooks)
 
@@ -56,18 +56,18 @@ def current_stream() -> Any:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """kernel[grid](*args, **constants). args: all arguments that are no constexpr, in order;
-    constants: the constexprs, num_warps, num_stages and maxnreg.
+    """kernel[grid](*args, **constants), with less overhead. args: all arguments that are not
+    constexpr, in order; constants: the constexprs, num_warps, num_stages and maxnreg.
     """
 
     def by_triton(_: Any, args: Any) -> Any:
         return kernel[grid](*args, **constants)
 
-    # Interpreted, or the ahead-of-time compiler or the tuner stands in for Triton's launch.
+    # Interpreted, or Triton's launch is replaced (by `aot` or the tuner) or has hooks.
     if type(kernel) is not JITFunction or not is_tritons():
         _make(by_triton, None, args, False)
         return
-    # What Triton compiles anew for: the device, constants, and the facts about each argument.
+    # All that Triton specializes on: the device, the constants, and facts about each argument.
     device = driver.active.get_current_device()
     key: list[Any] = [id(kernel), device, *constants]
     key += constants.values()
@@ -96,7 +96,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 def _again(compiled: Any, rest: tuple, grid: tuple[int, ...]) -> Again:
-    """A launch of what Triton compiled; rest: the constexprs."""
+    """A function that launches what Triton compiled; rest: the constexprs."""
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     x, y, z = (*grid, 1, 1)[:3]
 
@@ -113,7 +113,7 @@ def _make(again: Again, stream: Any, args: tuple, compiled: bool) -> Any:
 
 
 def _is_general(kernel: Any) -> tuple[bool, ...]:
-    """Of each argument, whether the kernel is compiled for any value of it."""
+    """For each argument, whether the kernel is not specialized on its value."""
     if id(kernel) not in _general:
         _general[id(kernel)] = tuple(p.do_not_specialize for p in kernel.params)
     return _general[id(kernel)]

@@ -1,4 +1,4 @@
-"""Launchers as torch.library ops, so that torch.compile and torch.export see through them."""
+"""Register launchers as torch.library ops, which torch.compile and torch.export can trace."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ from torch.utils.flop_counter import register_flop_formula
 from fastvit_kernels import flops, replay
 
 _library = torch.library.Library("fastvit", "FRAGMENT")
-launchers: dict[str, Callable[..., Any]] = {}  # what `torch.ops.fastvit.<name>` runs on a GPU
+launchers: dict[str, Callable[..., Any]] = {}  # what `torch.ops.fastvit.<name>` runs
 
 
 def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Make a launcher the op `torch.ops.fastvit.<name>`; `fake` gives shapes and dtypes alone.
+    """Register a launcher as `torch.ops.fastvit.<name>`; `fake` returns shapes and dtypes alone.
 
-    What it does must follow from its tensors' shapes, strides and dtypes and its other arguments:
-    no values are read, and no state but `tuned`'s, whose changes it forgets (`replay`).
-    What comes back calls the launcher itself where nobody watches: the dispatcher takes longer than
-    most launches.
+    What the launcher does must depend only on its tensors' shapes, strides and dtypes, its other
+    arguments, the TF32 switch and `tuned`, not on tensors' values: `replay` repeats it. The
+    decorated function calls the launcher directly unless the dispatcher must see the op
+    (`is_watched`): the dispatcher takes longer than most launches.
     """
 
     def wrap(launch: Callable[..., Any]) -> Any:
@@ -29,7 +29,7 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
 
         @functools.wraps(launch)
         def on_its_device(first: torch.Tensor, *args: Any) -> Any:
-            # Triton launches on the current GPU, which need not be the one that holds the tensors.
+            # Triton launches on the current GPU, which need not be that of the tensors.
             if first.is_cuda and first.device.index != torch.cuda.current_device():
                 with torch.cuda.device_of(first):
                     return replay.run(launch, (first, *args))
@@ -40,7 +40,7 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         torch.library.register_fake(f"fastvit::{name}", fake, lib=_library)
         packet = getattr(torch.ops.fastvit, name)
         formula = register_flop_formula(packet, get_raw=True)(flops.counts(name, launch))
-        for mode in _get_current_dispatch_mode_stack():  # a count that began before this import
+        for mode in _get_current_dispatch_mode_stack():  # counters older than this import
             getattr(getattr(mode, "counter", None), "flop_registry", {})[packet] = formula
         op = packet.default
 
@@ -56,8 +56,8 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_watched(*tensors: torch.Tensor) -> bool:
-    """Whether something other than the GPU is to see an op on tensors: a compiler, a dispatch mode,
-    a transform, a subclass.
+    """True if an op on tensors must go through the dispatcher: for a compiler, a dispatch mode, a
+    torch.func transform or a tensor subclass.
     """
     return (
         torch.compiler.is_compiling()
@@ -68,12 +68,12 @@ def is_watched(*tensors: torch.Tensor) -> bool:
 
 
 def are_plain(*tensors: torch.Tensor) -> bool:
-    """Whether none is of a subclass."""
+    """True if no tensor is of a subclass other than nn.Parameter."""
     return all(type(t) in _PLAIN for t in tensors)
 
 
 class _NoContext:
-    """What a forward without a backward is given: keeps nothing."""
+    """The ctx of a forward without a backward: saves nothing."""
 
     def save_for_backward(self, *_: Any) -> None:
         pass
@@ -83,7 +83,7 @@ class _NoContext:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args); where no gradient is wanted its forward alone, which costs less."""
+    """function.apply(*args), or only its forward, which is cheaper, if no gradient is needed."""
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
     if is_watched(*tensors) or wants_gradient(*tensors):
         return function.apply(*args)
@@ -91,22 +91,22 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def shaped(rows: torch.Tensor, *shape: int) -> torch.Tensor:
-    """An op's result in its shape, and no view of anything: autograd would let nobody change it."""
-    # A compiler looks for itself; in inference mode only a view keeps its count of changes.
+    """rows in an op's result shape, not as a view: autograd would forbid to change it in place."""
+    # A compiler handles views itself; in inference mode only a view keeps rows' version counter.
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return rows.view(shape)
     return torch.ops.aten._unsafe_view.default(rows, shape)
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether a backward through any of the tensors is to come."""
+    """True if autograd records an op on the tensors."""
     if not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse create_graph=True in a Function's backward: it would give wrong second derivatives."""
+    """Make a Function's backward refuse create_graph=True: second derivatives would be wrong."""
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -125,7 +125,7 @@ def zeros(
     params: Sequence[torch.Tensor | None],
     copy_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    """Gradients of an empty batch: of x, in copy_dtype too if given, then of the parameters."""
+    """Zero gradients for an empty batch: of x, again in copy_dtype if given, then of the params."""
     copies = [] if copy_dtype is None else [torch.zeros_like(x, dtype=copy_dtype)]
     return [torch.zeros_like(x), *copies, *(torch.zeros_like(p) for p in params if p is not None)]
 
@@ -133,6 +133,6 @@ def zeros(
 def spread(
     grads: Sequence[torch.Tensor], params: Sequence[torch.Tensor | None], needed: bool
 ) -> list[torch.Tensor | None]:
-    """grads at the places of the parameters there are; nothing anywhere where none was needed."""
+    """One gradient per parameter, None for an absent one; all None unless they were needed."""
     left = iter(grads)
     return [next(left) if needed and p is not None else None for p in params]

@@ -1,13 +1,14 @@
-"""Repeat what a launcher did, for tensors of the same kind at other addresses.
+"""Record the allocations and launches of a launcher, and replay them for other tensors.
 
-What a launcher of `library` allocates and launches follows from its tensors' shapes, strides and
-dtypes and from its other arguments. Finding that out takes several times as long as the launches
-themselves, for which the GPU waits in small batches and small models. So the second call under the
-same facts is watched, and those after it repeat its allocations and launches with the addresses of
-their own tensors. Shapes that never come back are never watched.
+What a launcher of `library` allocates and launches depends only on its tensors' shapes, strides and
+dtypes, its other arguments and a few switches (the call's facts, `_facts`). Working it out on the
+CPU takes several times as long as the launches themselves, and in small batches and small models
+the GPU waits for it. So the second call with the same facts is recorded as a recipe, and later
+calls replay its allocations and launches with the addresses of their own tensors. Shapes that occur
+once are not recorded.
 
-A recipe counts tensors: first the launcher's arguments, then what it makes, in order. It lets go of
-what it made after its last use, as the launcher does or earlier.
+A recipe refers to tensors by number: first the launcher's arguments, then the tensors it makes, in
+order. Replay drops each tensor after its last use, no later than the launcher does.
 """
 
 from collections.abc import Callable
@@ -23,13 +24,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastvit_kernels import gemm, launch, tuned
 
 MOST = 4096  # recipes kept
-_SEEN = object()  # one call under these facts
+_SEEN = object()  # marks facts of which one call was made
 _recipes: dict[tuple, Any] = {}
 tuned.when_forgotten(_recipes.clear)
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: `offset` bytes behind the start of number `of`, or all of that."""
+    """Where a tensor lies: `offset` bytes after the start of tensor number `of`. whole: it is that
+    tensor.
+    """
 
     of: int
     offset: int
@@ -50,7 +53,7 @@ class Allocation(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    counts: bool  # its changes, as no tensor that is made in inference mode does
+    counts: bool  # in inference mode: the tensor has a version counter, so is made outside of it
 
     def repeat(self, tensors: list[Any], addresses: list[int], _: Any) -> None:
         shape, strides, dtype, device, counts = self
@@ -64,7 +67,7 @@ class Allocation(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Of an op of PyTorch's own, which makes a tensor or returns one of its arguments."""
+    """A call of a PyTorch op. makes: its result is a new tensor, not one of its arguments."""
 
     op: Any
     args: tuple
@@ -82,7 +85,9 @@ class Call(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """places: which of args are tensors, and which are descriptors of these."""
+    """A kernel launch. places: for each tensor in args its index and place; for each TMA descriptor
+    the index, its base's place and the descriptor.
+    """
 
     again: launch.Again
     args: tuple
@@ -110,7 +115,7 @@ class LastUse(NamedTuple):
 
 
 class _Address(NamedTuple):
-    """What Triton asks of a descriptor's base."""
+    """A TMA descriptor's base as far as Triton's launcher reads it."""
 
     value: int
 
@@ -119,7 +124,7 @@ class _Address(NamedTuple):
 
 
 def _moved(descriptor: TensorDescriptor, base: Any) -> TensorDescriptor:
-    """The same of another base, past the checks that the first has passed."""
+    """The descriptor with another base, without the checks that the original has passed."""
     moved = object.__new__(TensorDescriptor)
     moved.__dict__.update(descriptor.__dict__, base=base)
     return moved
@@ -128,7 +133,7 @@ def _moved(descriptor: TensorDescriptor, base: Any) -> TensorDescriptor:
 class Recipe(NamedTuple):
     steps: list[Any]
     results: list[Place]
-    form: type  # of what comes back: a tensor, or a list or tuple of them
+    form: type  # of the result: a tensor, or a list or tuple of tensors
     on_stream: bool
 
     def repeat(self, tensors: list[Any]) -> Any:
@@ -149,7 +154,7 @@ _ALLOCATE = {
 
 
 class Watch(TorchDispatchMode):
-    """Keeps the steps of a launcher. lost: it did what no recipe can tell."""
+    """Record the steps of a launcher. lost: it did something that a recipe cannot express."""
 
     def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()
@@ -230,7 +235,7 @@ class Watch(TorchDispatchMode):
         return Place(number, offset, t.shape, t.stride(), whole)
 
     def recipe(self, inputs: int, result: Any) -> Recipe | None:
-        """Of a launcher of so many tensors that gave this; None if there is none."""
+        """The recipe of a launcher with `inputs` tensors that returned `result`, None if none."""
         form = type(result)
         results = [self._place(t) for t in (result if form in (list, tuple) else [result])]
         if self.lost or any(place.of < inputs for place in results):
@@ -270,14 +275,14 @@ def _makes(step: Any) -> bool:
 
 
 def run(launcher: Callable[..., Any], args: tuple) -> Any:
-    """launcher(*args), by its recipe where there is one."""
+    """launcher(*args), replayed from its recipe where there is one."""
     if type(gemm._gemm_kernel) is not JITFunction or not launch.is_tritons():
         return launcher(*args)
     return repeat(launcher, args)
 
 
 def repeat(launcher: Callable[..., Any], args: tuple) -> Any:
-    """`run`, whoever makes the launches."""
+    """`run` without its check that launches go to Triton itself."""
     key, tensors = _facts(launcher, args)
     if key is None or launch.watching.by is not None:
         return launcher(*args)
@@ -298,14 +303,14 @@ def repeat(launcher: Callable[..., Any], args: tuple) -> Any:
 def watched(
     launcher: Callable[..., Any], args: tuple, tensors: list[Tensor]
 ) -> tuple[Any, Recipe | None]:
-    """launcher(*args), and how to do it again. tensors: those of args, in order."""
+    """launcher(*args) and its recipe. tensors: those among args, in order."""
     with Watch(tensors) as watch:
         result = launcher(*args)
     return result, watch.recipe(len(tensors), result)
 
 
 def _facts(launcher: Callable[..., Any], args: tuple) -> tuple[tuple | None, list[Any]]:
-    """What a launcher's work follows from, None where it is not to be repeated, and its tensors."""
+    """The key of a call's recipe, None if it must not be replayed, and the call's tensors."""
     tensors: list[Any] = []
     facts: list[Any] = [launcher, args[0].device, torch.is_inference_mode_enabled()]
     addresses, wide = 0, False

@@ -1,11 +1,11 @@
 """`python -m fastvit_kernels.report`: what every kernel costs on every architecture, with no GPU.
 
-The cases are the launches of real models: one encoder block and stem, forward and backward, at each
-width, dtype and residual dtype that `MODELS` names, taken from the launchers themselves; and those
-of attention alone, with every option (--head-dim D: at another head dim than 64).
-`--traffic MODEL` counts launches, bytes and FLOPs instead, beside eager PyTorch's.
-`--update` writes both into benchmarks/results, what the tests hold later kernels to; with --arch or
---only, no more than those rows.
+The cases are the launches of real models: one encoder block and the stem, forward and backward, at
+each width, dtype and residual dtype in `MODELS`, recorded from the launchers themselves; and those
+of attention alone, with every option, at head dim 64 (--head-dim D: at D instead).
+`--traffic MODEL` counts launches, bytes and FLOPs instead, of fastvit and of eager PyTorch.
+`--update` writes both tables into benchmarks/results, which the tests compare later kernels with;
+with --arch or --only it replaces those rows of the compile table alone.
 """
 
 import argparse
@@ -78,10 +78,11 @@ MODELS = (
     Workload("7B/16 float32", 4096, 32, 8192, 4, 16, 256, torch.float32, torch.float32),
     Workload("B/16 TF32", 768, 12, 3072, 256, 16, 224, torch.float32, torch.float32, tf32=True),
 )
-# Attention alone, in bfloat16: rows of every length, and every option on top of them. The table
-# has head dim 64 and, by way of MODELS, those of published models. --head-dim compiles any, with
-# dropout at every length as well; a slow test holds them to no spills.
-# Those between are cut as the 128 before them, and all longer ones as the last 128.
+# Attention alone, in bfloat16: rows of every length, and separately every option. The committed
+# table has head dim 64 and, through MODELS, those of published models. --head-dim compiles any head
+# dim, with dropout at every length too; a slow test checks them all for spills.
+# Lengths left out are cut into tiles like others: 513 to 640 like the 128 before, from 769 like the
+# last 128.
 LENGTHS = (*range(1, 513), *range(641, 769))
 HEAD_DIMS = range(16, 129, 8)
 ATTENTION = {f"attention D{D}": D for D in HEAD_DIMS}
@@ -89,7 +90,7 @@ OPTIONS = {f"attention options D{D}": D for D in HEAD_DIMS}
 REGIMES = {f"attention regimes D{D}": D for D in HEAD_DIMS}
 ALONE = (ATTENTION, OPTIONS, REGIMES)
 TABLE = (*(w.name for w in MODELS), "attention D64", "attention options D64", "SwiGLU")
-# A few launches of each architecture: CI compiles sm_90's at each change, test-all the rest.
+# A few launches per architecture: CI compiles those of sm_90 at each change, `make test-all` all.
 CI = {
     80: ("B/16 autocast",),
     90: ("B/16 autocast", "S/16 float32", "attention options D64"),
@@ -122,7 +123,8 @@ def run(w: Workload) -> None:
     norm = (rows, rows, vector, vector)
     qkv = (qkv_w, qkv_w.to(master), qkv_b)
     path_scale = new(w.batch, dtype=torch.float32) if w.branch else None
-    # A branch's gradient goes beside the residual's where they differ, except out of a model.
+    # dx comes with a copy for the branch that made x (`gradient_copy`) where the two differ, except
+    # in a model's first block.
     copies = [(False, None)]
     copies += [(True, path_scale)] if w.branch or w.dtype != master else []
     for copy in copies:
@@ -137,7 +139,7 @@ def run(w: Workload) -> None:
     proj, out = new(w.dim, w.dim), new(M, w.dim)
     keeps = tuned.keeps_rows(M, w.dim, w.dtype)
     _, *kept = linear_residual._fwd(out, proj, vector, x, *branch, master, keeps)
-    # What x's rows are is known, except at the ends of a model.
+    # The statistics of x's rows come from the op before, except in a model's first block.
     told: list[Any] = [(None, None), *([(*kept, None)[:2]] if keeps else [])]
     for known in told:
         layernorm_linear._fwd(x, vector, vector, *qkv[1:], *known, 1e-6, False, w.dtype, True)
@@ -157,14 +159,14 @@ def run(w: Workload) -> None:
 
 
 def run_swiglu(F: int = 4096) -> None:
-    """Of ViT-g's MLP, in bf16 and float32."""
+    """Call SwiGLU's launchers as ViT-g's MLP does, in bf16 and float32."""
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.empty(65792, 2 * F, dtype=dtype, device="meta")
         swiglu._bwd(swiglu._fwd(x), x)
 
 
 def run_attention(D: int, H: int = 12) -> None:
-    """Rows of every length, whose tiles are cut to it, of many heads and of few."""
+    """Call attention's launchers for rows of every length, with many heads and with few."""
     for B, N in product((256, 1), LENGTHS):
         q, k, v = torch.empty(B, N, 3, H, D, dtype=torch.bfloat16, device="meta").unbind(2)
         o, lse = attention._fwd(q, k, v, 0.125)
@@ -172,7 +174,7 @@ def run_attention(D: int, H: int = 12) -> None:
 
 
 def run_attention_regimes(D: int, H: int = 12) -> None:
-    """Rows of many heads and of few: dense with dropout; padded and packed with and without it."""
+    """As `run_attention`: dense rows with dropout; padded and packed ones with and without it."""
 
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -192,7 +194,7 @@ def run_attention_regimes(D: int, H: int = 12) -> None:
 
 
 def run_attention_options(D: int, B: int = 256, N: int = 197, H: int = 12) -> None:
-    """Padded and packed rows, dropout, QK-norm and RoPE, maps."""
+    """Call the launchers of padded and packed rows, dropout, QK-norm, RoPE and attention maps."""
 
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -226,7 +228,7 @@ def run_attention_options(D: int, B: int = 256, N: int = 197, H: int = 12) -> No
 
 
 def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
-    """Distinct launches of the named workloads (all of them by default) on `arch`."""
+    """Distinct launches of the named workloads (default: those of `TABLE`) on `arch`."""
     found: dict[str, aot.Case] = {}
     runs = [(w.name, w.tf32, functools.partial(run, w)) for w in MODELS]
     runs += [(n, False, functools.partial(run_attention, D)) for n, D in ATTENTION.items()]
@@ -250,7 +252,7 @@ def cases(arch: int, names: Iterable[str] | None = None) -> list[aot.Case]:
     return list(found.values())
 
 
-# Constants whose value, where it is neither False nor None, is a word of the case's name.
+# Constants that become a word of the case's name unless they are False, None or 0.
 _WORDS = {
     "PROLOGUE": "{}",
     "EPILOGUE": "{}",
@@ -283,7 +285,7 @@ _WORDS = {
     "STAGGER": "staggered",
     "RMS": "rms",
 }
-# Pointers whose absence compiles to less.
+# Pointers that may be None, for which less code is compiled.
 _OPTIONAL = {"copy", "y", "h", "residual", "layer_scale", "slabs2", "norm_rows"}
 _ALWAYS_FLOAT32 = {"mean", "rstd", "lse", "delta", "path_scale", "slabs", "db_slabs"}
 _ALWAYS_FLOAT32 |= {"cos", "sin", "dparams", "maps", "parts"}
@@ -292,7 +294,7 @@ _INTEGERS = {"cu_seqlens", "lengths", "rows", "seed"}
 
 
 def describe(case: aot.Case) -> str:
-    """What tells one case of a kernel from another, on one line."""
+    """One line that distinguishes the cases of a kernel."""
     constants = dict(case.constants)
     if "EPILOGUE" in constants and constants["EPILOGUE"] not in ("gelu", "dgelu"):
         constants.pop("ACTIVATION", None)
@@ -332,7 +334,7 @@ def describe(case: aot.Case) -> str:
 
 
 def costs(selected: list[tuple[aot.Case, int]], jobs: int) -> list[aot.Cost]:
-    """Compile cases, each (case, arch), in `jobs` processes."""
+    """Compile each (case, arch) of `selected`, in `jobs` processes."""
     if jobs == 1:
         return [aot.compile_case(case, arch) for case, arch in selected]
     with ProcessPoolExecutor(jobs, initializer=_end_with_parent) as pool:
@@ -341,7 +343,7 @@ def costs(selected: list[tuple[aot.Case, int]], jobs: int) -> list[aot.Cost]:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next case for ever."""
+    """End a worker whose parent was killed: it would wait for its next case for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -391,12 +393,12 @@ def table(rows: list[aot.Cost]) -> str:
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 COMPILE_TABLE = RESULTS / "compile_report.json"
 TRAFFIC_TABLE = RESULTS / "traffic.json"
-# Models to hold to their traffic, in plain bf16 (False) or under autocast (True).
+# Models in the committed traffic table, in plain bf16 (False) or under autocast (True).
 TRAFFIC = {"vit_base_patch16_224": (False, True), "vit_large_patch16_224": (True,)}
 
 
 def merged(rows: list[aot.Cost], archs: Iterable[int], only: str) -> list[aot.Cost]:
-    """The committed table with `rows` in place of all that `archs` and `only` select."""
+    """The committed table with `rows` in place of those that `archs` and `only` select."""
     table = json.loads(COMPILE_TABLE.read_text()) if COMPILE_TABLE.exists() else {}
     before = table["rows"] if table.get("triton") == triton.__version__ else []
     kept = [
@@ -406,15 +408,15 @@ def merged(rows: list[aot.Cost], archs: Iterable[int], only: str) -> list[aot.Co
 
 
 def to_json(rows: list[aot.Cost]) -> str:
-    """One line a row, so that a diff of the committed table reads well."""
+    """JSON with one line per row, for readable diffs of the committed table."""
     lines = ",\n".join(json.dumps(dataclasses.asdict(c)) for c in rows)
     return f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n'
 
 
 def worse(rows: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
-    """What `rows` cost more than the committed table says, a line each.
+    """One line for each cost in `rows` that is above the committed table's, and for each new row.
 
-    Nothing where the table is of another triton, whose compiler differs.
+    Empty if the table was made by another version of triton, whose compiler differs.
     """
     if committed["triton"] != triton.__version__:
         return []
@@ -435,7 +437,7 @@ def worse(rows: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
 
 
 def traffic_summary() -> dict[str, Any]:
-    """Totals of the models in `TRAFFIC`, batch 256."""
+    """Totals for the models in `TRAFFIC` at batch 256."""
     return {
         f"{model}{' autocast' if autocast else ''}": traffic.summary(
             traffic.sizes(model, 256, autocast)
@@ -449,17 +451,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastvit_kernels.report", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=aot.ARCHS)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--ci", action="store_true", help="a few launches")
+    parser.add_argument("--ci", action="store_true", help="a few launches only")
     parser.add_argument(
         "--head-dim",
         type=int,
         action="append",
         metavar="D",
-        help="attention alone, at this one; may be repeated",
+        help="attention alone at this head dim; may be repeated",
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
-    parser.add_argument("--update", action="store_true", help="write the committed tables anew")
+    parser.add_argument("--update", action="store_true", help="rewrite the committed tables")
     parser.add_argument("--traffic", metavar="MODEL", help="such as vit_base_patch16_224")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--autocast", action="store_true", help="float32 residual stream")
@@ -470,7 +472,7 @@ def main(argv: list[str] | None = None) -> int:
         print(traffic.table(args.traffic, args.batch, args.autocast, part))
         return 0
     if args.update and args.ci:
-        parser.error("--update wants every model of what it writes; it does not go with --ci")
+        parser.error("--update does not go with --ci, which leaves out most models")
     if args.update and not RESULTS.is_dir():
         parser.error(f"--update needs a checkout: there is no {RESULTS}")
     names = None

@@ -1,10 +1,10 @@
-"""Follow a kernel's parameters through its machine code, to where they must not come.
+"""Find matrix products in machine code whose operand addresses depend on kernel parameters.
 
 ptxas 12.8, which Triton ships for sm_90, at times adds to the wrong uniform register where two
 wgmma descriptors share a base: the descriptor then holds a parameter's bits, and the product reads
-what lies there. `stray_descriptors` finds such products, on sm_100 as well, whose ptxas is another.
-It follows integer registers through all branches; what is loaded from memory, or made of floats,
-counts as no parameter.
+from a wrong address. `stray_descriptors` finds such products, also on sm_100, which has another
+ptxas. It tracks integer registers through all branches; values loaded from memory or computed from
+floats are taken not to depend on parameters.
 """
 
 import re
@@ -13,8 +13,8 @@ _LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][\w.]*
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _REGISTER = re.compile(r"\b(U?R)(\d+)\b")
 _CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
-_FIRST_PARAMETER = {90: 0x210, 100: 0x380}  # of constant bank 0
-# Integer results that are made of their operands; every other result is no parameter.
+_FIRST_PARAMETER = {90: 0x210, 100: 0x380}  # offset in constant bank 0
+# Instructions with integer results made of their operands; no other result holds a parameter.
 _COPYING = set(
     "IADD3 UIADD3 IADD IMAD UIMAD LEA ULEA MOV UMOV R2UR SHF USHF LOP3 ULOP3 SEL USEL VIADD SGXT "
     "USGXT PRMT UPRMT ULDC LDC LDCU IABS VIMNMX UVIMNMX IMNMX SHFL".split()
@@ -24,7 +24,7 @@ _WIDTHS = ((".128", 4), ("HMMA", 4), (".64", 2), (".WIDE", 2), ("CS2R", 2))
 
 
 def stray_descriptors(sass: str, arch: int) -> int:
-    """Products of `nvdisasm -c` code (sm_90, sm_100) whose addresses depend on a parameter."""
+    """Count the products in `nvdisasm -c` code (sm_90, sm_100) with addresses from parameters."""
     code, labels = _parse(sass)
     parameters = _FIRST_PARAMETER[arch]
     before: list[frozenset[str] | None] = [None] * (len(code) + 1)
@@ -44,7 +44,7 @@ def stray_descriptors(sass: str, arch: int) -> int:
             target = re.search(r"\.L_x_\d+", operands)
             if target:
                 todo.append((labels[target.group()], state))
-            # A branch may depend on a uniform predicate that stands among its operands.
+            # A branch may be conditional on a uniform predicate among its operands.
             if predicate is None and "UP" not in operands.partition("`")[0]:
                 continue
         elif name == "EXIT" and predicate is None:
@@ -54,9 +54,9 @@ def stray_descriptors(sass: str, arch: int) -> int:
 
 
 def _parse(sass: str) -> tuple[list[tuple[str | None, str, str]], dict[str, int]]:
-    """(predicate, operation, operands) of each instruction, and where the labels stand.
+    """(predicate, operation, operands) of each instruction, and the index that each label marks.
 
-    What the elected thread alone does is done for the product that follows: no predicate.
+    Instructions of the elected thread, which issues the product too, get no predicate.
     """
     code, labels, elected = [], {}, ""
     for line in sass.splitlines():
@@ -75,10 +75,10 @@ def _parse(sass: str) -> tuple[list[tuple[str | None, str, str]], dict[str, int]
 
 
 def _addresses(name: str, operands: str) -> set[str]:
-    """The registers that say where a product's operands lie.
+    """The registers that hold the addresses of a product's operands.
 
-    Of wgmma's four the first two describe A, unless it comes from registers; tcgen05 has two for
-    each descriptor, and one for what lies in tensor memory.
+    wgmma has four, of which the first two describe A and are unused if A comes from registers;
+    tcgen05 has two for each descriptor, and one for each operand in tensor memory.
     """
     if name != "HGMMA":
         found = re.findall(r"(gdesc|tmem|idesc)\[UR(\d+)\]", operands)
@@ -93,7 +93,7 @@ def _addresses(name: str, operands: str) -> set[str]:
 def _after(
     state: frozenset[str], predicate: str | None, op: str, operands: str, parameters: int
 ) -> frozenset[str]:
-    """The registers that depend on parameters behind an instruction."""
+    """The registers that depend on parameters after an instruction."""
     name = op.partition(".")[0]
     parts = [p.strip() for p in operands.split(",")]
     while parts and re.match(r"U?P[0-9T]", parts[0]):

@@ -1,11 +1,12 @@
-"""What one encoder block, and the stem, launch and move: fastvit beside eager PyTorch, no GPU.
+"""Count launches, bytes and FLOPs of one encoder block and of the stem, in fastvit and in eager
+PyTorch, without a GPU.
 
-Both run on meta tensors, forward and backward through autograd. Each Triton launch is kept instead
-of made, and each ATen op that is more than a view is counted: casts, copies and sums of gradients
-too, on either side. A tensor counts once for each launch that reads or writes it, at its distinct
-elements: repeated reads within one launch are taken to hit L2.
-The eager block is timm's, with its attention as FlashAttention 2. It is counted in its favour: an
-ATen op reads its inputs and writes its outputs once, but for the two of `_MANY_PASSES`.
+Both run on meta tensors, forward and backward through autograd. Triton launches are recorded
+instead of made, and every ATen op that is more than a view is counted, on both sides: casts, copies
+and sums of gradients too. A tensor counts once for each launch that reads or writes it, by its
+distinct elements: repeated reads within one launch are assumed to hit L2.
+The eager block is timm's, with FlashAttention 2 for its attention. The count favours it: an ATen op
+reads its inputs and writes its outputs once, except for the two in `_MANY_PASSES`.
 """
 
 import re
@@ -33,7 +34,7 @@ from fastvit_kernels import (
 
 @dataclass(frozen=True)
 class Part:
-    """Rates of the data sheet: dense bf16 FLOPs and bytes a second."""
+    """A GPU's data-sheet rates: dense bf16 FLOPs and bytes per second."""
 
     name: str
     flops: float
@@ -47,12 +48,12 @@ PARTS = {
     "H200": Part("H200 SXM", 989e12, 4.8e12, 90),
 }
 WIDTHS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}  # heads
-_DIMS = {"huge": 1280}  # 64 a head elsewhere
+_DIMS = {"huge": 1280}  # elsewhere 64 a head
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One kernel launch, or one ATen op of `launches`; bytes are those of global memory."""
+    """One kernel launch, or one ATen op of `launches` kernels; bytes of global memory."""
 
     name: str
     launches: int
@@ -66,13 +67,13 @@ class Pass:
         return self.read + self.written
 
     def floor(self, part: Part) -> float:
-        """Seconds that arithmetic and memory leave, whichever is longer."""
+        """Lower bound in seconds: the longer of arithmetic and memory traffic."""
         return max(self.flops / part.flops, self.bytes / part.bandwidth)
 
 
 @dataclass(frozen=True)
 class Step:
-    """The passes of forward and of backward, and the bytes autograd keeps between them."""
+    """The passes of forward and of backward, and the bytes that autograd saves between them."""
 
     forward: list[Pass]
     backward: list[Pass]
@@ -96,8 +97,8 @@ class Sizes:
     dim: int
     heads: int
     mlp_dim: int
-    # Of the product's operands, and of parameters, images and the residual stream: they differ
-    # under autocast.
+    # dtype is that of the products' operands, residual_dtype that of parameters, images and the
+    # residual stream; they differ under autocast.
     dtype: torch.dtype = torch.bfloat16
     residual_dtype: torch.dtype = torch.bfloat16
 
@@ -107,7 +108,7 @@ class Sizes:
 
 
 def sizes(name: str, batch: int, autocast: bool = False) -> Sizes:
-    """Of a timm model name such as vit_base_patch16_224."""
+    """The sizes that a timm model name, such as vit_base_patch16_224, stands for."""
     match = re.fullmatch(r"vit_(\w+?)_patch(\d+)_(\d+)", name)
     if match is None or match[1] not in WIDTHS:
         expected = f"vit_({'|'.join(WIDTHS)})_patch<p>_<image size>"
@@ -118,7 +119,7 @@ def sizes(name: str, batch: int, autocast: bool = False) -> Sizes:
     return replace(found, residual_dtype=torch.float32) if autocast else found
 
 
-# What each kernel writes; it reads its other tensors.
+# The tensors that each kernel writes; it reads its others.
 WRITES = {
     "layernorm_fwd": ("y", "mean", "rstd"),
     "layernorm_fold": (
@@ -151,7 +152,7 @@ _ATTENTION_BWD_PRODUCTS = {"dq": 3, "dkv": 4, "both": 7}
 
 
 def written_by(name: str, values: dict[str, Any]) -> set[str]:
-    """Names of the tensors that a launch writes."""
+    """The names of the tensors that a launch writes."""
     is_gelu = values.get("EPILOGUE") == "gelu"
     is_dq = name == "attention_bwd" and values["PART"] == "dq"
     there = ("mean", "rstd") if values.get("KNOWN") else ("z",) if values.get("PIECES") else ()
@@ -160,21 +161,21 @@ def written_by(name: str, values: dict[str, Any]) -> set[str]:
 
 
 def launch_cost(name: str, values: dict[str, Any]) -> Pass:
-    """Of one Triton launch, from the arguments it was given."""
-    given = {k: getattr(v, "base", v) for k, v in values.items()}  # of a TMA descriptor
+    """The cost of one Triton launch, from its arguments."""
+    given = {k: getattr(v, "base", v) for k, v in values.items()}  # a TMA descriptor's tensor
     tensors = {k.removesuffix("_ptr"): v for k, v in given.items() if isinstance(v, Tensor)}
     writes = written_by(name, values)
-    if values.get("PIECES"):  # x's rows are known, but for those to be rounded again
+    if values.get("PIECES"):  # x's statistics are known: only rows to be rounded again are read
         del tensors["x"]
         tensors.pop("z", None)
     written = sum(_bytes(t) for k, t in tensors.items() if k in writes)
-    inputs = {id(t): t for k, t in tensors.items() if k not in writes}  # one may come twice
+    inputs = {id(t): t for k, t in tensors.items() if k not in writes}  # one may be passed twice
     read = sum(map(_bytes, inputs.values()))
     flops = 0
     if name.startswith("gemm"):
         flops = 2 * values["M"] * values["N"] * values["K"]
     elif name.startswith("mlp_narrow"):
-        alone = name == "mlp_narrow_fwd" and "out" not in tensors  # fc1 made again
+        alone = name == "mlp_narrow_fwd" and "out" not in tensors  # fc1 recomputed
         flops = (2 if alone else 4) * values["M"] * values["F"] * values["C"]
     elif name.startswith("attention"):
         B, N, H, D = tensors["q"].shape
@@ -190,20 +191,24 @@ def launch_cost(name: str, values: dict[str, Any]) -> Pass:
 
 
 def _bytes(t: Tensor) -> int:
-    """Of the distinct elements of t: a broadcast dimension counts once."""
+    """Bytes of the distinct elements of t: a broadcast dimension counts once."""
     distinct = [size if stride else 1 for size, stride in zip(t.shape, t.stride(), strict=True)]
     return torch.Size(distinct).numel() * t.element_size()
 
 
 def _layer_norm_backward(inputs: list[Tensor], outputs: list[Tensor]) -> tuple[int, int, int]:
-    """One kernel for dx and one for dweight and dbias; both read dy and x."""
+    """Launches, bytes read and bytes written: a kernel for dx and one for dweight and dbias, which
+    both read dy and x.
+    """
     dy, x = inputs[:2]
     read = sum(map(_bytes, inputs)) + _bytes(dy) + _bytes(x)
     return 2, read, sum(map(_bytes, outputs))
 
 
 def _flash_backward(inputs: list[Tensor], outputs: list[Tensor]) -> tuple[int, int, int]:
-    """delta = rowsum(o do) with the float32 sum of dq cleared; the products; dq cast."""
+    """Launches, bytes read and bytes written: delta = rowsum(o do) while the float32 sum of dq is
+    cleared; the products; the cast of dq.
+    """
     do, lse = inputs[0], inputs[5]
     dq_sum = 4 * do.numel()
     read = sum(map(_bytes, inputs)) + _bytes(do) + _bytes(lse) + dq_sum
@@ -217,7 +222,7 @@ _MANY_PASSES: dict[Any, Callable[..., tuple[int, int, int]]] = {
 
 
 class Counter(TorchDispatchMode):
-    """Collects passes; fastvit's ops run their launchers, whose launches `on_launch` is given."""
+    """Collect passes. fastvit's ops run their launchers, whose launches come to `on_launch`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,10 +275,10 @@ def _op_cost(
 def count(
     function: Callable[..., Tensor], shapes: dict[str, tuple[int, ...]], s: Sizes, arch: int = 90
 ) -> Step:
-    """The step of function(s, **tensors of `shapes`); every tensor has a gradient but images.
+    """The step of function(s, **tensors of `shapes`), with a gradient for every tensor but images.
 
-    With an "x" among them, it is the second of three such in a row: what neighbours hand each other
-    counts, what the ends of a model do otherwise does not.
+    If `shapes` has an "x", three calls are chained and the second is counted: what it exchanges
+    with its neighbours counts, what a model's first and last block do differently does not.
     """
 
     def new_tensors() -> dict[str, Tensor]:
@@ -346,7 +351,7 @@ def block_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def block(s: Sizes, x: Tensor, **p: Tensor) -> Tensor:
-    """One encoder block on our kernels."""
+    """One encoder block on fastvit's kernels."""
     norm1, norm2 = ((p[f"norm{i}_weight"], p[f"norm{i}_bias"]) for i in (1, 2))
     qkv, x = layernorm_linear.layernorm_linear(
         x, *norm1, p["qkv_weight"], p["qkv_bias"], 1e-6, False, s.dtype
@@ -362,7 +367,7 @@ def block(s: Sizes, x: Tensor, **p: Tensor) -> Tensor:
 
 
 def block_eager(s: Sizes, x: Tensor, **p: Tensor) -> Tensor:
-    """timm's Block in training, with the casts that autocast makes."""
+    """timm's Block in training, with autocast's casts."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, (s.dim,), p[f"{name}_weight"], p[f"{name}_bias"], 1e-6)
@@ -391,7 +396,7 @@ def stem_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
 def stem(
     s: Sizes, images: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor
 ) -> Tensor:
-    """The stem on our kernels: <cls> meets its position outside, as in `fastvit.ViT`."""
+    """The stem on fastvit's kernels; <cls> gets its position outside, as in `fastvit.ViT`."""
     prefix, pos = pos[0].split([1, s.tokens - 1])
     return patch_embed.patch_embed(images, weight, bias, pos, cls[0] + prefix, s.dtype)
 
@@ -399,14 +404,14 @@ def stem(
 def stem_eager(
     s: Sizes, images: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor
 ) -> Tensor:
-    """timm's: convolution, transpose, <cls> and positions."""
+    """timm's stem: convolution, transpose, <cls> and positions."""
     args = (t.to(s.dtype) for t in (images, weight, bias))
     x = F.conv2d(*args, stride=s.patch).flatten(2).transpose(1, 2)
     return torch.cat([cls.expand(len(x), -1, -1), x], dim=1) + pos
 
 
 def steps(s: Sizes, arch: int = 90) -> dict[str, tuple[Step, Step]]:
-    """(fastvit, eager) of the block and of the stem."""
+    """The steps (fastvit, eager) of the block and of the stem."""
 
     def both(
         ours: Callable[..., Tensor], eager: Callable[..., Tensor], shapes: dict
@@ -420,7 +425,7 @@ def steps(s: Sizes, arch: int = 90) -> dict[str, tuple[Step, Step]]:
 
 
 def summary(s: Sizes, arch: int = 90) -> dict[str, dict[str, dict[str, int]]]:
-    """What `steps` comes to: block and stem, ours and eager, each as plain numbers."""
+    """The totals of `steps` as plain numbers: block and stem, fastvit and eager."""
     return {
         where: {
             who: {
@@ -436,7 +441,7 @@ def summary(s: Sizes, arch: int = 90) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def table(name: str, batch: int, autocast: bool, part: Part) -> str:
-    """Every pass of the block and the stem, then what it comes to."""
+    """A printable table: every pass of the block and the stem, and their totals."""
     s = sizes(name, batch, autocast)
     mode = "bf16 under autocast, float32 residual stream" if autocast else "bf16"
     lines = [

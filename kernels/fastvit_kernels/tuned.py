@@ -1,9 +1,9 @@
-"""Launch configurations: one literal table per kernel, one look-up each.
+"""Launch configurations: one literal table per kernel family, each with a look-up function.
 
-Lines are chosen from what the compiled code shows (registers, spills, shared memory, HGMMA); a
-line measured on a GPU carries the device, date and milliseconds. Look-up: exact architecture, then
-the same major, then the default, which fits 64 KiB of shared memory. Architecture 0 is the
-interpreter, where few large programs are fastest.
+Lines are chosen by what the compiled code shows (registers, spills, shared memory, HGMMA) or by
+times on a GPU (benchmarks/tune.py). A look-up takes the lines of the exact architecture, else of
+the newest older one of the same major version (sm_80's lines also serve sm_86 and sm_89), else of
+sm_80. Architecture 0 is the interpreter, where few large programs are fastest.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from fastvit_kernels.dw_plan import Plan
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch options of one kernel; a kernel uses the fields it has."""
+    """Tile sizes and launch options of one kernel, which reads only the fields it needs."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -29,10 +29,10 @@ class Config:
     num_stages: int = 2
     GROUP_M: int = 8
     SUBTILES: int = 1
-    CTAS: int = 1  # resident programs per SM, of a persistent kernel
-    STAGGER: int = 0  # nanoseconds that the later half of the programs starts after the others
+    CTAS: int = 1  # resident programs per SM of a persistent kernel
+    STAGGER: int = 0  # nanoseconds by which the second half of the programs starts later
     tma: bool = False
-    maxnreg: int | None = None  # registers a thread may have at most; None: as ptxas sees fit
+    maxnreg: int | None = None  # limit of registers per thread; None: ptxas decides
 
 
 T = TypeVar("T")
@@ -41,19 +41,19 @@ _forget: list[Callable[[], None]] = []
 
 
 def choice(choose: Choose) -> Choose:
-    """Remember what `choose` answers: every launch asks."""
+    """Memoize `choose`, which every launch calls."""
     cached = functools.lru_cache(maxsize=4096)(choose)
     _forget.append(cached.cache_clear)
     return cached  # type: ignore[return-value]
 
 
 def when_forgotten(clear: Callable[[], None]) -> None:
-    """Call clear() too where choices are forgotten: for what was made of them."""
+    """Have `forget_choices` call `clear` too: for caches that were built from choices."""
     _forget.append(clear)
 
 
 def forget_choices() -> None:
-    """For after a table was edited."""
+    """Clear all memoized choices; needed after a table was edited."""
     for clear in _forget:
         clear()
 
@@ -63,7 +63,7 @@ _target: tuple[int, int] | None = None
 
 @contextlib.contextmanager
 def target(arch: int, sms: int) -> Iterator[None]:
-    """Choose for another GPU than the one at hand: what the ahead-of-time compiler needs."""
+    """Choose for this GPU instead of the one at hand, as ahead-of-time compilation needs."""
     global _target
     before, _target = _target, (arch, sms)
     try:
@@ -90,7 +90,7 @@ def _device(index: int | None) -> tuple[int, int]:
 
 
 def look_up(table: dict[int, T], arch: int) -> T:
-    """The line of `arch`, else of the newest architecture of its major, else the default's."""
+    """The entry of `arch`, else of the newest older one of the same major, else the default."""
     if arch in table:
         return table[arch]
     same_major = [a for a in table if a // 10 == arch // 10 and 0 < a <= arch]
@@ -99,10 +99,10 @@ def look_up(table: dict[int, T], arch: int) -> T:
 
 DEFAULT = 80
 
-# Forward and dX products of 16 bits, in four sizes of tile that `gemm_class` chooses from, and
-# those of float32. "tma_.." serve plain operands. SUBTILES keeps the epilogues from spilling.
-# "tiny" is for the few rows of one image, where an SM waits for its loads: many programs, and much
-# on its way to each.
+# Forward and dX products: four tile sizes for 16-bit operands, of which `gemm_class` chooses one,
+# and one for float32. "tma_*" needs operands that TMA can load, without a prologue. SUBTILES keeps
+# the epilogues from spilling. "tiny" is for the few rows of one image, where load latency bounds an
+# SM: many programs, each with many loads in flight.
 GEMM: dict[int, dict[str, Config]] = {
     0: {
         **{name: Config(128, 128, 128) for name in ("wide", "square", "small", "float32")},
@@ -163,8 +163,8 @@ GEMM: dict[int, dict[str, Config]] = {
     },
 }
 
-# The patch embedding's two products of this family, whose pixels are loaded through addresses;
-# "gather": one or two pixels at an address.
+# The patch embedding's forward and dimages products, which address pixels through pointers;
+# "gather": one or two pixels per access.
 PATCH_EMBED: dict[int, dict[str, Config]] = {
     0: {
         name: Config(128, 128, 128)
@@ -198,7 +198,7 @@ GEMM_DW: dict[int, dict[str, Config]] = {
     },
     80: {
         "16-bit": Config(32, 128, 128, num_warps=8, num_stages=4),
-        # float32 pixels and gradients under autocast: sm_86 and sm_89 have 99 KiB for a block.
+        # Pixels may be float32 (autocast), and a CTA has 99 KiB of shared memory on sm_86, sm_89.
         "patch_embed": Config(32, 128, 128, num_warps=8, num_stages=3),
         "float32": Config(32, 64, 32, num_warps=4, num_stages=3, CTAS=4),
     },
@@ -220,8 +220,8 @@ GEMM_DW: dict[int, dict[str, Config]] = {
     },
 }
 
-# The MLP of short rows in one kernel: BLOCK_N hidden columns at a time, rows cut into pieces of
-# BLOCK_K columns, their sums into SUBTILES of those; named by the longest row.
+# The one-kernel MLP of narrow rows: BLOCK_N hidden columns per step; rows are cut into pieces of
+# BLOCK_K columns as operands and of BLOCK_K / SUBTILES as sums. Names end in the widest row served.
 MLP_NARROW: dict[int, dict[str, Config]] = {
     DEFAULT: {},
     90: {
@@ -236,15 +236,15 @@ SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 
 def norm_way(M: int, N: int, compute: torch.dtype) -> str:
-    """How LayerNorm of x (M, K) enters the product (M, N) that follows it.
+    """Where LayerNorm of x (M, K) is applied for the product (M, N) that follows it.
 
-    "fold"  by the product's epilogue (`layernorm_fold`), 2 instructions an element of the output;
-            the weight is read and written once more.
-    "row"   by the row kernel, which writes the norm for the product to read: M K elements more, and
-            2 N K fewer.
-    "load"  by the product, as it loads its tiles of x: about 5 instructions an element for each
-            column of tiles, and operands that come from registers. For float32 products, where
-            both are small beside the arithmetic.
+    "fold"  in the product's epilogue (`layernorm_fold`): 2 instructions per output element; the
+            weight is read and written once more.
+    "row"   in the row kernel, which writes the normed x for the product to read: M K elements more
+            than "fold" moves, and 2 N K fewer.
+    "load"  in the product as it loads tiles of x: about 5 instructions per element for each column
+            of tiles, and operands that come from registers. For float32 products, where both cost
+            little next to the arithmetic.
     """
     if compute == torch.float32:
         return "load"
@@ -252,8 +252,8 @@ def norm_way(M: int, N: int, compute: torch.dtype) -> str:
 
 
 def keeps_rows(M: int, C: int, compute: torch.dtype) -> bool:
-    """Whether the op that writes rows (M, C) tells of them to a norm that may follow: where it
-    would be folded into a product at least as wide as a block's.
+    """True if the op that writes rows (M, C) also writes their statistics (`row_statistics`): where
+    a norm that follows would be folded into a product of 3 C columns, as QKV's is.
     """
     return norm_way(M, 3 * C, compute) == "fold"
 
@@ -261,10 +261,11 @@ def keeps_rows(M: int, C: int, compute: torch.dtype) -> bool:
 def mlp_narrow(
     kernel: str, M: int, C: int, dtype: torch.dtype, device_index: int | None
 ) -> Config | None:
-    """The configuration of the one-kernel MLP, "fwd" or "bwd"; None where its products run alone.
+    """The configuration of the one-kernel MLP, "fwd" or "bwd"; None if its products are launched
+    separately.
 
-    A program takes all of both weights through its SM, whatever its rows: with programs for fewer
-    than half of the SMs that takes longer than three launches do (mlp_narrow.py has the figures).
+    Each program reads both weights whole, however few rows it has: with programs for fewer than
+    half of the SMs that takes longer than three launches (figures in mlp_narrow.py).
     """
     config = look_up(MLP_NARROW, arch(device_index)).get(f"{kernel}_192", Config(0, 0))
     if dtype == torch.float32 or C > 192 or not config.BLOCK_M:
@@ -280,7 +281,7 @@ def gemm(
     tma: bool = False,
     epilogue: str = "none",
 ) -> Config:
-    """The configuration of one forward or dX product. tma: TMA can take its operands."""
+    """The configuration of one forward or dX product. tma: TMA can load its operands."""
     return _gemm(M, N, dtype, tma, epilogue, arch(device_index), num_sms(device_index))
 
 
@@ -293,7 +294,7 @@ def _gemm(
         return table[gemm_class(M, N, dtype, sms, table)]
     table = table | {k.removeprefix("tma_"): c for k, c in table.items() if c.tma}
     config = table[gemm_class(M, N, dtype, sms, table)]
-    # A long epilogue has a line of its own, where all its programs have several tiles.
+    # A long epilogue has its own line, used where every program has at least two tiles.
     own = table.get({"fold": "gelu"}.get(epilogue, epilogue), config)
     tiles = -(-M // own.BLOCK_M) * -(-N // own.BLOCK_N)
     return own if config.tma and tiles >= 2 * own.CTAS * sms else config
@@ -310,12 +311,12 @@ def patch_embed(
     return table[gemm_class(M, N, dtype, num_sms(device_index), table)]
 
 
-# Of the tensor cores' rate, what a tile of each class reaches: larger ones load less per product.
+# Fraction of the tensor cores' rate that each class reaches: larger tiles load less per product.
 _RATES = {"wide": 1.0, "square": 0.9, "small": 0.55, "tiny": 0.35}
 
 
 def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int, table: dict[str, Config]) -> str:
-    """The class of least estimated time: the tiles of the busiest SM at the rate of their size."""
+    """The class of least estimated time: the busiest SM's tiles at the rate of their class."""
     if dtype == torch.float32:
         return "float32"
 
@@ -330,7 +331,7 @@ def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int, table: dict[str, Co
 def gemm_dw(
     M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, tma: bool = False
 ) -> tuple[Config, Plan]:
-    """The configuration of dW, and who sums what of it."""
+    """The configuration of dW, and how its reduction is split over programs (`dw_plan`)."""
     return _gemm_dw(M, N, K, dtype, tma, arch(device_index), num_sms(device_index))
 
 
@@ -357,9 +358,9 @@ def _gemm_dw(
 
 
 def dw_columns(plan: Plan, num_n: int, device_index: int | None) -> int:
-    """Columns of tiles, `num_n` tiles each, that share the sums of db: as many as can, or one, in
-    an eighth of a step for each step that is summed. Who shares walks over a stretch in three loops
-    instead of one, whose starts and ends take about as long as 4 steps.
+    """How many columns of tiles, of `num_n` tiles each, share the sums of db: as many as can, or
+    one. A step with sums takes an eighth longer; a program that shares runs three loops over each
+    stretch of rows instead of one, whose prologues and epilogues cost about 4 steps.
     """
     return _dw_columns(plan, num_n, arch(device_index))
 
@@ -379,8 +380,8 @@ def _dw_tiles(M: int, N: int, K: int, config: Config) -> tuple[int, int]:
 
 
 def _part_steps(dtype: torch.dtype) -> int:
-    """Rows whose product takes as long as a slab's write and read do: 8 bytes an element at 25 GB/s
-    for each SM of an H100, against 2 FLOPs a row at 6 TFLOP/s, an eighth of that in float32.
+    """Rows of the reduction that take as long as writing and reading one slab: per element and SM
+    of an H100, 8 bytes at 25 GB/s against 2 FLOPs a row at 6 TFLOP/s (float32: an eighth).
     """
     return 120 if dtype == torch.float32 else 960
 
@@ -388,7 +389,7 @@ def _part_steps(dtype: torch.dtype) -> int:
 def patch_embed_dw(
     M: int, N: int, K: int, dtype: torch.dtype, device_index: int | None, gather: bool
 ) -> tuple[Config, Plan]:
-    """The same of the patch embedding's dW, whose one operand are pixels."""
+    """`gemm_dw` for the patch embedding, one operand of which is loaded from the images."""
     config, _ = gemm_dw(M, N, K, dtype, device_index)
     if dtype != torch.float32:
         config = look_up(GEMM_DW, arch(device_index)).get("patch_embed", config)
@@ -399,18 +400,18 @@ def patch_embed_dw(
 
 
 def reduce_slabs(*tile_widths: int) -> Config:
-    """Rows and columns of the tiles that are added at a time: columns divide both tiles' widths."""
+    """Rows of dW per program and columns added at a time, which divide the width of all tiles."""
     width = min(256, *tile_widths)
-    # Bounded, for ptxas spills to make room for more CTAs than there are programs.
+    # Bounded: else ptxas spills to make room for more CTAs than there are programs.
     return Config(0, BLOCK_N=1024 // width, BLOCK_K=width, num_warps=8, maxnreg=64)
 
 
 @choice
 def slabs(M: int, N: int, K: int, config: Config, arch: int, sms: int) -> int:
-    """How many slabs dW is cut into: those of least estimated time, in steps along M.
+    """The number of slabs for dW that takes the least estimated time, in steps along M.
 
-    Programs run in waves of one per SM; each takes its rows and about 4 steps to begin and end; a
-    slab is written and read once as float32, which for 2^21 elements takes the time of some 16
+    Programs run in waves of one per SM; each takes its own steps and about 4 to start and finish. A
+    slab is written and read once in float32, which for 2^21 elements takes as long as about 16
     steps of 128 x 128 x 64 (H100: 5 us against 0.3 us each).
     """
     if arch == 0:
@@ -432,7 +433,7 @@ def _power_of_two(n: int) -> int:
 
 @choice
 def layernorm_fwd(C: int) -> Config:
-    """Whole rows, about 4096 elements a program; BLOCK_N is the padded row."""
+    """Whole rows, about 4096 elements a program; BLOCK_N is the padded row length."""
     block_c = _power_of_two(C)
     return Config(max(1, 4096 // block_c), block_c, num_warps=4 if block_c <= 2048 else 8)
 
@@ -440,12 +441,12 @@ def layernorm_fwd(C: int) -> Config:
 def layernorm_bwd(
     M: int, C: int, dtype: torch.dtype, device_index: int | None
 ) -> tuple[Config, int]:
-    """Whole rows of x, and the number of programs, each of which owns a run of rows: as many as
-    the SMs hold, by registers. Loads go two steps ahead where an SM's share of the bandwidth is
-    large, or one.
+    """The configuration, of whole rows of x, and the number of programs, each of which owns a run
+    of rows: as many as the SMs' registers hold. Loads run two steps ahead where an SM's share of
+    the bandwidth is large, else one.
     """
     block_c, part = _power_of_two(C), arch(device_index) // 10
-    if block_c > 4096:  # rows that shared memory would not hold twice
+    if block_c > 4096:  # shared memory would not hold such rows twice
         config, per_sm = Config(1, block_c, num_warps=8, num_stages=1), 1
     else:
         num_warps = min(16, max(4, block_c // 256))
@@ -462,12 +463,12 @@ def layernorm_bwd(
     return config, min(-(-M // config.BLOCK_M), per_sm * num_sms(device_index))
 
 
-# Attention. "fwd_resident" and ".._keys" hold every key of a row, at most BLOCK_N of them; the
-# others walk over the keys (fwd, dq) or over the queries (dkv) in blocks, "fwd_small" where there
-# are so few programs that none takes registers from another, "dkv_fewer_queries" over no more than
-# ATTENTION_FEWER_QUERIES. "_to_128" serves head dims over 64, "_to_112" those over 80 that are
-# several blocks of columns, "_72" that one alone; "_dropout" rows with dropout, whose random
-# numbers take registers.
+# Attention. "fwd_resident", "fwd_fewer_keys" and "bwd_*_keys" hold all keys of a row, at most
+# BLOCK_N of them; the others loop over blocks of keys (fwd, dq) or of queries (dkv). "fwd_small":
+# so few programs that none takes registers from another; "dkv_fewer_queries": at most
+# ATTENTION_FEWER_QUERIES queries. Suffixes: "_to_128" serves head dims over 64, "_to_112" those of
+# 88 to 112 (several blocks of columns each), "_72" that one alone; "_dropout" rows with dropout,
+# whose random numbers take registers.
 _ATTENTION_MMA = {
     "fwd_resident": Config(32, 256, num_warps=4, num_stages=1),
     "fwd_resident_to_128": Config(64, 64, num_warps=4, num_stages=1),
@@ -482,7 +483,7 @@ _ATTENTION_MMA = {
     "dq_to_128_dropout": Config(64, 32, num_warps=8, num_stages=1),
     "dkv_dropout": Config(16, 64, num_warps=4, num_stages=2),
     "dkv_to_128_dropout": Config(16, 64, num_warps=8, num_stages=2),
-    # Head dims whose own pieces of columns leave fewer registers than those of their class.
+    # Head dims whose blocks of columns leave fewer registers than others of their class.
     "fwd_resident_56": Config(32, 256, num_warps=8, num_stages=1),
     "fwd_56_dropout": Config(128, 32, num_warps=8, num_stages=2),
     "fwd_104_dropout": Config(128, 16, num_warps=8, num_stages=2),
@@ -510,7 +511,7 @@ _ATTENTION_WGMMA = {
     "dq_to_128": Config(64, 64, num_warps=4, num_stages=1),
     "dkv": Config(64, 64, num_warps=4, num_stages=2),
     "dkv_to_128": Config(32, 64, num_warps=8, num_stages=1),
-    # Head dims whose own pieces of columns leave fewer registers than those of their class.
+    # Head dims whose blocks of columns leave fewer registers than others of their class.
     "fwd_resident_48": Config(64, 128, num_warps=4, num_stages=1),
     "fwd_resident_88": Config(64, 64, num_warps=4, num_stages=1),
     "fwd_resident_104": Config(64, 64, num_warps=4, num_stages=1),
@@ -549,7 +550,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
     },
     80: _ATTENTION_MMA
     | {
-        # Over 176 keys no third CTA fits beside two, whatever its registers.
+        # Over 176 keys shared memory has no room for a third CTA, however few registers it takes.
         "fwd_fewer_keys_64": Config(32, 176, num_warps=4, num_stages=1),
         "fwd_resident_64": Config(32, 256, num_warps=4, num_stages=1, maxnreg=255),
         "fwd_resident_32": Config(32, 256, num_warps=4, num_stages=1, maxnreg=168),
@@ -571,8 +572,8 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_resident_64": Config(64, 256, num_warps=4, num_stages=2),
         "fwd_64": Config(64, 64, num_warps=4, num_stages=3),
         "dq_64": Config(64, 64, num_warps=4, num_stages=3),
-        # H200, dQ, dK and dV in us, by this and by dkv: 534 and 567 of 256 x 197 tokens, 997
-        # and 1016 of 87 x 577, 1347 and 1238 of 36 x 1370, 12 heads.
+        # H200, 12 heads, us for dQ, dK and dV with this line / with "dkv": 256 x 197 tokens
+        # 534 / 567, 87 x 577 997 / 1016, 36 x 1370 1347 / 1238.
         "dkv_fewer_queries_64": Config(32, 64, num_warps=4, num_stages=3),
         "fwd_80": Config(64, 64, num_warps=4, num_stages=2),
         "dq_80": Config(64, 32, num_warps=4, num_stages=3),
@@ -588,7 +589,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_80_dropout": Config(128, 64, num_warps=8, num_stages=2),
         "dq_80_dropout": Config(64, 32, num_warps=4, num_stages=1),
         "dkv_80_dropout": Config(16, 64, num_warps=8, num_stages=1),
-        # With two stages ptxas has each wgmma of these wait for the one before.
+        # With two stages ptxas has each wgmma of these two wait for the one before.
         "dkv_dropout": Config(32, 64, num_warps=4, num_stages=1),
         "fwd_96_dropout": Config(128, 32, num_warps=8, num_stages=1),
         "fwd_104_dropout": Config(128, 16, num_warps=8, num_stages=2),
@@ -651,27 +652,27 @@ ATTENTION: dict[int, dict[str, Config]] = {
 }
 
 
-# Head dims at which ptxas spills some registers so that one CTA more fits the SM, unless it is told
-# how many a thread may have: in the kernels of `attention` and its maps, or in the one named.
+# Head dims at which ptxas, unless maxnreg bounds it, spills registers to fit one more CTA on an SM:
+# as a number in the kernels of `attention` and its maps, as a string in the one kernel it names.
 ATTENTION_BOUNDED: dict[int, tuple[int | str, ...]] = {
     DEFAULT: (),
     100: (16, 24, 32, 40, 48, 56, 72, 88, 96, 104, 112, 120),
     120: ("maps_56", "qk_128"),
 }
 
-# Up to this many keys, where heads are few, the programs of dq_beside and dkv_beside share one
-# launch, where a table has these lines; but each key tile then computes its own delta. H200, D =
-# 64, 12 heads, us together and apart: 1 x 197 tokens 11 and 15, 16 x 197 54 and 41, 131 x 384 833
-# and 719.
+# Up to this many keys, where heads are few and the table has "dq_beside", the programs of
+# "dq_beside" and "dkv_beside" share one launch, in which each key tile computes delta itself. H200,
+# D = 64, 12 heads, us for one launch / for two: 1 x 197 tokens 11 / 15, 16 x 197 54 / 41, 131 x 384
+# 833 / 719.
 ATTENTION_SIDE_BY_SIDE = 384
 
-# Up to this many queries dkv_fewer_queries serves, where a table has it: beyond, its smaller steps
-# cost more than they win (its line has the times).
+# "dkv_fewer_queries" serves up to this many queries, where a table has it: with more, its smaller
+# steps cost more than they gain (its line has the times).
 ATTENTION_FEWER_QUERIES = 640
 
 
 def attention(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool = False) -> Config:
-    """The configuration of one attention kernel at head dim D; BLOCK_N 0 where it never serves."""
+    """The configuration of one attention kernel at head dim D; BLOCK_N is 0 if none serves."""
     table = look_up(ATTENTION, arch)
     one_launch = any(word in kernel for word in ("resident", "keys", "beside"))
     if dtype == torch.float32 and arch != 0:
@@ -685,35 +686,35 @@ def attention(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool 
 
 
 def attention_bound(of: int | str, arch: int) -> int | None:
-    """Registers a thread may have at a head dim, or in the kernel named; None: ptxas decides."""
+    """Limit of registers per thread at head dim or in kernel `of`; None: ptxas decides."""
     return 255 if of in look_up(ATTENTION_BOUNDED, arch) else None
 
 
 def attention_maps_bound(D: int, device_index: int | None) -> int | None:
-    """`attention_bound` of the maps."""
+    """`attention_bound` of the attention maps kernel."""
     part = arch(device_index)
     return attention_bound(D, part) or attention_bound(f"maps_{D}", part)
 
 
 def attention_qk(D: int, device_index: int | None) -> Config:
-    """Tokens a program has in hand, and pairs of channels padded: 1024 pairs, eight a thread."""
+    """Tokens per block, and a head's channel pairs, padded: 1024 pairs a block, 8 per thread."""
     part, pairs = arch(device_index), _power_of_two(D // 2)
     bound = attention_bound(f"qk_{D}", part)
     return Config((4096 if part == 0 else 1024) // pairs, pairs, num_warps=4, maxnreg=bound)
 
 
 def attention_qk_groups(blocks: int, H: int, device_index: int | None) -> int:
-    """Programs that share the heads of a block of tokens: more than one where blocks are few."""
+    """How many programs split the heads of one block of tokens: several where blocks are few."""
     return min(H, -(-2 * num_sms(device_index) // (2 * blocks)))
 
 
 def attention_qk_run(blocks: int, device_index: int | None) -> int:
-    """Blocks of tokens that a program walks over in backward: two waves of four CTAs an SM."""
+    """Blocks of tokens per program in backward: two waves of programs at four CTAs per SM."""
     return -(-2 * blocks // (8 * num_sms(device_index)))
 
 
 def attention_maps_splits(programs: int, tiles: int, device_index: int | None) -> int:
-    """Programs that share the keys, `tiles` tiles of them, of a few rows: a power of two."""
+    """How many programs split the keys of one block of rows, `tiles` tiles: a power of two."""
     splits = 1
     while 2 * splits <= tiles and 2 * splits * programs <= 2 * num_sms(device_index):
         splits *= 2

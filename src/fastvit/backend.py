@@ -1,4 +1,4 @@
-"""Which backend runs: the setting, the choice from static facts, and the record of choices."""
+"""Backend selection: the setting, the choice from static facts, and the record of choices."""
 
 import contextlib
 import os
@@ -27,10 +27,10 @@ def _checked(name: str, source: str) -> str:
 
 _backend = _checked(os.environ.get("FASTVIT_BACKEND", "auto"), "FASTVIT_BACKEND")
 _record: "list[Choice] | None" = None
-# Those two are the main thread's, and of threads that set none of their own: autograd's, which
-# recompute what is checkpointed, and DataParallel's have to run on what their caller has set.
+# The main thread sets these two, and they hold in every thread that sets none itself: autograd's
+# threads, which recompute checkpoints, and DataParallel's must run with their caller's settings.
 _own = threading.local()
-_threaded = False  # whether a thread ever had its own: until then nobody looks
+_threaded = False  # whether any thread ever set its own, and `_own` must be read
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Choice:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the body on 'auto', 'triton' or 'reference', over FASTVIT_BACKEND.
+    """Run the body on 'auto', 'triton' or 'reference', overriding FASTVIT_BACKEND.
 
     'auto' takes Triton where it can run and the reference elsewhere; 'triton' raises where it
     cannot run, naming the reason. The backward of an op always runs on the backend of its forward;
-    what torch.utils.checkpoint runs again then takes the setting of that moment.
+    what torch.utils.checkpoint recomputes takes the setting at the time of recomputation.
 
-    In the main thread it holds for threads that have set nothing, too; in another, there alone.
+    Set in the main thread, it also holds in threads that set nothing; in another, only there.
     """
     global _backend
     _checked(name, "use_backend")
@@ -71,9 +71,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _shares() -> bool:
-    """Whether what this thread sets holds for others too."""
+    """True if the settings of this thread hold for others too."""
     global _threaded
-    # Dynamo traces no question about threads; what it sets it has set back when it is done.
+    # Dynamo cannot trace current_thread(); what is set while it traces is restored by the end.
     if torch.compiler.is_compiling() or threading.current_thread() is threading.main_thread():
         return True
     _threaded = True
@@ -85,8 +85,8 @@ def _mine(name: str) -> Any:
 
 
 def recomputing() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """The context of a checkpointed forward, and of its recomputation: on the same backend, and
-    from the input alone, without what the op before it knew of its rows.
+    """Contexts for a checkpointed forward and its recomputation: both on the same backend, and
+    both from the input alone, without the row statistics that the previous op left.
     """
     name = _mine("backend") or _backend
     return _from_input_alone(name), _from_input_alone(name)
@@ -102,9 +102,9 @@ def _from_input_alone(name: str) -> Iterator[None]:
 
 
 def choose_triton(op: str, x: Tensor, dtype: torch.dtype, unsupported: str | None) -> bool:
-    """True where the Triton kernel of `op` serves; the one decision, from static facts alone.
+    """True if `op` is to run its Triton kernel; decided here only, from static facts alone.
 
-    dtype: what the kernel computes in; unsupported: the op's own reason against its kernel.
+    dtype: what the kernel computes in; unsupported: a reason of the op against its kernel.
     """
     asked, record = _backend, _record
     if _threaded:
@@ -112,7 +112,7 @@ def choose_triton(op: str, x: Tensor, dtype: torch.dtype, unsupported: str | Non
         mine = _mine("record")
         record = record if mine is None else mine
     if record is None and (asked == "reference" or (asked == "auto" and not x.is_cuda)):
-        return False  # what follows would only find the reason
+        return False  # the rest would only find the reason
     reason = _why_not_triton(x, dtype) or unsupported
     if asked == "triton" and reason:
         raise RuntimeError(
@@ -144,7 +144,9 @@ def _why_not_triton(x: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def _why_untraceable() -> str | None:
-    """torch.compile and torch.export see the kernels as ops; these see through to nothing."""
+    """The reason if a tracer or transform is active that cannot handle the kernels; torch.compile
+    and torch.export can, as ops.
+    """
     if torch.compiler.is_compiling():
         return None
     if torch._C._get_tracing_state() is not None:
@@ -160,7 +162,7 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-# torch.compiler.assume_constant_result does just this, but imports Dynamo first: 2 s at import.
+# As torch.compiler.assume_constant_result does, which imports Dynamo first: 2 s at import.
 _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -184,9 +186,10 @@ class BackendReport:
 
 @torch.no_grad()
 def backend_report(model: nn.Module, *inputs: Any) -> BackendReport:
-    """Run `model(*inputs)` once without gradients and tell which backend served each op call.
+    """Run `model(*inputs)` once without gradients and report which backend served each op call.
 
-    In the main thread it tells of the ops of other threads too that report nothing themselves.
+    Called in the main thread, it includes ops of other threads, except those with a report of
+    their own.
     """
     global _record
     choices: list[Choice] = []
@@ -206,7 +209,7 @@ def backend_report(model: nn.Module, *inputs: Any) -> BackendReport:
 
 
 def versions() -> str:
-    """One line of what runs: python, torch, triton, device."""
+    """One line with the versions of python, torch and triton, and the device."""
     triton = "none"
     if HAS_TRITON:
         from importlib.metadata import version

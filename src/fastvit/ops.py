@@ -1,8 +1,7 @@
 """One function per fused op: checks its arguments, then calls the Triton kernel or the reference.
 
-Signatures, shapes and meaning are those of `fastvit.reference`; this is the one place where a
-backend is chosen. Kernels are imported when first needed, so that `import fastvit` is light and
-works without Triton.
+Signatures, shapes and semantics are those of `fastvit.reference`; only here is a backend chosen.
+Kernels are imported on first use, so that `import fastvit` is light and works without Triton.
 """
 
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ def patch_embed(
     """[prefix; patches(images) weight^T + bias + pos]: (B, C, H, W) -> (B, P + m, dim).
 
     weight: (dim, C, p_h, p_w); bias: (dim,); pos: (m, dim); prefix: (P, dim).
-    The output has the promoted dtype of the product, pos and prefix, as eager has it.
+    The output has the promoted dtype of the product, pos and prefix, as in eager.
     """
     op = "patch_embed"
     device = _operand(op, "images", images)
@@ -66,7 +65,7 @@ def patch_embed(
 
 
 def leave_to_modules(op: str, x: Tensor, reason: str) -> None:
-    """The caller runs its own modules in place of `op`, for `reason`: an error under 'triton'."""
+    """Record that modules run instead of `op`, for `reason`; raises under backend 'triton'."""
     choose_triton(op, x, x.dtype, reason)
 
 
@@ -95,8 +94,8 @@ def layernorm_linear_fork(
     eps: float = 1e-6,
     norm_kind: str = "layernorm",
 ) -> tuple[Tensor, Tensor]:
-    """`layernorm_linear` and x, for the residual that leaves from the same place: their gradients
-    are added as the norm's backward writes them, not by a pass of their own.
+    """`layernorm_linear`, and x for the residual that branches off there: the norm's backward adds
+    the residual's gradient as it writes dx, which saves a separate pass.
     """
     op = "layernorm_linear"
     device = _operand(op, "x", x)
@@ -139,7 +138,7 @@ def pool_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     _rank(op, "q", q, 4, device)
     _rank(op, "k", k, 4, device)
     if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(f"{op}: q {_shape(q)} and k {_shape(k)} may differ in tokens alone")
+        raise ValueError(f"{op}: q {_shape(q)} and k {_shape(k)} may differ only in tokens")
     _shaped(op, "v", v, _shape(k), device)
     choose_triton(op, k, _compute_dtype(op, "q", q, k=k, v=v), _NO_KERNEL)
     return reference.pool_attention(q, k, v)
@@ -155,8 +154,8 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T * scale) v. q, k, v: (B, N, H, D), any strides -> (B, N, H, D).
 
-    key_padding: (B,) int32 or int64, how many keys of each sample are real; the rest are left out,
-    and a sample without any gives zeros.
+    key_padding: (B,) int32 or int64, the number of valid keys per sample; the rest are masked, and
+    a sample without valid keys gives zeros.
     """
     op = "attention"
     device = _operand(op, "q", q)
@@ -191,9 +190,9 @@ def attention_qkv(
 ) -> Tensor:
     """`attention` on a packed projection. qkv: (B, N, 3, H, D) -> (B, N, H, D).
 
-    norm_kind 'layernorm' or 'rmsnorm': q and k are normed over D first, with weights and biases
-    (D,). cos, sin: (m, D / 2) or (B, m, D / 2): then the last m tokens are turned by these angles,
-    channel i with i + D / 2, or with `interleaved` 2 i with 2 i + 1.
+    norm_kind: 'layernorm' or 'rmsnorm' normalizes q and k over D, with weights and biases (D,).
+    cos, sin: (m, D / 2) or (B, m, D / 2), RoPE of the last m tokens, after the norm: rotates the
+    channel pairs (i, i + D / 2), or (2 i, 2 i + 1) if interleaved.
     """
     op = "attention"
     device = _operand(op, "qkv", qkv)
@@ -233,14 +232,14 @@ def attention_packed(
     norm_kind: str | None = None,
     interleaved: bool = False,
 ) -> Tensor:
-    """Attention within each of the sequences that lie end to end in qkv, (total, 3, H, D).
+    """Attention within each of the sequences packed end to end in qkv, (total, 3, H, D).
 
-    cu_seqlens: (B + 1,) int32, from 0 to total, their bounds; max_seqlen: the longest of them, or
-    more. Images of different sizes make one batch, without padding. cos, sin: (total, D / 2); the
-    rest is as in `attention_qkv`. Returns (total, H, D).
+    cu_seqlens: (B + 1,) int32 or int64, the sequences' bounds, from 0 to total; max_seqlen: at
+    least the longest length. So images of different sizes form one batch without padding. cos, sin:
+    (total, D / 2); the other arguments are those of `attention_qkv`. Returns (total, H, D).
 
-    The bounds are checked on a CPU. On a GPU reading them would wait for it: there wrong bounds are
-    not seen, and what they give is undefined.
+    The bounds are checked on a CPU only, since reading them from a GPU would synchronize: there
+    wrong bounds go unnoticed and the result is undefined.
     """
     op = "attention"
     device = _operand(op, "qkv", qkv)
@@ -284,9 +283,9 @@ def qk_norm_rope(
     norm_kind: str | None = None,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """q and k as `attention_qkv` with the same arguments has them; no gradient.
+    """q and k after the norm and RoPE that `attention_qkv` applies to them; no gradient.
 
-    qkv: (B, N, 3, H, D) -> two (B, N, H, D), which `attention_maps` takes.
+    qkv: (B, N, 3, H, D) -> two (B, N, H, D), inputs of `attention_maps`.
     """
     op = "qk_norm_rope"
     device = _operand(op, "qkv", qkv)
@@ -308,7 +307,7 @@ def qk_norm_rope(
 def attention_lse(
     q: Tensor, k: Tensor, scale: float | None = None, key_padding: Tensor | None = None
 ) -> Tensor:
-    """log sum exp of each row of q k^T * scale, no gradient. q, k: (B, N, H, D) -> (B, H, N)."""
+    """Log-sum-exp of each row of q k^T * scale, no gradient. q, k: (B, N, H, D) -> (B, H, N)."""
     op = "attention"
     device = _operand(op, "q", q)
     _rank(op, "q", q, 4, device)
@@ -329,9 +328,9 @@ def attention_maps(
     rows: Sequence[int] = (0,),
     scale: float | None = None,
 ) -> Tensor:
-    """Chosen rows of softmax(q k^T * scale), without the other rows and without a gradient.
+    """Selected rows of softmax(q k^T * scale); no other row is computed, and there is no gradient.
 
-    q, k: (B, N, H, D); lse: (B, H, N), of `attention_lse`, where it is known; rows: indices into N,
+    q, k: (B, N, H, D); lse: (B, H, N) from `attention_lse`, if known; rows: indices into N,
     negative ones from the end. Returns (B, H, len(rows), N) float32.
     """
     op = "attention_maps"
@@ -406,8 +405,8 @@ def layernorm_mlp(
     """x + path_scale * layer_scale * fc2(activation(fc1(LayerNorm(x)))). x: (B, N, C).
 
     fc1_weight: (F, C); fc2_weight: (C, F); activation: 'gelu', 'gelu_tanh' or 'quick_gelu';
-    norm_kind: 'layernorm' or 'rmsnorm'; save: 'all', or 'recompute', which keeps no hidden
-    activation for backward and runs fc1 once more there (a sixth more arithmetic).
+    norm_kind: 'layernorm' or 'rmsnorm'; save: 'all', or 'recompute', which saves no hidden
+    activation and runs fc1 again in backward (a sixth more arithmetic).
     """
     op = "layernorm_mlp"
     device = _operand(op, "x", x)
@@ -473,7 +472,7 @@ def _check_qk(
     sin: Tensor | None,
     norm_kind: str | None,
 ) -> None:
-    """The options of QK-norm and RoPE on qkv, (B, N, 3, H, D)."""
+    """Check the arguments of QK-norm and RoPE for qkv, (B, N, 3, H, D)."""
     B, N, _, _, D = qkv.shape
     if norm_kind not in (None, *NORMS):
         raise ValueError(f"{op}: norm_kind {norm_kind!r} is unknown; expected {NORMS}")
@@ -487,7 +486,7 @@ def _check_qk(
     if cos is not None:
         _on(op, "cos", cos, device)
         m = cos.shape[-2] if cos.ndim >= 2 else 0
-        # Number by number: a compiler of dynamic shapes finds no equal tuples.
+        # Size by size: a compiler with dynamic shapes does not find tuples of sizes equal.
         batched = cos.ndim == 3 and cos.shape[0] == B
         if D % 2 or not (cos.ndim == 2 or batched) or cos.shape[-1] != D // 2 or m > N:
             expected = f"(m, {D // 2}) or ({B}, m, {D // 2}) with m <= {N}"
@@ -504,7 +503,7 @@ def _norm(
     kind: str | None,
     device: torch.device,
 ) -> None:
-    """A norm's parameter, (dim,): in x's dtype, or in float32 beside a 16-bit x."""
+    """Check a norm's parameter: (dim,), in x's dtype, or in float32 for a 16-bit x."""
     if t is None:
         return
     if getattr(t, "device", None) != device:
@@ -516,20 +515,20 @@ def _norm(
 
 
 def _norm_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> None:
-    """Of a parameter that has not x's."""
+    """Check the dtype of a LayerNorm parameter, which is not x's."""
     wide = x.dtype in (torch.float32, torch.float64)
-    # Under autocast on a GPU eager casts both.
+    # Under autocast on a GPU, eager casts both.
     if (wide or dtype != torch.float32) and not (x.is_cuda and torch.is_autocast_enabled("cuda")):
         also = "" if wide else " or torch.float32"
         raise UsageError(f"{op}: {name} is {dtype}; expected x's {x.dtype}{also}")
 
 
 def _check_bounds(op: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    """cu_seqlens must rise from 0 to total by max_seqlen at most."""
+    """Check that cu_seqlens rises from 0 to total in steps of at most max_seqlen."""
     if len(cu_seqlens) == 1 and total:
         raise UsageError(f"{op}: cu_seqlens holds no sequence, but qkv has {total} rows")
     if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
-        return  # a GPU would have to be waited for; a compiler has no values
+        return  # reading from a GPU would synchronize; a compiler has no values
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
@@ -548,7 +547,7 @@ def _brief(numbers: list[int]) -> str:
 
 
 def _operand(op: str, name: str, x: Tensor) -> torch.device:
-    """The device of x, which must be a tensor of floating-point numbers."""
+    """Check that x is a floating-point tensor, and return its device."""
     if not isinstance(x, Tensor):
         raise UsageError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if not x.dtype.is_floating_point:
@@ -559,9 +558,9 @@ def _operand(op: str, name: str, x: Tensor) -> torch.device:
 
 
 def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> torch.dtype:
-    """What the op multiplies in: autocast's dtype, else the one dtype that all operands share."""
+    """The dtype the op multiplies in: autocast's, else the one that all operands must share."""
     dtype = x.dtype
-    # Autocast knows no meta device, which only asks for shapes.
+    # Autocast does not know the meta device, where only shapes matter.
     if dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         for other, tensor in others.items():
             if tensor is not None:
@@ -577,7 +576,7 @@ def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> to
 
 
 def _no_gradient(names: str, *tensors: Tensor | None) -> str | None:
-    """Why a kernel may not serve that takes these as constants."""
+    """The reason against a kernel that takes `tensors` as constants: one needs a gradient."""
     for t in tensors:
         if t is not None and t.requires_grad and torch.is_grad_enabled():
             return f"the kernel has no gradient of {names}"
@@ -585,7 +584,7 @@ def _no_gradient(names: str, *tensors: Tensor | None) -> str | None:
 
 
 def _batch(t: Tensor) -> int:
-    """t's batch, for a limit that is not to become a guard of compiled code."""
+    """t's batch size; 1 under a compiler, where checking it would add a guard."""
     return 1 if torch.compiler.is_compiling() else len(t)
 
 
@@ -594,13 +593,13 @@ def _shape(t: Tensor) -> tuple[int, ...]:
 
 
 def _misplaced(op: str, name: str, t: Tensor, device: torch.device) -> UsageError:
-    """What is wrong with t, which has no device or another one."""
+    """The error for t, which is not a tensor or is on another device."""
     if not isinstance(t, Tensor):
         return UsageError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
     return UsageError(f"{op}: {name} is on {t.device}, expected {device}")
 
 
-# One comparison finds what is no tensor too; these run for every argument of every call.
+# These run for every argument of every call; one comparison also catches what is not a tensor.
 def _on(op: str, name: str, t: Tensor, device: torch.device) -> None:
     if getattr(t, "device", None) != device:
         raise _misplaced(op, name, t, device)

@@ -1,8 +1,8 @@
 """The ops in eager PyTorch: the specification, the test oracle, and what runs without a GPU.
 
-Every op of `fastvit.ops` is here under the same name, and so is what the ops are made of; those
-that have a kernel have it in `fastvit_kernels`. No Triton, no dispatch. Under torch.autocast these
-lines define what "the same as eager" means.
+Every op of `fastvit.ops` is here under the same name, with the functions it is built from; kernels
+are in `fastvit_kernels`. No Triton, no dispatch. Under torch.autocast this code defines what "the
+same as eager" means.
 """
 
 from collections.abc import Sequence
@@ -76,12 +76,12 @@ def layernorm_linear_fork(
     eps: float = 1e-6,
     norm_kind: str = "layernorm",
 ) -> tuple[Tensor, Tensor]:
-    """`layernorm_linear` and x, for the residual that leaves from the same place."""
+    """`layernorm_linear`, and x for the residual that branches off there."""
     return layernorm_linear(x, norm_weight, norm_bias, weight, bias, eps, norm_kind), x
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Turn the pairs of channels of the last m tokens by their angles; the tokens before stay.
+    """Rotate the channel pairs of the last m tokens by their angles; other tokens are unchanged.
 
     x: (B, N, ..., D); cos, sin: (m, D / 2) or (B, m, D / 2). interleaved: channel 2 i pairs with
     2 i + 1, else i with i + D / 2. Computed in float32 or wider, returned in x's dtype.
@@ -119,11 +119,11 @@ def attention(
     dropout: float = 0.0,
     key_padding: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale) v. q, k, v: (B, N, H, D) -> (B, N, H, D); scale is D**-0.5.
+    """softmax(q k^T * scale) v. q, k, v: (B, N, H, D) -> (B, N, H, D); scale: D**-0.5 if None.
 
     dropout: rate at which probabilities are zeroed, the rest scaled by 1 / (1 - dropout).
-    key_padding: (B,) integers, how many keys of each sample are real; the rest are left out, and a
-    sample without any gives zeros.
+    key_padding: (B,) integers, the number of valid keys per sample; the rest are masked, and a
+    sample without valid keys gives zeros.
     """
     mask = None
     if key_padding is not None:
@@ -148,7 +148,7 @@ def qk_norm_rope(
     norm_kind: str | None = None,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """q and k of qkv, (B, N, 3, H, D), through `norm` of norm_kind and `rope`, where given."""
+    """q and k of qkv, (B, N, 3, H, D), after `norm` of norm_kind and `rope`, where given."""
     q, k, _ = qkv.unbind(2)
     if norm_kind is not None:
         q, k = norm(q, q_weight, q_bias, eps, norm_kind), norm(k, k_weight, k_bias, eps, norm_kind)
@@ -174,7 +174,7 @@ def attention_qkv(
 ) -> Tensor:
     """Attention on the packed output of a QKV projection. qkv: (B, N, 3, H, D) -> (B, N, H, D).
 
-    The rest is `qk_norm_rope`'s.
+    The other arguments are those of `attention` and `qk_norm_rope`.
     """
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin)
     q, k = qk_norm_rope(qkv, *params, eps, norm_kind, interleaved)
@@ -198,10 +198,10 @@ def attention_packed(
     norm_kind: str | None = None,
     interleaved: bool = False,
 ) -> Tensor:
-    """Attention within each of the sequences that lie end to end in qkv, (total, 3, H, D).
+    """Attention within each of the sequences packed end to end in qkv, (total, 3, H, D).
 
-    cu_seqlens: (B + 1,) int32, from 0 to total, their bounds; max_seqlen: the longest. cos, sin:
-    (total, D / 2). Returns (total, H, D).
+    cu_seqlens: (B + 1,) integers, the sequences' bounds, from 0 to total; max_seqlen: unused here.
+    cos, sin: (total, D / 2). Returns (total, H, D).
     """
     lengths = cu_seqlens.diff().tolist()
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin)
@@ -219,7 +219,7 @@ def _scale(q: Tensor, scale: float | None) -> float:
 def attention_lse(
     q: Tensor, k: Tensor, scale: float | None = None, key_padding: Tensor | None = None
 ) -> Tensor:
-    """log sum exp of each row of q k^T * scale. q, k: (B, N, H, D) -> (B, H, N) float32."""
+    """Log-sum-exp of each row of q k^T * scale. q, k: (B, N, H, D) -> (B, H, N) float32."""
     scores = torch.einsum("bmhd,bnhd->bhmn", q, k).float() * _scale(q, scale)
     if key_padding is not None:
         keys = torch.arange(k.shape[1], device=k.device) < key_padding[:, None]
@@ -234,9 +234,9 @@ def attention_maps(
     rows: Sequence[int] = (0,),
     scale: float | None = None,
 ) -> Tensor:
-    """Chosen rows of softmax(q k^T * scale), from their log sum exp where it is known.
+    """Selected rows of softmax(q k^T * scale), from their log-sum-exp if it is given.
 
-    q, k: (B, N, H, D); lse: (B, H, N), as `attention_lse` gives it -> (B, H, len(rows), N) float32.
+    q, k: (B, N, H, D); lse: (B, H, N) from `attention_lse` -> (B, H, len(rows), N) float32.
     """
     scores = torch.einsum("brhd,bnhd->bhrn", q[:, list(rows)] * _scale(q, scale), k)
     if lse is None:
@@ -281,8 +281,8 @@ def layernorm_mlp(
 
     x: (B, N, C); fc1_weight: (F, C); fc2_weight: (C, F); layer_scale: (C,); path_scale: (B,).
     activation: 'gelu' (erf), 'gelu_tanh' or 'quick_gelu', x sigmoid(1.702 x). Returns (B, N, C) in
-    x's dtype. Dropout acts on the hidden activation and on the output, as in timm. save: what is
-    kept for backward, 'all' or, with 'recompute', no more than the arguments.
+    x's dtype. Dropout acts on the hidden activation and on the output, as in timm. save: what
+    autograd saves for backward, 'all' or, with 'recompute', the arguments alone.
     """
     if save == "recompute" and torch.is_grad_enabled():
         args = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
