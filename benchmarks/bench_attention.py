@@ -2,7 +2,7 @@
 
 `pytest benchmarks/bench_attention.py --benchmark-only`, or `python -m benchmarks.bench_attention`
 for a table with TFLOP/s on real tokens and the floor: the longest of bytes at the measured
-bandwidth, FLOPs at the measured matmul rate and exponentials at the measured ex2 rate.
+bandwidth, FLOPs at the measured matmul rate and exponentials at the computed ex2 rate.
 """
 
 import argparse
@@ -45,8 +45,8 @@ def case(
 
 
 def work(b: int, n: int, h: int, d: int, itemsize: int, backward: bool) -> Work:
-    """Forward: 2 products, reads q k v, writes o, lse. Backward: 5 products more (S again), reads
-    q k v o do lse, writes dq dk dv; each pass takes every exponential once."""
+    """The least work. Forward: 2 products; reads q, k, v; writes o, lse. Backward: 5 more products
+    (S is recomputed); reads q, k, v, o, do, lse; writes dq, dk, dv. Each pass takes every exp."""
     tokens, products = b * n * h * d, 2 * b * h * n * n * d
     if not backward:
         return Work(2 * products, 4 * tokens * itemsize + 4 * b * n * h, b * h * n * n)
@@ -56,8 +56,8 @@ def work(b: int, n: int, h: int, d: int, itemsize: int, backward: bool) -> Work:
 def qk_case(
     device: torch.device, b: int, n: int, h: int, d: int, dtype: torch.dtype, backward: bool
 ) -> Case:
-    """With RMSNorm of q and k and RoPE on all tokens but the first, as DINOv3 has it. The floor
-    knows nothing of them: fused without a pass of its own, they would cost no bytes."""
+    """A case with RMSNorm of q and k and with RoPE on all tokens but the first. The floor counts
+    neither: fused into the attention kernel, they would move no more bytes."""
 
     def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         qkv, *weights = (
@@ -95,7 +95,7 @@ def _options(q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> di
 
 
 def _eager_qk(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As timm writes it: norms, rotation of halves in float32, SDPA."""
+    """Eager version, written as in timm: norms, RoPE of halves in float32, SDPA."""
     q, k, v = qkv.unbind(2)
     q, k = (F.rms_norm(t, t.shape[-1:], w, 1e-6) for t, w in ((q, q_weight), (k, k_weight)))
     cos, sin = (t.repeat(1, 2)[:, None] for t in (cos, sin))

@@ -41,8 +41,8 @@ def case(
 
     weights = 12 * c * c + 13 * c
     products, scores = 24 * b * n * c * c, 4 * b * n * n * c
-    # Backward: each weight product twice, attention's two products as five; x, dout, dx and the
-    # weights' gradients.
+    # Backward takes two products for each weight product and five for attention's two. Both passes
+    # together move x, out, dout, dx, the weights and their gradients.
     if backward:
         work = Work(3 * products + 3.5 * scores, (4 * b * n * c + 2 * weights) * dtype.itemsize)
     else:

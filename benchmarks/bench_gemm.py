@@ -1,7 +1,7 @@
-"""The bare products of a ViT's projections against cuBLAS: y = x W^T, dx = dy W, dW = dy^T x.
+"""Plain GEMMs of a ViT's projections against cuBLAS: y = x W^T, dx = dy W, dW = dy^T x.
 
-What the fused ops save is not in here: this is the rate of the kernels' inner loops alone, with the
-sum of dW's slabs. x: (M, K); W: (N, K); dy: (M, N).
+Without fused prologues and epilogues: the rate of the kernels' main loops alone, for dW with the
+reduction of its split-K partial sums. x: (M, K); W: (N, K); dy: (M, N).
 """
 
 from collections.abc import Callable

@@ -31,7 +31,7 @@ def case(
 
     flops = 2 * b * N * c * 3 * c
     moved = (b * N * 4 * c + 3 * c * c) * dtype.itemsize
-    # Backward: dx and dW, each reading dy; x is read again, and dx and dW are written.
+    # Backward makes dx and dW: reads dy, x and W once, writes dx and dW.
     more = (b * N * 5 * c + 6 * c * c) * dtype.itemsize
     work = Work(3 * flops, moved + more) if backward else Work(flops, moved)
     reference_op, providers = reference.layernorm_linear, peers.layernorm_linear(device)

@@ -35,7 +35,7 @@ def case(
 
     flops = 2 * b * m * k * c
     moved = (b * 3 * IMAGE**2 + k * c + b * (m + 1) * c + m * c) * dtype.itemsize
-    # The image needs no gradient: one product more, dW, which reads image and dy again.
+    # The image needs no gradient, so backward is one product, dW, which reads the image and dy.
     work = Work(2 * flops, 2 * moved) if backward else Work(flops, moved)
     reference_op, providers = reference.patch_embed, peers.patch_embed(device)
     shape = f"{name} B{b}"

@@ -1,4 +1,7 @@
-"""Benchmarks only: no interpreter, no poison; peers' own warnings do not end a run."""
+"""Pytest set-up of the benchmarks: warnings raised by peers are ignored.
+
+Unlike in tests/, the interpreter stays off and memory is not filled with NaN.
+"""
 
 import pytest
 import torchvision_shim

@@ -1,8 +1,8 @@
 """fastvit's reference backend against timm eager on a CPU: `python benchmarks/cpu.py`.
 
-Both models hold the same weights and take turns in one process; results/cpu.json keeps the medians
-and, of the ratio within a round, which what else the machine does hardly moves, the median with the
-interval that holds it 19 times in 20.
+Both models have the same weights and take turns in one process. results/cpu.json keeps the median
+times, and the median of the ratio within a round, which other load on the machine hardly affects,
+with its 95 % confidence interval.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def measure(seconds: float, names: Sequence[str]) -> list[dict]:
             for dtype in (torch.float32, torch.bfloat16):
                 task = Task(kind, SIZES[name], BATCHES[name], dtype)
                 ours, timm = sorted(
-                    # The longer a step, the more seconds for as many rounds.
+                    # Slower steps get more seconds, so that all have about as many rounds.
                     models.run(task, CPU, limits, seconds * LONGER[name, kind], pair, (9, 400)),
                     key=lambda r: not r["provider"].startswith("fastvit"),
                 )

@@ -14,7 +14,7 @@ OURS, PEER = "#2a6f97", "#b8c4cc"
 
 
 def draw(result: dict, path: Path) -> None:
-    """<gpu>-throughput, -memory, -roofline, -block and -training.png, each where there is data."""
+    """Write <gpu>-throughput, -memory, -roofline, -block and -training.png, each if it has data."""
     title = result["environment"]["device"]
     train = [r for r in report.rows(result, "train") if r.get("images_per_s")]
     infer = [r for r in report.rows(result, "infer") if r.get("images_per_s")]
@@ -72,7 +72,7 @@ def _roofline(result: dict, ops: list[dict], title: str, name: str) -> None:
 
 
 def _split(ops: list[dict], title: str, name: str) -> None:
-    """Where a block's time goes: its ops' first shape, forward + backward, by provider."""
+    """Plot a block's time by op, fastvit and eager: each op's first shape, forward + backward."""
     first: dict[str, dict[str, float]] = {}
     parts = [r["op"] for r in ops if r["op"] not in ("block", "patch_embed")]
     for op in dict.fromkeys(parts):
@@ -95,7 +95,7 @@ def _split(ops: list[dict], title: str, name: str) -> None:
 
 
 def curves(row: dict, name: Path) -> None:
-    """The loss of a training run, ours among the seeds of eager."""
+    """Plot the loss of a training run: ours, and eager with several seeds."""
     figure, axis = plt.subplots(figsize=(7, 3.5))
     for i, curve in enumerate(row["loss_eager"]):
         label = "eager, same start" if i == 0 else "eager, other seeds" if i == 1 else None

@@ -1,7 +1,7 @@
 """`pytest benchmarks/ --benchmark-only`: interleaved measurements shown by pytest-benchmark.
 
 All providers of a group are measured together by `harness.run` when its first test runs;
-each test then replays its own rounds to pytest-benchmark through a clock that they drive.
+each test then replays its own rounds to pytest-benchmark through a clock that shows their times.
 """
 
 import functools
@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Clock:
-    """Time that passes only as recorded rounds say."""
+    """A timer that only the recorded rounds advance."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,9 +1,9 @@
-"""The whole story on a machine with a GPU: `python benchmarks/gpu.py [--budget SECONDS]`.
+"""Run all measurements on a GPU: `python benchmarks/gpu.py [--budget SECONDS]`.
 
 Parity, training and inference steps, ops against peers: the most valuable first, each result
-written as soon as it is there, so that a killed run loses nothing and the next one goes on where it
-stopped. Steps run in a worker process; one that crashes or hangs costs itself alone.
-Needs torch and triton; timm and the other peers where they are installed. Nothing is downloaded.
+written as soon as it is measured, so that a killed run loses nothing and the next one resumes.
+Steps run in a worker process; a step that crashes or hangs loses only its own result.
+Needs torch and triton; measures timm and the other peers if installed. Nothing is downloaded.
 """
 
 import argparse
@@ -24,12 +24,12 @@ sys.path[:0] = PATHS
 RESULTS = ROOT / "benchmarks" / "results"
 if "--cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-# After these the CUDA context is lost and everything behind it would fail too.
+# After these errors the CUDA context is lost, and all later steps would fail too.
 FATAL = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Atomic: readers see the old file or the new one."""
+    """Write atomically: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--match", default="", help="only steps whose key matches this pattern")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--cpu", action="store_true", help="dry run on toy sizes; needs --out")
-    parser.add_argument("--again", action="store_true", help="measure what is there already too")
+    parser.add_argument("--again", action="store_true", help="remeasure steps that have a result")
     parser.add_argument("--list", action="store_true", help="print the steps and end")
     parser.add_argument("--faults", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -86,7 +86,7 @@ def chosen_steps(args: argparse.Namespace) -> list[Any]:
 
 
 def done(result: dict, step: Any, code: str, args: argparse.Namespace) -> bool:
-    """Whether a step's result is there, whole and from this code; with --again from this run."""
+    """True if a step has a complete result of the same code; with --again, of this run."""
     old = result["steps"].get(step.key)
     if old is None or any(row.get("unfinished") for row in old.get("rows", ())):
         return False
@@ -94,7 +94,7 @@ def done(result: dict, step: Any, code: str, args: argparse.Namespace) -> bool:
 
 
 def die_with(parent: int) -> None:
-    """Linux ends this process when its parent ends, however that came about."""
+    """Have Linux kill this process when its parent ends, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         # A parent that ended before the line above sends no signal.
@@ -103,7 +103,10 @@ def die_with(parent: int) -> None:
 
 
 def work(args: argparse.Namespace) -> int:
-    """The worker: steps in order, each recorded; ends when the time is over or CUDA is lost."""
+    """The worker process: run the steps in order and record each; returns the exit code.
+
+    Ends early when time is up, or with code 3 when the CUDA context is lost.
+    """
     die_with(int(os.environ["FASTVIT_BENCH_DRIVER"]))
     import torch
     import torchvision_shim
@@ -150,14 +153,14 @@ def work(args: argparse.Namespace) -> int:
 
 
 def drive(args: argparse.Namespace) -> None:
-    """Keep a worker going; end and record a step that outlives its limit or kills its process."""
+    """Keep a worker running; record a step that exceeds its limit or crashes the worker."""
     from benchmarks import machine
 
     running, pid = args.out / "running.json", args.out / "worker.pid"
     running.unlink(missing_ok=True)
     path = result_path(args)
     forward = [a for a in sys.argv[1:] if a != "--worker"]
-    # Torch is loaded once per worker, so a second one only starts while that pays.
+    # Each worker imports torch, so another one starts only if enough time is left.
     while time.time() < args.start + args.budget - 15:
         command = [sys.executable, __file__, *forward, "--worker"]
         env = {**os.environ, "FASTVIT_BENCH_START": str(args.start)}
@@ -189,14 +192,14 @@ def drive(args: argparse.Namespace) -> None:
 
 
 def end(worker: subprocess.Popen) -> None:
-    """End the worker and what it started."""
+    """Kill the worker and its child processes."""
     if worker.poll() is None:
         os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
 
 
 def watch(worker: subprocess.Popen, running: Path, deadline: float) -> str:
-    """Wait for the worker; why it ended."""
+    """Wait for the worker to end, and return why it did."""
     while worker.poll() is None:
         time.sleep(0.2)
         state = read_json(running, None)

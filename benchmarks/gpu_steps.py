@@ -48,7 +48,7 @@ OPS = (
 
 @dataclass(frozen=True)
 class Step:
-    """`run(device, ceilings)` gives rows; the worker is ended after `limit` seconds."""
+    """`run(device, ceilings)` returns rows; the worker is killed after `limit` seconds."""
 
     part: str
     key: str
@@ -57,9 +57,9 @@ class Step:
 
 
 def steps(device: torch.device, out: Path) -> list[Step]:
-    """All steps in the order of their worth. On a CPU the same paths with toy sizes.
+    """All steps, most valuable first; on a CPU the same code paths at toy sizes.
 
-    out: where the search for configurations keeps what it tried.
+    out: folder in which the tuner keeps its record.
     """
     cuda = device.type == "cuda"
     base = SIZES["B/16"] if cuda else TOY
@@ -120,7 +120,9 @@ def _infer(size: Size, batch: int, which: str = "eager") -> Step:
 
 
 def _model(part: str, task: Task, which: str, limit: float = 200) -> Step:
-    """All that runs at once; or, each a step of its own, ours and timm compiled, or as a graph."""
+    """A step that times whole models. which: "eager", all that need no compiling; "graph",
+    "compiled" or "max-autotune", ours and timm, eager and in that mode.
+    """
     own = (models._fastvit, models._timm)
 
     def chosen(device: torch.device) -> list[models.Entry]:
@@ -159,7 +161,7 @@ def _tune(line: tune.Line, out: Path) -> Callable[..., list[dict]]:
 
 
 def _ops(device: torch.device) -> tuple[list[Step], list[Step]]:
-    """(the first shape of every op, all other shapes)."""
+    """(steps of the first shape of every op, steps of all other shapes)."""
     first: list[Step] = []
     later: list[Step] = []
     for module in (*OPS, bench_gemm, bench_swiglu):
@@ -169,7 +171,9 @@ def _ops(device: torch.device) -> tuple[list[Step], list[Step]]:
 
 
 def _op(part: str, case: Case, which: str = "eager") -> Step:
-    """Ours with the peers that run at once; or, with the first of these, what `which` compiles."""
+    """A step that times one op. which: "eager", ours and the peers that need no compiling; else
+    ours, the first peer and those of torch.compile in that mode.
+    """
     slow = [p for p in case.providers if "torch.compile" in p.name]
     quick = [p for p in case.providers if p not in slow]
     if which != "eager":
@@ -185,7 +189,7 @@ def _op(part: str, case: Case, which: str = "eager") -> Step:
 
 
 def _small(device: torch.device) -> Iterator[Case]:
-    """Every op, forward and backward, at ViT-B's shape and at an odd one, ours alone."""
+    """Our ops alone, forward and backward, at ViT-B's shape and, but for the block, an odd one."""
     own = peers.ours_name(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     batch = 64 if device.type == "cuda" else 2
@@ -206,12 +210,12 @@ def _check(case: Case) -> Callable[..., list[dict]]:
 
 
 def _rows(rows: list[dict]) -> list[dict]:
-    """Without the single rounds: median and spread are kept."""
+    """The rows without the times of single rounds; median and spread are kept."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def op_tests(device: torch.device) -> list[Path]:
-    """The test files that run on the device at hand, as their fixture says."""
+    """The test files that use the fixture `device`, and so run on a GPU; on a CPU just one."""
     if device.type != "cuda":
         return [ROOT / "tests" / "test_ops.py"]
     found = sorted((ROOT / "tests").glob("test_*.py"))
@@ -219,13 +223,13 @@ def op_tests(device: torch.device) -> list[Path]:
 
 
 def _pytest(test: Path) -> Callable[..., list[dict]]:
-    """Parity tests as they are, on this device, in a process of their own."""
+    """A step that runs one file of parity tests in a subprocess, on this device."""
 
     def run(device: torch.device, _: Ceilings) -> list[dict]:
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=20"]
         if device.type == "cuda" and find_spec("xdist") is not None:
             command += ["-n", str(min(8, os.cpu_count() or 1))]  # compiling is most of the work
-        # A configuration of its own: plug-ins that the project's names may be absent here.
+        # Not the project's configuration, which uses plug-ins that may not be installed here.
         with tempfile.NamedTemporaryFile("w", suffix=".ini") as config:
             config.write(
                 "[pytest]\npythonpath = src kernels tests .\n"
@@ -244,7 +248,7 @@ def _pytest(test: Path) -> Callable[..., list[dict]]:
 
 
 def _sanitizer(device: torch.device, _: Ceilings) -> list[dict]:
-    """Every op once under compute-sanitizer's memcheck: no access outside a tensor."""
+    """Run every op once under compute-sanitizer's memcheck, which finds accesses out of bounds."""
     row: dict[str, Any] = {"kind": "compute-sanitizer", "shape": "memcheck"}
     found = shutil.which("compute-sanitizer") or shutil.which(
         "/usr/local/cuda/bin/compute-sanitizer"
@@ -254,7 +258,7 @@ def _sanitizer(device: torch.device, _: Ceilings) -> list[dict]:
         return [row | {"status": "absent", "reason": reason}]
     command = [found, "--tool", "memcheck", "--error-exitcode", "99"]
     command += [sys.executable, str(ROOT / "benchmarks" / "touch.py")]
-    # Without the cache each tensor is an allocation of its own, whose ends are watched.
+    # Without the caching allocator each tensor is a separate allocation, with checked bounds.
     code, out = _outcome(command, 190, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     status = {0: "ok", 99: "failed", None: "out of time"}.get(code, "error")
     return [
@@ -265,10 +269,10 @@ def _sanitizer(device: torch.device, _: Ceilings) -> list[dict]:
 def _outcome(
     command: list[str], seconds: float, env: dict[str, str] | None = None
 ) -> tuple[int | None, str]:
-    """(exit code, None where time ran out; what it printed)."""
+    """Run a command in a subprocess: (exit code, or None if it timed out; its output)."""
     path = os.pathsep.join(str(ROOT / p) for p in ("src", "kernels", "tests", "."))
-    # Started through a process that asks to end with this one, then becomes the command: code
-    # between fork and exec could deadlock beside the threads of CUDA.
+    # The child sets PR_SET_PDEATHSIG, so that it ends with this process, then execs the command: a
+    # preexec_fn, which runs between fork and exec, could deadlock since CUDA has started threads.
     if sys.platform == "linux":
         become = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
         become += "os.getppid() == int(sys.argv[1]) and os.execvp(sys.argv[2], sys.argv[2:])"
@@ -303,7 +307,7 @@ def _largest(size: Size) -> Callable[..., list[dict]]:
 
 
 def _profile(device: torch.device, size: Size) -> list[dict]:
-    """Where one training step goes: device time by kernel, ours and timm's."""
+    """Device time of one training step by kernel, ours and timm's."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU]
@@ -349,7 +353,7 @@ FAULTS = {
 
 
 def faults() -> list[Step]:
-    """Steps that fail in every way a step can, to try the driver with."""
+    """Steps that fail in every way a step can, to test the driver."""
     return [Step("faults", key, 2.0, run) for key, run in FAULTS.items()]
 
 

@@ -1,4 +1,4 @@
-"""How everything here is measured: cases, parity before time, interleaved rounds, floors.
+"""The measurement harness: cases, parity before timing, interleaved rounds, floors.
 
 A case is one op or model at one shape; its providers are ours and the peers, all called with the
 same arguments. `run` checks each provider against float64, times those that pass in turn, round by
@@ -26,7 +26,7 @@ SLEEP_CLOCK_HZ = 2e9
 
 @dataclass(frozen=True)
 class Work:
-    """What a case cannot do without: operations on real tokens, bytes through memory, exponentials.
+    """The least work of a case: FLOPs on real tokens, bytes moved, exponentials.
 
     bytes: each input read once, each output written once.
     """
@@ -36,7 +36,7 @@ class Work:
     exps: float = 0.0
 
     def floor_ms(self, ceilings: Ceilings, dtype: torch.dtype) -> float:
-        """The larger of the times that each unit needs at its measured rate."""
+        """The longest of the times that FLOPs, bytes and exponentials take at their rates."""
         times = [self.flops / ceilings.flops[dtype_name(dtype)], self.bytes / ceilings.bandwidth]
         if ceilings.exps:
             times.append(self.exps / ceilings.exps)
@@ -45,7 +45,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody's implementation. `absent` says why it cannot run here; None where it can."""
+    """An implementation to measure. absent: why it cannot run here, or None."""
 
     name: str
     call: Callable[..., Any] | None
@@ -76,7 +76,7 @@ class Case:
 
 @dataclass
 class Samples:
-    """Seconds of each round, and the CPU's share of a call."""
+    """Seconds of each round, and the launch overhead: microseconds until a call returns."""
 
     seconds: list[float] = field(default_factory=list)
     launch_us: float = 0.0
@@ -87,7 +87,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def run(case: Case, device: torch.device, ceilings: Ceilings, seconds: float) -> list[dict]:
-    """One row per provider, in the case's order: checked, then timed interleaved."""
+    """Check and then time, interleaved, all providers; returns one row for each, in their order."""
     release(device)
     torch.manual_seed(0)
     args = case.inputs(device, case.dtype)
@@ -121,9 +121,9 @@ def run(case: Case, device: torch.device, ceilings: Ceilings, seconds: float) ->
 def check_provider(
     case: Case, provider: Provider, args: tuple, eager: list[Tensor], truth: list[Tensor]
 ) -> dict:
-    """{} where the provider agrees with float64 as eager does, else its status and the reason.
+    """{} if the provider is as close to float64 as the rule asks, else its status and the reason.
 
-    The third call is looked at on a GPU: ours goes by a recipe from there on, as when it is timed.
+    On a GPU the third call is checked: from it on, as when timed, ours replays a recorded recipe.
     """
     assert provider.call is not None
     try:
@@ -143,9 +143,9 @@ def check_provider(
 
 
 def disagreement(got: Tensor, eager: Tensor, truth: Tensor) -> str | None:
-    """None where err(got) <= 2 err(eager) + rounding, worst element and L2; else what is wrong.
+    """None if err(got) <= 2 err(eager) + rounding, in the worst element and in L2; else the reason.
 
-    The rule of tests/checks.py, kept on the device because the tensors are large.
+    The rule of tests/checks.py, computed on the device because the tensors are large.
     """
     if got.shape != truth.shape:
         return f"shape {tuple(got.shape)}, not {tuple(truth.shape)}"
@@ -169,11 +169,11 @@ def measure(
     hide_launch: bool = False,
     rounds: tuple[int, int] = (5, 100),
 ) -> dict[str, Samples]:
-    """Time the calls in turn, round by round, so that clock drift meets all alike.
+    """Time the calls in turn, round by round, so that clock drift affects all alike.
 
     On a GPU: device time between two events, L2 flushed before each call; with hide_launch the
-    device first waits, so that the CPU is ahead and its launch cost is not in the figure. On a
-    CPU: wall time, or with one thread the time it ran, which other processes do not lengthen.
+    device first sleeps, so that the CPU runs ahead and launch overhead is not measured. On a CPU:
+    wall time, or with one thread its CPU time, which other processes do not lengthen.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     samples = {name: Samples() for name in calls}
@@ -209,7 +209,7 @@ def measure(
 
 
 def _warm_up(call: Callable[[], Any], device: torch.device, samples: Samples) -> float:
-    """Seconds one call takes once warm; notes the CPU's own share of it."""
+    """Warm a call up and return the seconds it then takes; sets samples.launch_us."""
     for _ in range(3 if _cuda(device) else 1):
         call()
     synchronize(device)
@@ -266,7 +266,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give back what earlier cases held, compiled code among it: Dynamo keeps 8 versions."""
+    """Free what earlier cases held, with their compiled code: Dynamo keeps 8 versions at most."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()
@@ -333,7 +333,7 @@ def _caller(case: Case, call: Callable[..., Tensor], args: tuple) -> Callable[[]
 def _results(
     case: Case, call: Callable[..., Tensor], args: tuple, like: torch.dtype | None = None
 ) -> list[Tensor]:
-    """[out, gradients...] for one dout, the same for all; `like`: what dout is rounded to."""
+    """[out, gradients...] for a fixed random dout; like: the dtype it is first rounded to."""
     if not case.backward:
         with torch.no_grad():
             return [call(*args)]

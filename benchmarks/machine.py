@@ -1,4 +1,4 @@
-"""What the machine is and what it can do: names and versions, measured ceilings, energy."""
+"""The machine: names and versions, measured ceilings, energy."""
 
 import ctypes
 import hashlib
@@ -15,8 +15,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("src", "kernels")
-# Exponentials per clock of one SM's special-function units, by compute capability (CUDA
-# programming guide, arithmetic throughput table).
+# Exponentials per clock of one SM's special-function units (CUDA programming guide, arithmetic
+# throughput table).
 EXPS_PER_CLOCK = 16
 
 
@@ -33,7 +33,7 @@ class Ceilings:
 
 
 def ceilings(device: torch.device) -> Ceilings:
-    """The fastest of several large products per dtype, and of several large copies."""
+    """Measure the ceilings: the best of several large products per dtype and of several copies."""
     cuda = device.type == "cuda"
     size, count = (8192, 10) if cuda else (512, 3)
     flops = {}
@@ -111,7 +111,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with '+' where its code was changed; 'unknown' outside git."""
+    """The commit measured, with '+' if its code has been changed; 'unknown' outside git."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -126,7 +126,7 @@ def commit() -> str:
 
 
 def code_digest(without: str = "") -> str:
-    """A hash of the code that a figure depends on, so that old figures are known as old."""
+    """A hash of the code that figures depend on, by which outdated figures are recognized."""
     digest = hashlib.sha256()
     for folder in CODE:
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""Whole models: what is compared, and one row each for inference or a training step."""
+"""Whole models: the ones compared, and one row for each in inference or a training step."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ class Task:
 
 
 def entries(device: torch.device, autotune: bool = False) -> list[Entry]:
-    """Ours and the peers; without `autotune` leave out what takes minutes to compile."""
+    """Ours and the peers; those that compile for minutes are absent without `autotune`."""
     gpu = peers.missing(device=device)
     name = peers.ours_name(device)
     timm, vp = (peers.missing(m, device=device, gpu=False) for m in ("timm", "vit_pytorch"))
@@ -92,8 +92,8 @@ def run(
             row |= {"status": "absent", "reason": entry.absent}
             continue
         try:
-            # Everybody's error is measured against the float64 model of their own weights; ours
-            # has timm's weights, so its truth is timm's.
+            # The truth is a float64 copy of the model itself; for ours, which loads timm's weights,
+            # it is timm's model.
             module = seeded(entry.build, task.size, device)
             error = _error(module, _truth_of(entry, module, task, device), task, device)
             row["relative_error"] = error
@@ -119,7 +119,8 @@ def run(
     samples = harness.measure(steps, device, seconds, rounds=rounds)
     for name, step in steps.items():
         rows[name] |= _timed(task, samples[name], ceilings)
-        # A captured graph allocates once, before; compiled code keeps other tensors.
+        # A captured graph allocated its memory earlier; compiled code saves other tensors for
+        # backward than its module, which `_saved_mb` runs.
         entry = used[name]
         whole = entry.graph or entry.mode == "max-autotune"
         rows[name] |= {"peak_mb": None, "joules_per_image": None}
@@ -128,7 +129,7 @@ def run(
             rows[name]["joules_per_image"] = joules_per_image(step, task, device, rows[name])
             if task.kind == "train" and not (entry.graph or entry.mode):
                 rows[name]["saved_mb"] = _saved_mb(modules[name], task, device)
-        except Exception as failure:  # the time is known all the same
+        except Exception as failure:  # the time measured remains valid
             rows[name]["reason"] = harness.describe(failure)
     return list(rows.values())
 
@@ -136,9 +137,10 @@ def run(
 def _differs(
     step: Callable[[], Any], module: nn.Module, task: Task, device: torch.device, allowed: float
 ) -> str | None:
-    """Why the step as it is timed (compiled, captured) gives other logits or loss than its module.
+    """None if the step as timed (compiled, captured) agrees with its module, else the reason.
 
-    Compiles it as a side effect, so that a failure is this entry's alone.
+    Compares logits or, in training, losses. Compiles the step as a side effect, so that a failure
+    is recorded for this entry alone.
     """
     for _ in range(2):
         got = step()
@@ -180,8 +182,8 @@ def make_step(
         return _graphed(infer) if graph else infer
     module.train()
     parameters = list(module.parameters())
-    # At rate 0 the optimizer does all its work and the weights stay, so that every step's loss is
-    # the first one's and can be checked.
+    # With a learning rate of 0 the optimizer does all its work but weights do not change: every
+    # step has the same loss, which `_differs` checks.
     optimizer = torch.optim.AdamW(
         parameters, lr=0.0, weight_decay=0.0, fused=True, capturable=graph
     )
@@ -203,7 +205,7 @@ def make_step(
 def largest_batch(
     entry: Entry, size: Size, dtype: torch.dtype, device: torch.device, limit: int = 1 << 14
 ) -> int:
-    """The largest batch, to an eighth, whose training step fits in memory; 0 if not even one."""
+    """The largest batch, to an eighth, whose training step fits in memory; 0 if none does."""
     module = seeded(entry.build, size, device)
 
     def fits(batch: int) -> bool:
@@ -229,7 +231,7 @@ def largest_batch(
 
 
 def harness_free(device: torch.device) -> None:
-    """Give back cached memory, but keep compiled code."""
+    """Free cached memory, but keep compiled code."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -237,7 +239,7 @@ def harness_free(device: torch.device) -> None:
 def joules_per_image(
     step: Callable[[], Any], task: Task, device: torch.device, row: dict
 ) -> float | None:
-    """Mean over about a second of steps; None where NVML does not tell."""
+    """Mean over about a second of steps; None where NVML does not report energy."""
     meter = Energy(device)
     if meter.joules() is None:
         return None
@@ -284,7 +286,7 @@ def _logits(out: Any) -> Tensor:
 
 
 def seeded(build: Callable[[Size], nn.Module], size: Size, device: torch.device) -> nn.Module:
-    """The module with the weights of seed 0, drawn where it will live."""
+    """Build the module on the device, with weights drawn from seed 0."""
     torch.manual_seed(0)
     with device:
         return build(size).to(device)
@@ -297,13 +299,13 @@ def _truth_of(entry: Entry, module: nn.Module, task: Task, device: torch.device)
 
 
 def _error(module: nn.Module, truth: nn.Module, task: Task, device: torch.device) -> float:
-    """Relative L2 error of the logits, and in training of all gradients, against float64."""
+    """Relative L2 error against float64, of the logits or, in training, of all gradients."""
     images, labels = _batch(task, min(PARITY_BATCH, task.batch), device)
     truth = truth.double()
     backend = peers.backend(device)
     if task.kind == "infer":
         copied = copy.deepcopy(module).to(task.dtype).eval()
-        # The weights as rounded are the model; what is judged is the arithmetic.
+        # Both models have the rounded weights, so that the error is that of the arithmetic.
         rounded = truth.to(task.dtype).double().eval()
         with torch.no_grad(), fastvit.use_backend(backend):
             got = _logits(copied(images.to(task.dtype))).double()
@@ -373,7 +375,7 @@ def _timed(task: Task, samples: harness.Samples, ceilings: Ceilings) -> dict:
 
 
 def _timm_first(chosen: list[Entry]) -> list[Entry]:
-    """timm eager is the yardstick of parity, so it is built first."""
+    """Put timm eager first: its error sets the tolerance for the others."""
     return sorted(chosen, key=lambda e: not (e.build is _timm and e.mode is None))
 
 
@@ -439,7 +441,7 @@ def _torchao(size: Size) -> nn.Module:
 
 @torch.no_grad()
 def _lively(module: nn.Module) -> nn.Module:
-    """No zero head, bias or tiny LayerScale that would hide a wrong branch."""
+    """Draw zero heads, biases and tiny LayerScales at random: they would hide a wrong branch."""
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1 and not name.endswith("weight"):
             gain = 0.5 if name.endswith("gamma") else 0.0

@@ -1,7 +1,7 @@
-"""How exact: error against float64 of ours and of eager, per op, for whole models and in training.
+"""Error against float64, ours and eager's: per op, for whole models and in a training run.
 
 `python benchmarks/numerics.py` writes results/numerics.json and the plot of the training run.
-Without a GPU ours runs through Triton's interpreter, on small sizes, and the rows say so.
+Without a GPU ours runs in Triton's interpreter, at small sizes, and the rows say so.
 """
 
 import argparse
@@ -49,7 +49,7 @@ STEPS, SEEDS = 300, 5
 
 
 def own(device: torch.device) -> str:
-    """The backend that stands for ours here."""
+    """The backend that is measured as ours on this device."""
     return "triton" if device.type == "cuda" or INTERPRET else "reference"
 
 
@@ -100,13 +100,13 @@ def sizes(device: torch.device) -> list[Size]:
 
 
 def models(device: torch.device, sizes: list[Size]) -> list[dict]:
-    """Whole models against their float64 selves, on noise and on photographs."""
+    """Errors of whole models against their float64 copies, on noise and on photographs."""
     rows = []
     for size in sizes:
         pictures = {"noise": _noise(size)}
         try:
             pictures["photographs"] = _photographs(size)
-        except ImportError:  # scikit-learn or Pillow is absent: the noise is there
+        except ImportError:  # no scikit-learn or Pillow: noise alone
             pass
         rows += [
             _model(device, size, dtype, name, images)
@@ -156,7 +156,7 @@ def _model(
         with fastvit.use_backend(backend), torch.autocast(device.type, dtype):
             logits = module(images)
             loss = F.cross_entropy(logits, labels)
-        # float16 gradients need the scale that a training loop gives them.
+        # float16 gradients need loss scaling, as in a training loop.
         scale = 1024.0 if dtype == torch.float16 else 1.0
         (loss * scale).backward()
         row["logits" + suffix] = _relative(logits, want)
@@ -176,7 +176,7 @@ def _model(
 
 
 def digits_vit(device: torch.device) -> tuple[dict, int]:
-    """(arguments, batch): what the interpreter can take hundreds of steps of, or a real one."""
+    """(ViT arguments, batch): tiny where the interpreter has to run hundreds of steps."""
     images = dict(image_size=8, channels=1, num_classes=10)
     if device.type == "cuda" or own(device) == "reference":
         return images | dict(patch_size=2, dim=192, depth=6, heads=3, mlp_dim=768), 64
@@ -184,12 +184,12 @@ def digits_vit(device: torch.device) -> tuple[dict, int]:
 
 
 def curves(device: torch.device, steps: int = STEPS, seeds: int = SEEDS) -> list[dict]:
-    """A small ViT trained on digits in bf16 autocast: ours at seed 0, eager at every seed.
+    """Train a small ViT on digits in bfloat16 autocast: ours with seed 0, eager with every seed.
 
-    Seed 0 of both starts from the same weights and sees the same batches. "apart": the root mean
-    square between ours and eager at seed 0; "noise": its median between two seeds of eager, over
-    curves smoothed by 10 steps. "agreement": the share of held-out images that the trained ours,
-    run in bf16, puts into the class that float64 does.
+    With seed 0 both start from the same weights and see the same batches. Of the loss curves,
+    smoothed by 10 steps: "apart" is the root mean square difference between ours and eager at seed
+    0, "noise" its median over pairs of eager's seeds. "agreement": the share of held-out images
+    that our trained model, in bfloat16, puts into the same class as its float64 copy.
     """
     from sklearn.datasets import load_digits
 
@@ -266,7 +266,7 @@ def _dtypes(device: torch.device) -> Iterator[tuple[torch.dtype, bool]]:
 
 
 def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[harness.Case]:
-    # Small products on a CPU, ViT-B's own on a GPU.
+    # ViT-B's shapes on a GPU, small ones on a CPU.
     name, b, c = ("B", 64, 768) if device.type == "cuda" else ("small", 6, 64)
     yield bench_patch_embed.case(device, name, b, c, dtype, True)
     yield bench_layernorm_linear.case(device, name, b, c, dtype, True)
@@ -317,7 +317,7 @@ def curve_line(row: dict) -> str:
 
 
 def layers_table(row: dict) -> str:
-    """Worst gradient of each layer of one model: ours / eager."""
+    """Markdown, the worst gradient error in each layer of one model: ours / eager."""
     lines = ["| layer | gradients (worst) |", "|---|---|"]
     eager = row["layers_eager"]
     lines += [f"| {k} | {v:.1e} / {eager[k]:.1e} |" for k, v in row["layers"].items()]
@@ -325,7 +325,7 @@ def layers_table(row: dict) -> str:
 
 
 def document(result: dict) -> str:
-    """results/numerics.md: every row, and the gradients layer by layer."""
+    """The text of results/numerics.md: every row, and the gradients layer by layer."""
     rows, e = result["rows"], result["environment"]
     out = ["# Error against float64: ours / eager", f"{e['device']}, torch {e['torch']}, {NOTE}"]
     out.append(table(rows))

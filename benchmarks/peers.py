@@ -1,7 +1,7 @@
-"""Who is measured beside fastvit, op by op. Every entry says why it is absent where it is.
+"""The implementations measured against fastvit, op by op. An absent one carries the reason.
 
-Each provider takes the arguments of the `fastvit.ops` function of its op. What a peer has no fused
-form for, it does as its users would write it.
+Each provider takes the arguments of the `fastvit.ops` function of its op. Where a peer has no fused
+form, it is called as its users would write it.
 """
 
 import functools
@@ -23,7 +23,7 @@ NEEDS_GPU = "needs an NVIDIA GPU"
 
 
 def missing(*modules: str, device: torch.device, gpu: bool = True) -> str | None:
-    """Why a peer that needs these modules is absent, or None."""
+    """The reason why a peer that needs these modules is absent, or None."""
     if gpu and device.type != "cuda":
         return NEEDS_GPU
     for module in modules:
@@ -33,7 +33,7 @@ def missing(*modules: str, device: torch.device, gpu: bool = True) -> str | None
 
 
 def backend(device: torch.device) -> str:
-    """The backend of ours that is measured: never a silent fallback."""
+    """The backend of fastvit that is measured, by name: 'auto' could fall back silently."""
     return "triton" if device.type == "cuda" else "reference"
 
 
@@ -50,7 +50,7 @@ def ours(op: Callable[..., Tensor], device: torch.device) -> Provider:
 
 
 def entry(name: str, absent: str | None, make: Callable[[], Callable[..., Any]]) -> Provider:
-    """A provider whose function is only built where it can run; a failing import is its reason."""
+    """A provider that is built only if it can run; if building fails, the error is the reason."""
     if absent:
         return Provider(name, None, absent)
     try:
@@ -72,7 +72,7 @@ COMPILED = ("default", "max-autotune-no-cudagraphs")
 
 
 def sdpa_qkv(qkv: Tensor) -> Tensor:
-    """As timm writes it: (B, N, 3, H, D) -> (B, N, H, D) through (B, H, N, D)."""
+    """SDPA, written as in timm: (B, N, 3, H, D) -> (B, N, H, D) through (B, H, N, D)."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 
@@ -130,7 +130,7 @@ def _flash_attn() -> Callable[..., Tensor]:
 def conv_patches(
     images: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, prefix: Tensor
 ) -> Tensor:
-    """As timm writes it: convolution, flatten, transpose, cat, add."""
+    """The patch embedding, written as in timm: convolution, flatten, transpose, cat, add."""
     x = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)
     x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
     return x + torch.cat([torch.zeros_like(prefix), pos])
@@ -149,7 +149,7 @@ def norm_linear(x: Tensor, nw: Tensor, nb: Tensor, weight: Tensor, bias: Tensor)
 
 
 def norm_addmm(x: Tensor, nw: Tensor, nb: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The bias in cuBLASLt's epilogue."""
+    """LayerNorm, then a linear layer with the bias in cuBLASLt's epilogue."""
     y = F.layer_norm(x, x.shape[-1:], nw, nb, 1e-6)
     return torch.addmm(bias, y.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
 
@@ -198,7 +198,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Ten
 
 
 def addmm_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """The residual as the GEMM's own addend; the bias in a pass of its own."""
+    """The residual is added by the GEMM (beta = 1), the bias in a separate pass."""
     y = torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t())
     return (y + bias).view_as(residual)
 
@@ -324,7 +324,7 @@ def _torch_block() -> Callable[..., Tensor]:
 
 
 def _functional(make: Callable[[int], torch.nn.Module], names: str) -> Callable[..., Tensor]:
-    """A module of a given width as a function of its input, and weight and bias of each name."""
+    """The module make(width) as a function of x and of the weight and bias of each name."""
     module = functools.cache(make)
     words = [name if name.endswith("_") else f"{name}." for name in names.split()]
     keys = [word + part for word in words for part in ("weight", "bias")]

@@ -21,19 +21,19 @@ NOTHING = (
 
 
 def rows(result: dict, part: str) -> list[dict]:
-    """All rows of the steps of one part that went through."""
+    """All rows of the successful steps of one part."""
     found: dict[Any, dict] = {}
     for step in result["steps"].values():
         if step["part"] == part and step["status"] == "ok":
             for row in step["rows"]:
-                # A step of compiled models times the eager ones again: the later rows count.
+                # Steps of compiled models time the eager ones again: the later row counts.
                 names = tuple(row.get(k) for k in ("kind", "model", "batch", "provider"))
                 found[names if "images_per_s" in row else len(found)] = row
     return list(found.values())
 
 
 def measured(results: Path) -> dict[Path, dict]:
-    """What gpu.py wrote, by file; other tables lie in the same folder."""
+    """The results of gpu.py, by file; the folder holds other tables too."""
     found = {path: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     return {path: result for path, result in found.items() if "steps" in result}
 
@@ -44,7 +44,7 @@ def table(header: Sequence[str], lines: list[list[str]]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits; thousands as they are; '-' for nothing."""
+    """Three significant digits; all digits from 1000 on; '-' for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
@@ -55,7 +55,7 @@ def _state(row: dict) -> str:
 
 
 def models_table(found: list[dict]) -> str:
-    """Whole models; a provider that is absent says nothing here, one that failed says why."""
+    """Table of whole models; absent providers are left out, failed ones give the reason."""
     lines = []
     for r in found:
         if "images_per_s" in r:
@@ -110,7 +110,7 @@ def _against_best(found: list[dict]) -> list[tuple[dict, dict]]:
 
 
 def peers_table(found: list[dict]) -> str:
-    """Each op beside its fastest peer; of the bare products the range alone."""
+    """Table of each op and its fastest peer; for plain GEMMs only the range of ratios."""
     lines, ratios = [], []
     for own, best in _against_best(found):
         ratio = best["median_ms"] / own["median_ms"]
@@ -130,7 +130,7 @@ def peers_table(found: list[dict]) -> str:
 
 
 def profile_line(found: list[dict]) -> str:
-    """Kernel time of one training step by provider; '' where none was profiled."""
+    """Kernel time of one training step by provider; '' if none was profiled."""
     totals: dict[tuple[str, str], float] = {}
     for r in found:
         if r.get("kind") == "profile":
@@ -158,7 +158,7 @@ def parity_table(result: dict) -> str:
 
 
 def failures(result: dict) -> list[str]:
-    """Steps that did not go through."""
+    """A line for each step that failed."""
     return [
         f"{key}: {step.get('error', step['status'])}"
         for key, step in result["steps"].items()
@@ -183,7 +183,7 @@ def ceilings_line(result: dict) -> str:
 
 
 def device_report(result: dict) -> str:
-    """The whole story of one GPU as Markdown."""
+    """All results of one GPU, as Markdown."""
     from benchmarks import numerics
 
     out = [f"# {result['environment']['device']}", provenance(result), ceilings_line(result)]
@@ -220,7 +220,7 @@ def device_report(result: dict) -> str:
 
 
 def write_device_report(path: Path) -> None:
-    """<gpu>.md and its plots beside <gpu>.json."""
+    """Write <gpu>.md and its plots next to <gpu>.json."""
     result = json.loads(path.read_text())
     path.with_suffix(".md").write_text(device_report(result))
     if find_spec("matplotlib") is not None:
@@ -230,7 +230,7 @@ def write_device_report(path: Path) -> None:
 
 
 def summary(result: dict) -> str:
-    """What to print last: a line per comparison, ours over the best peer."""
+    """The text that gpu.py prints last: a line per comparison of ours with the best peer."""
     out = [provenance(result), ceilings_line(result), ""]
     groups: dict[str, list[dict]] = {}
     for part in ("train", "infer", "autotune", "ops"):
@@ -276,7 +276,7 @@ def summary(result: dict) -> str:
 
 
 def cpu_table(result: dict) -> str:
-    """fastvit's reference backend over timm eager, measured interleaved."""
+    """Table of fastvit's reference backend and timm eager, measured interleaved."""
     lines = [
         [
             r["model"],
@@ -295,7 +295,7 @@ def cpu_table(result: dict) -> str:
 
 
 def traffic_table(tables: dict) -> str:
-    """One encoder block, forward and backward: what is launched, moved and kept."""
+    """Table of one encoder block, forward and backward: launches, bytes moved and bytes saved."""
     lines = []
     for name, parts in tables.items():
         own, eager = parts["block"]["fastvit"], parts["block"]["eager"]
@@ -312,7 +312,7 @@ def traffic_table(tables: dict) -> str:
 
 
 def compile_line(report: dict) -> str:
-    """How many launches compile, for which architectures, and what they spill."""
+    """A sentence: how many launches compile, for which architectures, how many spill registers."""
     found = report["rows"]
     archs = ", ".join(f"sm_{a}" for a in sorted({r["arch"] for r in found}))
     spilled = sum(r["spills"] > 0 for r in found)
@@ -325,7 +325,7 @@ def compile_line(report: dict) -> str:
 
 
 def without_gpu(results: Path) -> list[str]:
-    """What is known without a GPU: traffic, compiled code, numerics; each where it is committed."""
+    """Markdown of the results that need no GPU: traffic, compiled code, numerics, if committed."""
     from benchmarks import numerics
 
     out = []
@@ -353,7 +353,7 @@ def without_gpu(results: Path) -> list[str]:
 
 
 def readme(results: Path = RESULTS) -> str:
-    """What stands between the README's markers."""
+    """The text between the README's markers."""
     out = []
     gpus = measured(results)
     if not gpus:
@@ -362,7 +362,7 @@ def readme(results: Path = RESULTS) -> str:
         out.append(f"{provenance(result)}. {ceilings_line(result)}")
         for part, name in (("train", "Training"), ("infer", "Inference")):
             found = [r for r in rows(result, part) if "images_per_s" in r]
-            # Peers alone compare nothing.
+            # Without a row of ours there is nothing to compare.
             ours = {(r["model"], r["batch"]) for r in found if r["provider"] == "fastvit"}
             found = [r for r in found if (r["model"], r["batch"]) in ours]
             out += [f"{name}:", models_table(found)] if found else []
@@ -385,7 +385,7 @@ def readme(results: Path = RESULTS) -> str:
 
 
 def fill(text: str, block: str) -> str:
-    """`text` with what is between the markers replaced."""
+    """`text` with `block` between the markers."""
     if START not in text or END not in text:
         raise ValueError(f"the README has no {START} ... {END}")
     head, rest = text.split(START, 1)

@@ -1,4 +1,4 @@
-"""Every op once, forward and backward, on odd shapes: what compute-sanitizer watches."""
+"""Run every op once, forward and backward, on odd shapes, for compute-sanitizer to check."""
 
 import sys
 from pathlib import Path

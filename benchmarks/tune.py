@@ -1,10 +1,10 @@
 """Search the launch configurations of `fastvit_kernels/tuned.py` on the GPU at hand.
 
-`python benchmarks/tune.py [--budget SECONDS] [--match PATTERN]` takes the lines of its tables one
-by one. A line's neighbours, one field halved or doubled, are checked against float64 and then timed
-in turn with the line as it stands, on every workload whose launches read it; the best of them is
-where the search goes on, until none is faster. What was tried is written as it goes and never tried
-again: a killed search goes on where it stopped. Ends with the lines to put into tuned.py.
+`python benchmarks/tune.py [--budget SECONDS] [--match PATTERN]` searches the lines (entries) of its
+tables one by one, by hill climbing: a line's neighbours, one field halved or doubled, are checked
+against float64 and then timed in turn with the current line, on up to four workloads whose launches
+read it; the search moves to the best of them until none is faster. Each result is recorded at once
+and never measured again, so a killed search resumes. Prints the lines to put into tuned.py.
 """
 
 import argparse
@@ -51,9 +51,9 @@ from benchmarks import (
 from benchmarks.gpu import read_json, write_json
 from benchmarks.harness import Case, Provider
 
-GAIN = 0.99  # of the time: what a change must beat to be more than noise
+GAIN = 0.99  # a change must take less than this share of the time, else it may be noise
 TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-FIELDS = {  # of the tables whose kernels do not use all of them
+FIELDS = {  # fields to search, for tables whose kernels do not use all of them
     "GEMM_DW": (*TILES, "CTAS"),
     "ATTENTION": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
     "MLP_NARROW": (*TILES, "SUBTILES"),
@@ -65,15 +65,15 @@ BOUNDS = {
     "SUBTILES": (1, 8),
     "CTAS": (1, 4),  # of a persistent kernel
 }
-# Configurations no step from a line leads to. Of two programs an SM each runs its epilogue beside
-# the other's products; they load a third more.
+# Configurations that no single step from a line reaches. With two CTAs per SM, the epilogue of one
+# overlaps the main loop of the other, at a third more loads.
 RIVALS = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, tma=True),)}
-TILE = 128 * 256  # accumulators that fit the registers of one program
+TILE = 128 * 256  # largest accumulator, in elements, that fits the registers of one program
 
 
 @dataclass(frozen=True)
 class Line:
-    """One entry of one table: the literal that a launch reads."""
+    """One entry of one table of tuned.py, which launches read."""
 
     table: str
     arch: int
@@ -103,7 +103,7 @@ class Line:
 
 
 def lines(arch: int) -> list[Line]:
-    """Every line that serves this architecture; one without a tile says that no kernel serves."""
+    """Every line used on this architecture, but those without a tile, which mean: no kernel."""
     tables = [
         name
         for name, table in vars(tuned).items()
@@ -118,8 +118,8 @@ def lines(arch: int) -> list[Line]:
 
 
 def neighbours(line: Line, config: Config) -> list[Config]:
-    """One field halved or doubled; stages one more or less; the one-kernel MLP not at all; and
-    rivals.
+    """Configurations to try next: one field halved or doubled, one stage more or less, the line's
+    RIVALS, and for MLP_NARROW no kernel at all.
     """
     if not config.BLOCK_M:
         return []
@@ -129,7 +129,7 @@ def neighbours(line: Line, config: Config) -> list[Config]:
     extra = ("GROUP_M", "SUBTILES", *(("CTAS",) if getattr(config, "tma", False) else ()))
     for field in FIELDS.get(line.table, TILES + extra):
         value = getattr(config, field)
-        # How many keys a kernel holds is part of when it serves, not of how fast it is.
+        # The number of keys that a kernel holds decides when it is chosen: not a field to tune.
         if value == 0 or (field == "BLOCK_N" and re.search("resident|keys", line.name)):
             continue
         steps = (value - 1, value + 1) if field == "num_stages" else (value // 2, value * 2)
@@ -139,13 +139,13 @@ def neighbours(line: Line, config: Config) -> list[Config]:
 
 
 def plausible(table: str, config: Config) -> bool:
-    """Whether the accumulator fits the registers; what else cannot be is left to the compiler."""
+    """True if the accumulator fits the registers; the compiler refuses what else does not fit."""
     rows = config.BLOCK_K if table == "GEMM_DW" else config.BLOCK_M
     return rows * config.BLOCK_N <= min(TILE, 4096 * config.num_warps)
 
 
 def literal(config: Config) -> str:
-    """As tuned.py writes it: tile sizes by place, the rest by name, defaults left out."""
+    """The source text, as in tuned.py: tile sizes by position, the rest by name unless default."""
     plain = Config(0, 0)
     sizes = [config.BLOCK_M, config.BLOCK_N, *([config.BLOCK_K] if config.BLOCK_K else [])]
     named = [
@@ -158,7 +158,7 @@ def literal(config: Config) -> str:
 
 @dataclass
 class Job:
-    """A workload whose launches read a line: its call, and what is right."""
+    """A workload whose launches read a line: its call and the expected results."""
 
     case: Case
     args: tuple[Any, ...]
@@ -180,7 +180,7 @@ class Job:
 def judge(
     line: Line, config: Config, jobs: Sequence[Job], device: torch.device, seconds: float
 ) -> dict[str, Any]:
-    """Checked on every job, then timed in turn with the standing line: ratio is new over old."""
+    """Check `config` on every job, then time it in turn with the current line; ratio: new / old."""
     for job in jobs:
         with line.using(config), poisoned():
             provider = Provider("candidate", job.call)
@@ -200,7 +200,7 @@ def judge(
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """torch.empty holds NaN, so that no result is left over from a configuration before."""
+    """Fill torch.empty with NaN, lest results of an earlier configuration pass for new ones."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -225,12 +225,13 @@ def search(
     deadline: float,
     prepare: Callable[[list[Config]], None] = lambda configs: None,
 ) -> dict[str, Any]:
-    """Climb from the standing line. record: {"standing", "tried", "best", "finished"}, kept up.
+    """Climb from the current line. record: {"standing", "tried", "best", "finished"}, updated in
+    place and returned.
 
-    prepare is given the configurations that are about to be tried, to compile them side by side.
+    prepare is called with the configurations about to be tried, to compile them in parallel.
     """
     standing = literal(line.config)
-    if record.get("standing") != standing:  # tuned.py was edited since: ratios are of another line
+    if record.get("standing") != standing:  # tuned.py has changed: the ratios are to another line
         record.clear()
         record |= {"standing": standing, "tried": {}, "best": standing, "finished": False}
     tried = record["tried"]
@@ -262,7 +263,7 @@ def parse(text: str) -> Config:
 
 
 def workloads(device: torch.device) -> list[Case]:
-    """Ops whose launches read the lines: many tokens and few, 16-bit and float32."""
+    """The ops that lines are timed on: many tokens and few, 16-bit and float32."""
     rows = (bench_layernorm_mlp, bench_layernorm_linear, bench_linear_residual, bench_patch_embed)
     if device.type != "cuda":
         f16, f32 = torch.float16, torch.float32
@@ -286,14 +287,14 @@ def workloads(device: torch.device) -> list[Case]:
 
 
 def reads(case: Case, every: Sequence[Line], device: torch.device) -> set[str]:
-    """The keys of the lines that the launches of a workload are made with."""
+    """The keys of the lines that the launches of a workload read."""
     seen: set[int] = set()
 
     def note(run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         seen.add(kwargs.get("num_stages", 0))
 
     with contextlib.ExitStack() as stack:
-        # A number of stages that no other line has marks each line; nothing is compiled.
+        # Each line gets a unique num_stages, by which launches identify it; nothing is compiled.
         for i, line in enumerate(every):
             stack.enter_context(line.using(replace(line.config, num_stages=100 + i)))
         stack.enter_context(launching(note))
@@ -303,7 +304,7 @@ def reads(case: Case, every: Sequence[Line], device: torch.device) -> set[str]:
 
 @contextlib.contextmanager
 def launching(how: Callable[..., Any]) -> Iterator[None]:
-    """In the body a kernel is launched by how(run, kernel, ...), `run` being what would do it."""
+    """In the body every launch calls how(run, kernel, ...) instead of run(kernel, ...)."""
     with contextlib.ExitStack() as stack:
         kinds: tuple[Any, ...] = (JITFunction, InterpretedFunction)
         for kind in kinds:
@@ -324,7 +325,7 @@ def _run_once(case: Case, device: torch.device) -> None:
 
 
 def compile_only(line: Line, config: Config, index: int) -> None:
-    """Put what workload `index` launches into Triton's cache on disk: a pool runs this."""
+    """Compile what workload `index` launches into Triton's disk cache; runs in a process pool."""
     case = _with_kernel(workloads(torch.device("cuda"))[index])
 
     def compiled(run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -335,7 +336,7 @@ def compile_only(line: Line, config: Config, index: int) -> None:
 
 
 def prepare(line: Line, configs: list[Config], indices: list[int], seconds: float) -> None:
-    """Compile for all configurations at once, as far as `seconds` go; failures show when tried."""
+    """Compile for all configurations in parallel, at most `seconds`; failures show when tried."""
     pool = _pool()
     jobs = [pool.apply_async(compile_only, (line, c, i)) for c in configs for i in indices]
     end = time.time() + seconds
@@ -350,7 +351,7 @@ def _pool() -> Any:
 
 @functools.cache
 def _readers(device: torch.device) -> dict[str, list[int]]:
-    """The workloads, by their place, whose launches read each line."""
+    """For each line's key, the indices of the workloads whose launches read it."""
     every = lines(arch_of(device))
     found: dict[str, list[int]] = {}
     for i, case in enumerate(workloads(device)):
@@ -367,7 +368,7 @@ def _with_kernel(case: Case) -> Case:
 def tune(
     line: Line, path: Path, device: torch.device, seconds: float, deadline: float
 ) -> dict[str, Any]:
-    """Search one line, or go on with it; its record, which `path` keeps."""
+    """Start or resume the search of one line; returns its record, which is kept in `path`."""
     state = read_json(path, {})
     digest = machine.code_digest(without="tuned.py")
     if state.get("code") != digest:
@@ -375,7 +376,7 @@ def tune(
     record = state["lines"].setdefault(line.key, {})
     every = workloads(device)
     readers = _readers(device).get(line.key, [])
-    # A forward reads fewer lines than a backward, so it tells more about each.
+    # A forward reads fewer lines than a backward, so its time depends more on each.
     readers = ([i for i in readers if not every[i].backward] or readers)[:4]
     if not readers:
         return {"unread": "no workload reads this line"}
@@ -392,7 +393,7 @@ def tune(
 
 
 def printed(line: Line, record: dict[str, Any], device: torch.device) -> str:
-    """The line for tuned.py, with where and when it was found and what it saves."""
+    """The line for tuned.py, with the device, date and times of its search."""
     if "unread" in record:
         return f"# {line.key}: {record['unread']}"
     best = record["tried"][record["best"]]
@@ -438,7 +439,7 @@ def main() -> None:
         deadline = time.time() + left / (len(chosen) - i)
         try:
             print(printed(line, tune(line, path, device, 0.05, deadline), device), flush=True)
-        except Exception as error:  # one line's failure is not the others'
+        except Exception as error:  # the other lines can still be searched
             print(f"# {line.key}: {harness.describe(error)}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Which shapes are measured: the sizes of ViT-Ti to H, on a GPU as they are, on a CPU small."""
+"""The shapes that are measured: those of ViT-Ti to ViT-H on a GPU, small ones on a CPU."""
 
 from dataclasses import dataclass
 
@@ -24,10 +24,10 @@ class Size:
 
     @property
     def flops(self) -> float:
-        """Of one image's forward pass: matrix products on real tokens, the head included.
+        """FLOPs of one image's forward pass: matrix products on real tokens, the head included.
 
-        The standard model's, for every provider: that fastvit follows <cls> alone through the last
-        block, about a sixteenth less for ViT-B, counts as speed.
+        Those of the standard model, for every provider: fastvit computes only <cls> after the last
+        block's attention, about a sixteenth less for ViT-B, and that counts as speed.
         """
         n, d = self.tokens, self.dim
         block = 2 * n * 12 * d * d + 4 * n * n * d
@@ -41,13 +41,13 @@ class Size:
         return self.depth * block + stem + 2 * d + 1000 * (d + 1)
 
     def bytes(self, kind: str, batch: int, itemsize: int) -> float:
-        """What one batch cannot but move: images and weights once; in training also float32
+        """The least bytes that one batch moves: images and weights once; in training float32
         weights, gradients and AdamW's two moments, each read and written as the step needs them.
         """
         images = batch * 3 * self.image**2
         if kind == "infer":
             return (self.parameters + images) * itemsize
-        # weights: forward, update twice; gradients: written, read; moments: each read, written.
+        # weights: read twice, written; gradients: written, read; moments: each read, written.
         return 4 * (9 * self.parameters + images)
 
     def arguments(self) -> dict:
@@ -74,10 +74,10 @@ SIZES = {
         Size("DINOv2-L/14 518", 1024, 24, 16, 16, patch=14, image=518, layer_scale=1e-5),
     )
 }
-# A model that every code path runs in a second on a CPU.
+# Small enough for every code path to run in a second on a CPU.
 TOY = Size("toy", 64, 2, 2, 4, image=32)
 
-# Tokens of batch 256 and of one image, for the GEMM-like ops.
+# Widths and batches of the GEMM-like ops.
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024, "H": 1280}
 BATCHES = (256, 1)
 ATTENTION_TOKENS = (50, 197, 257, 577, 1029, 1370)
@@ -86,7 +86,7 @@ INFERENCE_BATCHES = (1, 8, 64, 256)
 
 
 def row_shapes(device: torch.device) -> list[tuple[str, int, int]]:
-    """(name, images, width) of the ops on (images * 197, width) rows, most telling first."""
+    """(name, images, width) of ops on (images * 197, width) rows, most informative first."""
     if device.type != "cuda":
         return [("Ti", 2, 192)]
     order = ("B", "L", "S", "H", "Ti")
@@ -94,7 +94,7 @@ def row_shapes(device: torch.device) -> list[tuple[str, int, int]]:
 
 
 def attention_shapes(device: torch.device) -> list[tuple[int, int, int, int]]:
-    """(B, N, H, D), about as many tokens whatever N; ViT-B's and ViT-L's own first."""
+    """(B, N, H, D), with about the same B * N for all N; ViT-B's first, and last at batch 1."""
     if device.type != "cuda":
         return [(2, 197, 3, 64), (2, 50, 2, 80)]
     shapes = [

@@ -14,13 +14,13 @@ def check(
     dtype: torch.dtype | None = None,
     elementwise: bool = True,
 ) -> None:
-    """Pass when err(got) <= 2 * err(eager) + rounding, in the worst element and, where there are
-    enough elements for luck to average out, in L2; elementwise=False: in L2 alone, always.
+    """Pass if err(got) <= 2 * err(eager) + rounding, in the worst element and, with at least 1024
+    elements, where luck averages out, in L2; elementwise=False: in L2 alone, whatever the size.
 
-    got: what the kernel gave; eager: the eager reference in the same dtype and on the same inputs;
-    truth: the eager reference in float64. NaN and infinities must stand at the same places.
-    rounding is two units in the last place at the scale of the tensor, in `dtype`: what was
-    multiplied in, under autocast; by default the tensor's own.
+    got: the kernel's result; eager: the eager reference in the same dtype and on the same inputs;
+    truth: the eager reference in float64. NaN and infinities must be in the same places.
+    rounding: two units in the last place of the largest element (in L2 one of every element), in
+    `dtype`: the dtype of the products under autocast, by default the tensor's own.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)} != {tuple(truth.shape)}"
     assert got.dtype == eager.dtype, f"{name}: dtype {got.dtype} != eager's {eager.dtype}"

@@ -1,4 +1,4 @@
-"""Device, poison and seeds for every test; the interpreter stands in where there is no GPU."""
+"""Device, NaN-filled memory and seeds for every test; without a GPU, Triton's interpreter."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torchvision_shim
 from interpreter import round_to_bfloat16_as_a_gpu_does
 
 PTX_MACHINE = os.environ.get("PTX_MACHINE")
-# cuBLAS, as the yardstick, is deterministic only with a fixed workspace.
+# cuBLAS, which the eager reference calls, is deterministic only with a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     # Read when triton is first imported, so it must be set before any kernel module is.
@@ -27,7 +27,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def _ptx_machine() -> Iterator[None]:
-    """PTX_MACHINE=90 or 90-late: kernels run as compiled, on the CPU; see `ptx_machine`."""
+    """PTX_MACHINE=90 or 90-late: run the PTX of kernels on the CPU; see `ptx_machine`."""
     if PTX_MACHINE is None:
         yield
         return
@@ -45,7 +45,7 @@ def on_gpu(device: torch.device) -> bool:
 
 @pytest.fixture(autouse=True)
 def _each_launcher_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests change what launchers look up; `test_replay` holds what a GPU repeats to them."""
+    """Replay no recipes, since tests patch what launchers look up; `test_replay` checks recipes."""
     if torch.cuda.is_available():
         from fastvit_kernels import replay
 
@@ -59,7 +59,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _poison():
-    """Fill torch.empty with NaN, so that an element no kernel wrote shows."""
+    """Fill torch.empty with NaN, so that elements which no kernel has written show."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

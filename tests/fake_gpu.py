@@ -1,7 +1,7 @@
-"""Run launches against a driver that only keeps them, and compare `launch`, and the recipes of
-`replay`, with Triton's own road.
+"""Record launches with a fake driver, and compare those of `launch` and of the recipes of `replay`
+with the launches that Triton itself makes.
 
-A script, for a process without TRITON_INTERPRET: prints how many launches agreed.
+A script, to be run without TRITON_INTERPRET; prints how many launches agreed.
 """
 
 from typing import Any, cast
@@ -33,7 +33,7 @@ made: list[tuple] = []
 
 
 class Driver:
-    """What Triton asks of a driver up to the launch."""
+    """The methods of a driver that Triton calls before a launch."""
 
     def get_current_device(self) -> int:
         return 0
@@ -46,7 +46,7 @@ class Driver:
 
 
 class Compiled:
-    """One specialization; `made` keeps its launches."""
+    """A fake compiled kernel of one specialization, which records its launches in `made`."""
 
     function = packed_metadata = None
 
@@ -61,7 +61,7 @@ class Compiled:
 
 
 class Address(int):
-    """Of a tensor, or bytes behind it."""
+    """The address of a tensor or of bytes behind it; of: the tensor."""
 
     of: Tensor
 
@@ -78,7 +78,7 @@ def data_ptr(t: Tensor) -> Address:
 
 
 def _value(arg: Any) -> Any:
-    """What does not differ from run to run."""
+    """What is the same in every run: for a tensor dtype, size of its storage and offset in it."""
     if isinstance(arg, TensorDescriptor):
         sizes = tuple(arg.shape), tuple(arg.strides), tuple(arg.block_shape)
         return _value(arg.base.data_ptr()), *sizes
@@ -97,7 +97,7 @@ def compile_nothing(kernel: Any, key: Any, *args: Any, **kwargs: Any) -> Compile
 
 
 def block(x: Tensor, C: int, dtype: torch.dtype, at: int, H: int = 2) -> None:
-    """A block forward and backward; `at`: elements that parameters lie off their allocation."""
+    """Run a block forward and backward; at: offset of parameters in their storage, in elements."""
 
     def leaf(*shape: int) -> Tensor:
         size = torch.Size(shape).numel()
@@ -169,7 +169,7 @@ if __name__ == "__main__":
     replay.Recipe.repeat = lambda self, tensors: used.append(self) or repeat(self, tensors)
     repeated = launches()
     assert {id(r) for r in used} == {id(r) for r in recipes}, "some recipe was not used"
-    # Whoever stands in for Triton's launch is given every launch, kept ones too, and none is kept.
+    # A replacement of JITFunction.run gets every launch, even those cached, and none is cached.
     seen: list[Any] = []
     run, JITFunction.run = JITFunction.run, cast(Any, lambda *args, **kwargs: seen.append(args))
     assert launches() == []

@@ -8,8 +8,8 @@ import torch
 
 
 def round_to_bfloat16_as_a_gpu_does() -> None:
-    """The interpreter cuts float32 off to bfloat16, which doubles the error; hardware rounds to the
-    nearest. Nothing is done where the interpreter is off.
+    """Patch the interpreter, which truncates float32 to bfloat16, to round to nearest as hardware
+    does: truncation doubles the error. Does nothing if the interpreter is off.
     """
     if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         return

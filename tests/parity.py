@@ -1,4 +1,4 @@
-"""Run an op on the Triton backend, in eager and in float64, and hold the first to the others."""
+"""Run an op on the Triton backend, in eager and in float64, and compare the three."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -33,13 +33,13 @@ def check_parity(
     together: bool = False,
     views: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
 ) -> None:
-    """Output and every gradient of `ops.<op>(**args)` against float64, by the rule of checks.py.
+    """Check output and every gradient of `ops.<op>(**args)` with float64, by the rule of checks.py.
 
     Tensors of args are float32 and are cast to dtype first; with autocast they stay float32 and
-    torch.autocast(dtype) casts as it does for eager. together: all results are held to the rule in
-    L2 as one vector, each in units of its largest element: among hundreds of random shapes eager's
-    worst element is somewhere a lucky one. views: what the op gets of the tensors of args, which
-    the gradients are of.
+    torch.autocast(dtype) casts as it does for eager. together: check all results in L2 as one
+    vector, each divided by its largest element: among hundreds of random shapes eager's worst
+    element is sometimes exact by luck. views: functions of tensors of args, whose results the op
+    gets instead; gradients are those of the tensors in args.
     """
 
     def viewed(function: Any) -> Any:
@@ -81,9 +81,9 @@ def results(
     device: torch.device | str = "cpu",
     dout_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The output and the gradient of each argument that wants one, for one random dout.
+    """The output and the gradient of each argument that requires one, for a fixed random dout.
 
-    dout_dtype: what dout is rounded to first, so that float64 gets the very numbers of the others.
+    dout_dtype: the dtype that dout is first rounded to, so that float64 gets the same numbers.
     """
     args = {k: _fresh(v, device) for k, v in args.items()}
     out = function(**args)
@@ -102,7 +102,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _fresh(value: Any, device: torch.device | str) -> Any:
-    """A leaf at the same strides on the device."""
+    """A copy on the device with the same strides, as a leaf."""
     if not isinstance(value, Tensor):
         return value
     copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
@@ -129,7 +129,7 @@ def check_no_double_backward(op: str, args: dict[str, Any], device: Any) -> None
 
 
 def check_compiles(op: str, args: dict[str, Any], device: Any, dynamic: bool | None = None) -> None:
-    """torch.compile(fullgraph=True) gives what the op gives alone, forward and backward."""
+    """torch.compile(fullgraph=True) gives the same bits as the op itself, forward and backward."""
     compiled = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with fastvit.use_backend("triton"):
         got, plain = (results(f, args, device) for f in (compiled, getattr(ops, op)))

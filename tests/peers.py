@@ -1,4 +1,4 @@
-"""A peer's own output and gradients as the truth for a `fastvit.ViT` that loaded its checkpoint."""
+"""Compare a `fastvit.ViT` that loaded a peer's checkpoint with the peer's output and gradients."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from fastvit.dialects import read
 
 TOLERANCE = 1e-5
-# In float32 the features, the output, and the gradients may differ by 1e-5 of the largest of them,
-# or by 1e-5 where all are smaller than 1.
+# Features, output and gradients, in float32, may differ by 1e-5 of the largest element of each
+# tensor, or by 1e-5 if that is smaller than 1.
 
 
 @dataclass
 class Truth:
-    """What a peer gives for `images`. features: all tokens after its final norm, or None where it
-    has no such; out: what `forward` gives; grads: of (out * weights(out)).sum(), in our names."""
+    """A peer's results for `images`. features: all tokens after its final norm, or None if it has
+    none; out: its output; dimages, grads: gradients of (out * weights(out)).sum(), in our names."""
 
     images: Tensor
     features: Tensor | None
@@ -34,7 +34,7 @@ def liven(model: Any, std: float = 0.2) -> Any:
 
 
 def weights(out: Tensor) -> Tensor:
-    """What the output is multiplied with to get a scalar: no symmetry hides a permutation."""
+    """Weights, all different, of the sum that makes out a scalar: a permutation changes it."""
     return torch.linspace(-1, 1, out[0].numel()).view(out.shape[1:])
 
 
@@ -44,8 +44,8 @@ def truth(
     run: Callable[[Tensor], tuple[Tensor | None, Tensor]],
     config: Mapping[str, Any] | None = None,
 ) -> Truth:
-    """run(images) gives the peer's features and output. Its gradients are renamed by the same
-    dialect that reads its weights: they are as linear in the weights as the output is."""
+    """Run a peer forward and backward; run(images) returns its features and output. Gradients are
+    translated by the dialect that reads the weights: it renames, joins, permutes and adds them."""
     model.zero_grad()
     x = images.clone().requires_grad_()
     features, out = run(x)
@@ -57,8 +57,8 @@ def truth(
 
 
 def renamed(grads: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> dict:
-    """Gradients of a peer in our names. Where <cls> and its position are added to one parameter of
-    ours, each of the two has its whole gradient: one of them counts."""
+    """A peer's gradients in our names. Where one parameter of ours is the sum of <cls> and its
+    position, each of the two has the gradient of the sum: that of <cls> is zeroed before adding."""
     keys = " ".join(grads)
     folded = "register_tokens" in keys and "pos" in keys
     grads = {
@@ -69,7 +69,7 @@ def renamed(grads: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
 
 def check(ours: Any, expected: Truth, parameters: bool = True) -> None:
-    """Features, output, and the gradients in the images and, if asked, in every parameter."""
+    """Compare features, output, the gradient of the images and, if asked, of every parameter."""
     ours.zero_grad()
     if expected.features is not None:
         close("features", ours.forward_features(expected.images), expected.features)
@@ -80,8 +80,8 @@ def check(ours: Any, expected: Truth, parameters: bool = True) -> None:
     close("images' gradient", x.grad, expected.dimages)
     for name, p in ours.named_parameters() if parameters else ():
         if name == "head.bias" and name not in expected.grads:
-            continue  # a projection without a bias gets one of zeros, as in timm
-        # A part that the output does not reach has no gradient in either.
+            continue  # as in timm, a bias of zeros where the peer has none
+        # A parameter that the output does not depend on has no gradient in either.
         got = torch.zeros_like(p) if p.grad is None else p.grad
         close(f"gradient of {name}", got, expected.grads.get(name, torch.zeros_like(p)))
 

@@ -1,5 +1,5 @@
-"""What PTX has for whole warps and for the machine beside them: copies into shared memory, barriers
-for them, matrices in registers and in shared memory, and their products.
+"""PTX instructions of whole warps and of asynchronous units: copies into shared memory, mbarriers,
+matrices in registers and in shared memory, and their products.
 """
 
 import re
@@ -28,7 +28,7 @@ def _mbarrier(w: Any, i: Any, mask: Lanes) -> None:
 
 
 class Barrier:
-    """A phase ends when `count` have arrived and all expected bytes have come."""
+    """An mbarrier: a phase ends when `count` threads and all expected bytes have arrived."""
 
     def __init__(self, count: int) -> None:
         self.count, self.pending, self.bytes, self.phase = count, count, 0, 0
@@ -73,7 +73,7 @@ def _copy_rows(w: Any, i: Any, mask: Lanes) -> None:
 
 
 def _tma_load(w: Any, i: Any, lane: int) -> None:
-    """A box of a matrix, zeros past its edges, into shared memory, swizzled."""
+    """Copy a box of a matrix into swizzled shared memory, with zeros past the matrix's edges."""
     to = int(w.address(i.operands[0])[lane])
     barrier = int(w.address(i.operands[2])[lane])
     descriptor, corner = re.fullmatch(r"\[\s*(%\w+)\s*,\s*(\{.*\})\s*\]", i.operands[1]).groups()  # type: ignore[union-attr]
@@ -93,13 +93,13 @@ def _tma_load(w: Any, i: Any, lane: int) -> None:
 
 
 def swizzle(address: Lanes, width: int) -> Lanes:
-    """Which 16 bytes of `width` hold what, by the line of 128 bytes."""
+    """Swizzle addresses: XOR the 16-byte index within `width` with that of the 128-byte line."""
     return address ^ (address >> 3 & (width // 16 - 1) * 16)
 
 
 @op("ldmatrix", "stmatrix")
 def _matrix(w: Any, i: Any, mask: Lanes) -> None:
-    """8 x 8 matrices of 16 bits, whose rows the lanes' addresses are."""
+    """Load or store 8 x 8 matrices of 16-bit elements; each lane's address is that of a row."""
     loads, count = i.parts[0] == "ldmatrix", int(i.parts[4][1:])
     registers, place = i.operands if loads else reversed(i.operands)
     address, halves = w.address(place)[: 8 * count], w.cta.shared.view(np.uint16)
@@ -118,7 +118,9 @@ def _matrix(w: Any, i: Any, mask: Lanes) -> None:
 
 
 def _fragment(w: Any, tokens: list[str], kind: str, groups: int) -> Lanes:
-    """(8 groups, K) of registers, each 4 bytes of 8 rows by 4 lanes; group by group, along K."""
+    """The matrix (8 groups, K) in registers: each holds 8 rows of 16 bytes, 4 a lane; registers run
+    over the groups of 8 rows first, then along K.
+    """
     each = 32 // bits(kind)
     matrix = np.zeros((8 * groups, len(tokens) // groups * 4 * each), np.float32)
     for k, token in enumerate(tokens):
@@ -135,7 +137,7 @@ def product(a: Lanes, b: Lanes) -> Lanes:
 
 
 def accumulate(w: Any, tokens: list[str], addends: list[str], value: Lanes) -> None:
-    """value (16, 4 len(tokens) / 2) plus the addends, each lane two columns of 8, two rows."""
+    """Write value (16, 2 len(tokens)) plus addends: of 8 columns a lane has two, in two rows."""
     for k, token in enumerate(tokens):
         part = value[LANES // 4 + k % 4 // 2 * 8, k // 4 * 8 + LANES % 4 * 2 + k % 2]
         if addends:
@@ -152,7 +154,7 @@ def _mma(w: Any, i: Any, mask: Lanes) -> None:
 
 @op("wgmma")
 def _wgmma(w: Any, i: Any, mask: Lanes) -> None:
-    """Of a warpgroup's 64 rows each warp multiplies its 16, when it waits."""
+    """Each warp multiplies 16 of its warpgroup's 64 rows, deferred until it waits."""
     what = i.parts[1]
     if what == "fence":
         return
@@ -164,7 +166,7 @@ def _wgmma(w: Any, i: Any, mask: Lanes) -> None:
         return
     kind, N = i.parts[-1], int(re.search(r"m64n(\d+)k", i.text)[1])  # type: ignore[index]
     d, (a, b, adds) = vector(i.operands[0]), i.operands[1:4]
-    transposed = [token == "1" for token in i.operands[6:]]  # of a, unless in registers, and b
+    transposed = [token == "1" for token in i.operands[6:]]  # a, unless it is in registers, and b
     b_at, b_major = int(w.read(b, "b64")[0]), bool(transposed) and transposed[-1]
     added = d if w.read(adds, "pred")[0] else []
     if a.startswith("{"):
@@ -182,8 +184,8 @@ def _wgmma(w: Any, i: Any, mask: Lanes) -> None:
 
 
 def matrix(w: Any, descriptor: int, rows: int, kind: str, transposed: bool) -> Lanes:
-    """(rows, K) in shared memory, K 32 bytes long, by its descriptor ("Asynchronous warpgroup level
-    matrix shared memory layout"). transposed: rows, not K, lie next to one another.
+    """The matrix (rows, K), 32 bytes along K, at a descriptor in shared memory (PTX ISA,
+    "Asynchronous warpgroup level matrix shared memory layout"). transposed: contiguous along rows.
     """
     size, width = bits(kind) // 8, {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3]
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))

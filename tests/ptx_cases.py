@@ -1,4 +1,4 @@
-"""What `test_ptx` runs on the PTX machine: kernels at sizes that end within a tile, as compiled."""
+"""The cases that `test_ptx` runs on `ptx_machine`: compiled kernels, with ragged tails."""
 
 import os
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the epilogue that reads and writes most; three tiles for two SMs."""
+    """The epilogue that reads and writes most; three tiles on two SMs."""
     config = tuned.look_up(tuned.GEMM, ARCH)[name]
     monkeypatch.setattr(tuned, "gemm", lambda *_, **__: config)
     dtype = torch.float32 if name == "float32" else torch.bfloat16
@@ -38,7 +38,7 @@ def test_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "tf32"), [*GRADIENTS, ("float32", True)])
 def test_weight_gradient(name: str, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of more rows than the pipeline holds, in each of a program's loops."""
+    """More rows than the pipeline holds, in each of a program's loops."""
     dtype = torch.float32 if name == "float32" else torch.bfloat16
     config = tuned.look_up(tuned.GEMM_DW, ARCH)[name]
     M, N, K = 15 * config.BLOCK_M + 9, config.BLOCK_N - 8, config.BLOCK_K + 8
@@ -74,7 +74,7 @@ def test_narrow_model() -> None:
 
 @pytest.mark.parametrize("way", ["fold", "row"])
 def test_model_of_products(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its norms folded, and as rows."""
+    """One launch per GEMM, with LayerNorm folded and by the row kernel."""
     monkeypatch.setattr(tuned, "norm_way", lambda *_: way)
     monkeypatch.setattr(tuned, "mlp_narrow", lambda *_: None)
     check_model(lambda: model(1, layer_scale=0.5, drop_path=0.5).train(), CPU)

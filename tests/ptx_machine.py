@@ -1,14 +1,14 @@
-"""Run PTX, what Triton compiles a kernel to, on the CPU: program by program, warp by warp.
+"""Emulate on the CPU the PTX that Triton compiles a kernel to, program by program, warp by warp.
 
-Triton's interpreter runs a kernel's source. This runs what the compiler made of it, and so shows
-what only that has: layouts, shared memory, contracted arithmetic, work that runs asynchronously.
-wgmma reads its operands when it is waited for, which is as late as hardware may; a copy into shared
-memory is made as soon as it is issued, or, with `late`, when it is waited for. So memory that is
-overwritten or read too soon shows as wrong numbers. A warp runs until it must wait for others; they
-take turns from the first to the last or, with `late`, from the last to the first. Shared memory and
-registers start as NaN, and an access outside of every tensor's storage is an error.
+Triton's interpreter runs a kernel's source. This runs the compiler's output, and so covers layouts,
+shared memory, fused multiply-adds and asynchronous work. wgmma reads its operands when it is waited
+for, which is as late as hardware may; a copy into shared memory is made as soon as it is issued,
+or, with `late`, when it is waited for. So memory that is overwritten or read too soon shows as
+wrong numbers. A warp runs until it must wait for others; warps take turns from the first to the
+last or, with `late`, from the last to the first. Shared memory and registers start as NaN, and an
+access outside of every tensor's storage is an error.
 
-    PTX_MACHINE=90 pytest -n0 tests/test_gemm_tma.py    runs tests so, PTX_MACHINE=90-late late
+    PTX_MACHINE=90 pytest -n0 tests/test_gemm_tma.py    (with `late`: PTX_MACHINE=90-late)
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastvit import backend
 
 SMS = 2  # so that persistent programs take several tiles
-NAN = 0x7FC5_7FC5_7FC5_7FC5  # of bfloat16, float16, float32
+NAN = 0x7FC5_7FC5_7FC5_7FC5  # as bfloat16, float16 and float32
 
 
 class Memory:
@@ -44,7 +44,7 @@ class Memory:
     def _touched(
         self, address: Lanes, bits: int, mask: Lanes
     ) -> Iterator[tuple[np.ndarray, Lanes, Lanes]]:
-        """A buffer as unsigned integers, indices, and the lanes that have them."""
+        """Yield each accessed buffer, as unsigned integers, with indices and their lanes."""
         lanes = np.flatnonzero(mask)
         if lanes.size == 0:
             return
@@ -71,7 +71,7 @@ class Memory:
 
 
 class Parameters:
-    """The space of a kernel's arguments, each at an address of its own."""
+    """The .param space: the arguments of a kernel, one at each address."""
 
     def __init__(self) -> None:
         self.values: dict[int, int] = {}
@@ -82,7 +82,7 @@ class Parameters:
 
 @dataclass
 class Box:
-    """What a TMA descriptor tells: rows at strides, the tile to load, how it lies in memory."""
+    """A TMA descriptor: the matrix in global memory, the tile to load and its swizzle in bytes."""
 
     base: int
     shape: tuple[int, int]
@@ -110,7 +110,7 @@ class Arguments:
 
 
 class CTA:
-    """One program on its way, all of its warps."""
+    """A running program, with all of its warps."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class CTA:
         return self.spaces[name.partition("::")[0]]
 
     def arrive_copies(self, barrier: int) -> None:
-        """Make the copies that a barrier is waited for."""
+        """Make the pending copies that arrive at this barrier."""
         waiting, self.tma = self.tma, []
         for at, copy in waiting:
             if at == barrier:
@@ -165,8 +165,8 @@ class Warp:
         self.cta, self.index, self.pc, self.state = cta, index, 0, "running"
         self.registers: dict[str, Lanes] = {"%tid.x": (LANES + 32 * index).astype(np.uint32)}
         self.active = ALL
-        self.joins: list[tuple[int, Lanes]] = []  # where lanes that branched off come back
-        # Groups that were committed, and last the one that is open.
+        self.joins: list[tuple[int, Lanes]] = []  # where diverged lanes reconverge
+        # Committed groups, and last the open one.
         self.products: list[list[Callable[[], None]]] = [[]]
         self.copies: list[list[Callable[[], None]]] = [[]]
 
@@ -201,7 +201,7 @@ class Warp:
                 multiply()
 
     def run(self) -> bool:
-        """Go on up to a wait; whether there was anything to do."""
+        """Run up to the next wait; returns whether there was anything to do."""
         first, program = self.pc, self.cta.program
         if self.state != "running":
             return False
@@ -254,14 +254,14 @@ class Warp:
 
 @cache
 def _place(token: str) -> tuple[str, int]:
-    """The register or name, and the offset, of `[%rd1+-16]`."""
+    """(register or name, offset) of an address such as `[%rd1+-16]`."""
     base, _, offset = token.strip("[] ").partition("+")
     return base.strip(), int(offset or "0", 0)
 
 
 @cache
 def _constant(token: str) -> Lanes | None:
-    """Of an immediate; None for a register."""
+    """The bits of an immediate operand; None for a register."""
     if re.match(r"0[fFdD][0-9a-fA-F]+$", token):
         return np.full(32, int(token[2:], 16), np.uint64)
     if re.match(r"-?\d", token):
@@ -277,7 +277,7 @@ def compiled(case: aot.Case, arch: int) -> Program:
 
 
 def arguments(program: Program, values: list[Any]) -> Arguments:
-    """values: of the arguments that are no constants, in order."""
+    """Lay out a kernel's arguments. values: of those that are no constexpr, in order."""
     buffers: dict[int, np.ndarray] = {}
     out = Arguments(Memory({}), Parameters(), {}, {})
     names = iter(program.parameters)
@@ -309,14 +309,14 @@ def arguments(program: Program, values: list[Any]) -> Arguments:
         else:
             add(int(np.float32(value).view(np.uint32)) if isinstance(value, float) else int(value))
     for _ in range(len(program.parameters) - len(out.addresses)):
-        add(0)  # scratch memory, which no kernel has
+        add(0)  # scratch memory, which no kernel uses
     out.memory = Memory(buffers)
     return out
 
 
 @contextlib.contextmanager
 def running(arch: int, late: bool) -> Iterator[None]:
-    """Run every launch of the body on the machine, of CPU tensors."""
+    """Emulate every launch of the body, on CPU tensors."""
 
     def run(kernel: Any, values: dict[str, Any], options: dict[str, Any], grid: Any) -> None:
         case = replace(aot.case_of(kernel, values, options, grid), programs=0)

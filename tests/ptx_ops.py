@@ -1,4 +1,4 @@
-"""What the instructions of PTX do to a warp, lane by lane, as the PTX ISA has it."""
+"""PTX instructions on the lanes of a warp, as the PTX ISA specifies them."""
 
 import re
 from collections.abc import Callable
@@ -14,13 +14,13 @@ UINT = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 # By register class; immediates and addresses come as 64 bits.
 REGISTERS = {"p": np.bool_, "rs": np.uint16, "rd": np.uint64, "fd": np.uint64}
 _CLASS = re.compile(r"%([a-z]+)\d")
-Op = Callable[[Any, Any, Lanes], None]  # of a Warp, an Instruction, and the lanes that take part
+Op = Callable[[Any, Any, Lanes], None]  # (Warp, Instruction, active lanes)
 OPS: dict[str, Op] = {}
 
 
 @cache
 def bits(kind: str) -> int:
-    """Of one number, in memory or in a register."""
+    """The bits of one number of this kind, in memory or in a register."""
     return {"bf16": 16, "tf32": 32}.get(kind) or int(re.sub(r"\D", "", kind))
 
 
@@ -30,7 +30,7 @@ def register_dtype(name: str) -> Any:
 
 
 def decode(raw: Lanes, kind: str) -> Lanes:
-    """Numbers of the bits in registers; bfloat16 and float16 as float32."""
+    """Convert register bits to numbers; bfloat16 and float16 become float32."""
     if kind == "pred":
         return raw.astype(bool)
     if kind.endswith("x2"):
@@ -49,7 +49,7 @@ def decode(raw: Lanes, kind: str) -> Lanes:
 
 
 def encode(values: Lanes, kind: str) -> Lanes:
-    """The bits of numbers, rounded to the nearest."""
+    """Convert numbers to register bits, rounding to nearest."""
     if kind == "pred":
         return values.astype(bool)
     if kind.endswith("x2"):
@@ -66,7 +66,7 @@ def encode(values: Lanes, kind: str) -> Lanes:
         return ((raw + 0x1000) & 0xFFFFE000).astype(np.uint32)
     if kind[0] == "f":
         return values.astype(f"f{bits(kind) // 8}").view(UINT[bits(kind)])
-    # Signed, so that a wider register takes the sign.
+    # Signed, so that a wider register is sign-extended.
     return values.astype(f"{'i' if kind[0] == 's' else 'u'}{bits(kind) // 8}")
 
 
@@ -80,7 +80,7 @@ def op(*names: str) -> Callable[[Op], Op]:
 
 
 def elementwise(names: str, function: Callable[..., Lanes]) -> None:
-    """name{.modifier}.kind d, a, b ...: function of numbers of one kind."""
+    """Register instructions name{.modifier}.kind d, a, b ...: d = function(a, b, ...)."""
 
     def run(w: Any, i: Any, mask: Lanes) -> None:
         kind = i.parts[-1]
@@ -313,4 +313,4 @@ def _policy(w: Any, i: Any, mask: Lanes) -> None:
 
 @op("fence", "membar", "prefetch", "griddepcontrol")
 def _nothing(w: Any, i: Any, mask: Lanes) -> None:
-    """Every access is made in order here."""
+    """Do nothing: all accesses are made in order here."""

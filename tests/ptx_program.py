@@ -1,4 +1,4 @@
-"""PTX, the text, as instructions."""
+"""Parse PTX text into instructions."""
 
 import re
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Program:
 
 
 def parse(ptx: str) -> tuple[list[Instruction], dict[tuple[str, int], int], list[str]]:
-    """Instructions, where labels point, and the names of the parameters of the one entry."""
+    """The instructions, label positions and parameter names of the one entry."""
     ptx = re.sub(r"//.*", "", ptx)
     entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)[^{]*\{", ptx, re.S)
     assert entry is not None
@@ -39,7 +39,7 @@ def parse(ptx: str) -> tuple[list[Instruction], dict[tuple[str, int], int], list
     scopes, opened, statement = [0], 0, ""
     for line in ptx[entry.end() :].splitlines():
         line = line.strip()
-        if line == "{":  # of inline assembly, whose labels are its own
+        if line == "{":  # inline assembly, whose labels are local
             opened += 1
             scopes.append(opened)
             continue

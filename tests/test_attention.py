@@ -60,7 +60,7 @@ def test_autocast(device: torch.device) -> None:
 def test_large_scores(N: int, dtype: torch.dtype, device: torch.device, on_gpu: bool) -> None:
     qkv = leaf(1, N, 3, 1, 16, grad=False)
     qkv[:, :, :2] *= 1e3
-    if not on_gpu:  # numpy sums in an order of its own for each shape: leave it nothing to round
+    if not on_gpu:  # numpy's order of summation depends on the shape: make all sums exact
         qkv[:, :, :2] = 16 * (qkv[:, :, :2] / 16).round()
     check_parity("attention_qkv", {"qkv": qkv.requires_grad_()}, dtype, device)
 
@@ -86,7 +86,7 @@ def test_nan_and_inf_stay_where_eager_has_them(device: torch.device) -> None:
 
 @pytest.mark.parametrize("N", [70, 140, 400])
 def test_nan_in_gradients_stays_where_eager_has_it(N: int, device: torch.device) -> None:
-    """Rows in which every regime of backward meets it: in do, in v, and in one query."""
+    """NaN in do, in v or in one query, at lengths that take every regime of backward."""
     qkv, do = torch.randn(1, N, 3, 4, 16), torch.randn(1, N, 4, 16)
     do[0, 5, 0, 3] = float("nan")
     qkv[0, 60, 2, 1, 3] = float("nan")
@@ -106,7 +106,7 @@ def test_nan_in_gradients_stays_where_eager_has_it(N: int, device: torch.device)
 
 @pytest.mark.parametrize("N", [80, 400])
 def test_keys_of_minus_infinity_get_no_weight(N: int, device: torch.device) -> None:
-    """More of them than the first tile has, and in a row of several tiles."""
+    """More such keys than the first tile has, and in rows of several tiles."""
     q, v = (torch.randn(1, N, 1, 16, device=device).abs() for _ in range(2))
     k = torch.randn(1, N, 1, 16, device=device)
     k[:, : N - 10] = float("-inf")
@@ -150,7 +150,7 @@ def test_compiled_and_first_order(device: torch.device) -> None:
 @pytest.mark.parametrize("N", [197, 257, 577, 785, 1029, 1370])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_tails_are_cut_to_size(N: int, arch: int) -> None:
-    """Under 12 % of the scores of a forward are computed for nothing."""
+    """Under 12 % of the scores computed in forward lie beyond the sequence."""
     from fastvit_kernels.attention import plan_fwd
 
     c = plan_fwd(256 * 12, N, 64, torch.bfloat16, False, arch, 132).constants

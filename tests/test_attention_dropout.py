@@ -17,9 +17,9 @@ RATE = 0.3
 
 
 def kept(B: int, N: int, H: int, seed: int, device: torch.device, D: int = 64) -> Tensor:
-    """What the kernel keeps of each probability, times N: 0 or 1 / (1 - RATE). (B, H, N, N).
+    """The dropout mask of the kernel, (B, H, N, N): 0 or 1 / (1 - RATE).
 
-    With all scores equal and unit vectors for values, o is the mask itself.
+    With all scores equal and unit vectors for values, o is the mask divided by N.
     """
     q = torch.zeros(B, N, H, D, device=device)
     columns = []
@@ -34,7 +34,7 @@ def kept(B: int, N: int, H: int, seed: int, device: torch.device, D: int = 64) -
 
 
 def attention_with(mask: Tensor, qkv: Tensor, key_padding: Tensor | None = None) -> Tensor:
-    """Eager attention that drops what the mask says."""
+    """Eager attention with a given dropout mask."""
     q, k, v = qkv.unbind(2)
     scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * q.shape[-1] ** -0.5
     if key_padding is not None:
@@ -141,7 +141,7 @@ def test_values_are_zero_or_one_over_keep(device: torch.device) -> None:
 
 
 def test_mask_is_a_function_of_place_alone(device: torch.device) -> None:
-    """Tiles differ with the head dim, and so does what they hold; the mask does not."""
+    """Tile sizes, and so the elements of a tile, depend on the head dim; the mask does not."""
     assert torch.equal(kept(1, 150, 2, 3, device, D=16), kept(1, 150, 2, 3, device, D=128))
 
 

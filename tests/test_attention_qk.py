@@ -21,8 +21,8 @@ from fastvit import ops, reference
 
 
 def norm(kind: str, D: int, bias: bool = True, turned: bool = True) -> dict[str, Any]:
-    """A bias of all keys alike changes no softmax: unless turned by RoPE its gradient is zero, and
-    what comes out is noise."""
+    """Arguments of a norm of q and k; turned: RoPE follows. Without it k_bias, the same for all
+    keys, changes no softmax: its gradient, zero but for rounding, is not tested."""
     weights = {"q_weight": leaf(D), "k_weight": leaf(D), "norm_kind": kind}
     return weights | ({"q_bias": leaf(D), "k_bias": leaf(D, grad=turned)} if bias else {})
 
@@ -142,7 +142,7 @@ def test_repeatable_compiled_and_first_order(device: torch.device) -> None:
 @pytest.mark.parametrize("form", ["eva", "dinov3"])
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_attention_of_a_model(form: str, kind: str, device: torch.device) -> None:
-    """Attention as a model calls it, <cls> and registers unturned, against the reference."""
+    """Attention as a model calls it, without RoPE on <cls> and registers, against the reference."""
     sizes: dict[str, Any] = {"image_size": 16, "patch_size": 4, "dim": 32, "heads": 2}
     model = fastvit.ViT(
         **sizes, depth=1, mlp_dim=64, registers=2, rope=form, qk_norm=True, norm=kind

@@ -20,7 +20,7 @@ def examples(count: int) -> settings:
 
 
 def eager_attention(qkv: Tensor) -> Tensor:
-    """Eager's, over rows of 32 tokens or more: for a handful of float32 tokens the CPU's library
+    """Eager attention, padded to at least 32 tokens: for a handful of float32 tokens the CPU's GEMM
     sums in another order, more exact than a running sum can be.
     """
     B, N = qkv.shape[:2]
@@ -153,12 +153,12 @@ def test_appending_masked_tokens_changes_nothing(data: st.DataObject, device: to
 @examples(500)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject, device: torch.device) -> None:
-    """Any length, head dim and dtype; keys padded or not; q and k normed, turned, both or not."""
+    """Any length, head dim and dtype, with and without key padding, QK-norm and RoPE."""
     N, D = data.draw(st.integers(2, 300)), 8 * data.draw(st.integers(2, 16))
     B, H = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
     args: dict[str, Any] = {"qkv": leaf(B, N, 3, H, D)}
     if data.draw(st.booleans()):
-        # Not 1: dq and dk are then zeros, which give what rounding leaves no scale to be held to.
+        # Not 1: dq and dk are then zeros, with no scale to compare their rounding errors with.
         lengths = st.integers(0, N).filter(lambda n: n != 1)
         args["key_padding"] = torch.tensor([data.draw(lengths) for _ in range(B)])
     if data.draw(st.booleans()):

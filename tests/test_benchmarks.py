@@ -112,21 +112,21 @@ def test_providers_take_turns() -> None:
 def test_saved_for_backward_counts_each_buffer_once() -> None:
     x = torch.randn(1000, requires_grad=True)
     weight = torch.randn(1000, requires_grad=True)
-    # exp keeps its output, the product keeps both factors: y once, and the parameter not at all.
+    # exp saves y, the product saves y and weight: y counts once, the parameter not at all.
     kept = harness.saved_mb(lambda: (lambda y: y * weight)(x.exp()), [x, weight])
     assert kept == pytest.approx(4000 / 1e6)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_model_flops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the products PyTorch counts in the model itself, when it runs on all vectors."""
+    """Compared with the products that PyTorch counts in the model, run on all tokens."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     size = SIZES[name]
     monkeypatch.setattr(
         fastvit.ViT, "init_weights", lambda self, **_: None
-    )  # reads values: none here
+    )  # it reads values, which fake tensors lack
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with FakeTensorMode(), torch.no_grad(), fastvit.use_backend("reference"), math:
         model = fastvit.ViT(num_classes=1000, **size.arguments()).requires_grad_(False)
@@ -227,7 +227,7 @@ def _alive(pid: int) -> bool:
 
 
 def test_the_plan_of_a_gpu_run(tmp_path: Path) -> None:
-    """Built here for a GPU: each part is there, each key once, every op's tests in it."""
+    """The steps for a GPU, built without one: every part, unique keys, the tests of every op."""
     cuda = torch.device("cuda")
     steps = gpu_steps.steps(cuda, tmp_path)
     assert {s.part for s in steps} == set(gpu_steps.PARTS)
@@ -377,5 +377,5 @@ def test_import_is_light() -> None:
     assert done.returncode == 0, done.stderr
     share, packages = done.stdout.splitlines()
     assert set(packages.split()) <= {"fastvit", "fastvit_kernels", "einops", "safetensors"}
-    # A share of torch's own import: seconds would depend on the machine and on what else it does.
+    # As a share of torch's own import: seconds would depend on the machine and its load.
     assert float(share) < 0.1, f"import fastvit takes {float(share):.0%} of what import torch takes"

@@ -1,4 +1,4 @@
-"""The plan of a weight gradient: every row of every tile once, in order, and programs kept busy."""
+"""The schedule of dW: every step of every tile is summed once, in order; programs are kept busy."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def _write_plan(
 
 
 def runs_of(plan: Plan, num_n: int, columns: int) -> tuple[list[list[list[int]]], list[int]]:
-    """What the kernels make of it: (tile, first, end, part, lo, hi) of each stretch of each
+    """The plan as the kernels compute it: (tile, first, end, part, lo, hi) of each segment of each
     program, and the first part of each tile.
     """
     width = plan.tiles + 2
@@ -57,8 +57,8 @@ def runs_of(plan: Plan, num_n: int, columns: int) -> tuple[list[list[list[int]]]
 
 
 def check_plan(plan: Plan, num_n: int) -> None:
-    """Each tile's parts follow each other, from step 0 to the last, and the first columns of each
-    row of tiles sum every step for db once.
+    """Check that the parts of each tile cover its steps in order, and that the first `columns`
+    tiles of each row of tiles together sum every step for db once.
     """
     columns = plan.columns(num_n)
     runs, starts = runs_of(plan, num_n, columns)
@@ -98,8 +98,8 @@ def test_every_step_once(most: int, data: st.DataObject, steps: int, part_steps:
     ],
 )
 def test_programs_of_an_h100_are_busy(dims: tuple[int, int]) -> None:
-    """ViT-B and -L, 50,432 tokens: within 8 % of an even share with the time of every
-    stretch's start and end, which is that of 9 steps on an H200, and in few slabs.
+    """ViT-B and -L, 50,432 tokens: the busiest program is within 8 % of an even share, counting
+    9 steps for the start and end of each segment (as on an H200), and there are few partial sums.
     """
     with tuned.target(90, 132):
         config, plan = tuned.gemm_dw(50432, *dims, torch.bfloat16, None, tma=True)
@@ -109,7 +109,7 @@ def test_programs_of_an_h100_are_busy(dims: tuple[int, int]) -> None:
 
 
 def test_columns_share_the_sums() -> None:
-    """ViT-B's fc1: with an eighth of a step more for the sums, within 6 % of an even share too."""
+    """ViT-B's fc1: within 6 % of an even share, counting 1/8 step for each step summed for db."""
     with tuned.target(90, 132):
         config, plan = tuned.gemm_dw(50432, 3072, 768, torch.bfloat16, None, tma=True)
         num_n = 3072 // config.BLOCK_N

@@ -43,7 +43,7 @@ def test_a_model(what: str, device: torch.device) -> None:
         if what != "forward":
             out.backward()
 
-    # The scores that a backward makes again: of 3 images, 2 heads of 16 channels, 18 vectors.
+    # Backward recomputes the scores: 3 images, 2 heads of 16 channels, 18 tokens.
     again = 2 * 3 * 2 * 16 * 18 * 18 if what != "forward" else 0
     assert counted(run, "triton") == counted(run, "reference") + again
 
@@ -60,7 +60,7 @@ def test_attention_alone(device: torch.device) -> None:
         (lambda: ops.attention_maps(q, k, rows=(0, 3)), 2 * 2 * 12),
     ):
         assert counted(function, "triton") == unit * expected
-    # On a GPU bounds may be fake, and have no numbers: then of the longest rows that there may be.
+    # Bounds that are fake tensors have no values: every sequence is counted as the longest.
     count = flops.counts("attention_fwd", library.launchers["attention_fwd"])
     with FakeTensorMode():
         q, bounds = torch.empty(1, 12, 2, 16), torch.empty(3, dtype=torch.int32)

@@ -119,7 +119,7 @@ def test_rmsnorm(op: str, dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_recompute_saves_the_arguments_alone(backend: str, device: torch.device) -> None:
-    """The same output and gradients, bit for bit, without the hidden activation in between."""
+    """The same output and gradients, bit for bit, without saving the hidden activation."""
     args = layernorm_mlp(2, 33, 48, 64)
     runs, saved = [], []
     for save in ("all", "recompute"):
@@ -156,7 +156,7 @@ def test_inference_writes_no_hidden_activation(device: torch.device) -> None:
 
 
 def test_fork_adds_the_residuals_gradient(device: torch.device) -> None:
-    """x, used again behind the fork, gets the sum of both gradients; either may be absent."""
+    """x, used again after the fork, gets the sum of both gradients; either may be absent."""
     args = layernorm_linear(2, 17, 40, 24)
     for uses in ("both", "product", "residual"):
         grads = []
@@ -179,7 +179,7 @@ def test_fork_adds_the_residuals_gradient(device: torch.device) -> None:
 
 @every_op
 def test_frozen_parameters(op: str, device: torch.device) -> None:
-    """Only x and residual want a gradient: it is the same, and no parameter's is made."""
+    """With frozen parameters the gradient of x is the same, and parameters get none."""
     grads = []
     for frozen in (False, True):
         args = {k: v.detach().to(device) for k, v in OPS[op](2, 17, 40, 24).items()}
@@ -315,7 +315,7 @@ def _gelu_kernel(x_ptr, y_ptr, dy_ptr, BLOCK: tl.constexpr):
 
 
 def test_cheap_erf_is_under_half_a_rounding_of_16_bits(device: torch.device) -> None:
-    """The 16-bit GELU's formula against float64, value and slope, over all it can be given."""
+    """The GELU formula of 16-bit kernels against float64, value and slope, on [-12, 12]."""
     x = torch.linspace(-12, 12, 1 << 14, device=device)
     y, dy = torch.empty_like(x), torch.empty_like(x)
     _gelu_kernel[(1,)](x, y, dy, BLOCK=x.numel())  # pyright: ignore[reportArgumentType]

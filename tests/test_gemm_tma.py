@@ -1,4 +1,4 @@
-"""The persistent TMA product, several tiles a program, under each of its lines against float64."""
+"""The persistent TMA GEMM against float64: each configuration, several tiles per program."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
-# Rows and columns of tiles that are cut off; few steps along K and many.
+# Ragged tiles along M and N; few and many steps along K.
 sizes = pytest.mark.parametrize("size", [(300, 264, 512), (259, 520, 776)], ids=str)
 
 
 @pytest.fixture
 def line(request: Any, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
-    """The line that serves; on two SMs, so that each program has several tiles."""
+    """Use this line of the table, and two SMs, so that each program has several tiles."""
     table = tuned.look_up(tuned.GEMM, tuned.arch(device.index) or 90)
     if request.param not in table:
         pytest.skip("this GPU has no such line")

@@ -1,4 +1,4 @@
-"""A gradient carries the branch's part of it between ops: used, and never stale."""
+"""A gradient carries a copy for the residual branch between ops: it is used, and never stale."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ Edit = Callable[[fastvit.ViT], None]
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Of each backward that asked for a copy, whether it got one."""
+    """For each backward that asked for a copy, whether it got one."""
     found: list[bool] = []
     carried = gradient_copy.carried
 
@@ -51,7 +51,7 @@ def gradients(
     torch.manual_seed(2)
     images = torch.randn(2, 3, 16, 16).to(device, dtype)
     with fastvit.use_backend(backend), torch.autocast(device.type, torch.bfloat16, autocast):
-        # Every token, so that the last block's gradient is whole.
+        # All tokens, so that the last block gets a gradient of each.
         features = vit.forward_features(images)
     weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
     (features * weights.to(features)).sum().backward()
@@ -69,7 +69,7 @@ def check_model(build: Callable[[], fastvit.ViT], device: torch.device) -> None:
 
 def test_every_op_of_the_body_takes_one(taken: list[bool], device: torch.device) -> None:
     check_model(model, device)
-    # Two a block; the last block's MLP gets its gradient from the final norm.
+    # Two per block; the last MLP gets its gradient from the final norm, which makes no copy.
     assert taken == [False, *[True] * 3]
 
 
@@ -110,7 +110,7 @@ def test_the_copy_of_another_wish_is_not_taken() -> None:
 
 
 def edit_output(edit: Callable[[Tensor], Tensor | None]) -> Callable[[], fastvit.ViT]:
-    """A model whose first block's output has `edit` as the hook of its gradient."""
+    """Build a model with `edit` as gradient hook on the first block's output."""
 
     def build() -> fastvit.ViT:
         vit = model()
@@ -175,7 +175,7 @@ def test_frozen_blocks(device: torch.device) -> None:
 
 
 def test_blocks_checkpointed_by_others(device: torch.device) -> None:
-    """A replay knows nothing of the rows before it, and keeps as many tensors all the same."""
+    """Recomputation has no statistics of the rows before it, but must save as many tensors."""
     vit = fastvit.ViT(
         image_size=16, patch_size=4, dim=16, depth=2, heads=1, mlp_dim=16, num_classes=2
     )

@@ -1,4 +1,4 @@
-"""Launches without Triton's binding of arguments, and by recipe, are those that Triton makes."""
+"""Launches that bypass Triton's argument binding, and recipes, equal those that Triton makes."""
 
 import os
 import subprocess

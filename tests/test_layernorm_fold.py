@@ -1,4 +1,4 @@
-"""LayerNorm folded into the product that follows, against float64; and where it is chosen."""
+"""LayerNorm folded into the GEMM that follows, against float64, and when folding is chosen."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dty
 
 @pytest.fixture(params=["tma", "pointers"])
 def folds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Folds whatever may be, through TMA descriptors or pointers; the kernels of its products."""
+    """Fold every norm of 16-bit GEMMs, through TMA or pointers; the names of the GEMMs launched."""
     made: list[str] = []
 
     def launch(kernel, *args, **constants):
@@ -96,10 +96,10 @@ def test_rmsnorm(op: str, dtype: torch.dtype, device: torch.device, folds: list[
 def test_accuracy_where_folding_might_lose_it(
     case: str, op: str, dtype: torch.dtype, device: torch.device, folds: list[str]
 ) -> None:
-    """Rows whose mean is 100 deviations away; rows of one value; a channel 300 times as large as
-    the others, its norm weight small, as trained models have; norm weights of 0 and 50, and of
-    1e-4; rows of 1e-2, 1e3 and, whose variance is nothing beside eps, 1e-5, about zero and 20
-    deviations off.
+    """Rows with a mean of 100 deviations; constant rows; a channel 300 times as large as the others
+    with a small norm weight, as in trained models; norm weights of 0 and 50, and of 1e-4; rows
+    scaled by 1e-2, by 1e3, and by 1e-5, where eps exceeds the variance, with a mean of zero and of
+    20 deviations.
     """
     args = OPS[op](2, 33, 96, 64)
     x, norm_weight = args["x"].detach(), args["norm_weight"].detach()
@@ -118,7 +118,7 @@ def test_accuracy_where_folding_might_lose_it(
     else:
         x += 20 * (case == "tiny, far")
         x *= {"small": 1e-2, "large": 1e3}.get(case, 1e-5)
-    if case in ("small weights", "tiny", "tiny, far"):  # beside which a bias is all that is seen
+    if case in ("small weights", "tiny", "tiny, far"):  # a bias would hide their error
         args |= {name: None for name in args if "bias" in name}
     check_parity(op, args, dtype, device)
     check_parity(op, args, dtype, device, autocast=True)
@@ -148,7 +148,7 @@ def test_weight_of_other_strides(device: torch.device, folds: list[str]) -> None
 
 
 def test_what_is_folded() -> None:
-    """W', s and b' as the formula has them; s is the sum of W' as it was rounded."""
+    """W', s and b' agree with the formula of `layernorm_fold`; s is the sum of the rounded W'."""
     if torch.cuda.is_available():
         pytest.skip("the launcher wants tensors of the GPU")
     args = {k: v.detach() for k, v in OPS["layernorm_linear"](2, 9, 40, 24).items()}
@@ -169,7 +169,7 @@ def test_what_is_folded() -> None:
 
 
 def test_where_it_is_chosen() -> None:
-    """In 16 bits, where rows outweigh writing the weight once more."""
+    """For 16-bit products with so many rows that rewriting the weight is cheap."""
     assert tuned.norm_way(256 * 197, 3072, torch.bfloat16) == "fold"
     assert tuned.norm_way(197, 3072, torch.bfloat16) == "row"
     assert tuned.norm_way(256 * 197, 3072, torch.float32) == "load"

@@ -1,4 +1,4 @@
-"""The MLP of short rows in one kernel each way, against float64; and where tuned.py chooses it."""
+"""The MLP of narrow models, one kernel per pass: against float64, and when tuned.py chooses it."""
 
 import pytest
 import torch
@@ -22,13 +22,13 @@ BOTH = ["_mlp_narrow_fwd_kernel", "_mlp_narrow_bwd_kernel"]
 
 @pytest.fixture
 def tma(device: torch.device) -> bool:
-    """Whether weights come by TMA descriptors; else by pointers."""
+    """Whether weights are loaded through TMA descriptors, else through pointers."""
     return device.type == "cpu" or torch.cuda.get_device_capability()[0] >= 9
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, tma: bool) -> list[str]:
-    """Takes the one kernel for any number of rows; the names of its launches."""
+    """Use the one kernel for any number of rows; the names of its launches."""
     made: list[str] = []
     rows = 128 if tma else 64
     lines = {
@@ -104,7 +104,7 @@ def test_without(absent: str, device: torch.device, launches: list[str]) -> None
 def test_autocast(
     dtype: torch.dtype, whole: bool, device: torch.device, launches: list[str]
 ) -> None:
-    """A float32 x; with drop path and LayerScale and without."""
+    """x is float32; with LayerScale and drop path, and without."""
     args = mlp(2, 33, 72, 136)
     if not whole:
         args |= {"layer_scale": None, "path_scale": None}
@@ -176,7 +176,7 @@ def test_empty(device: torch.device, launches: list[str]) -> None:
 def test_saves_what_the_products_save(
     device: torch.device, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """x, mean, rstd, u and the parameters; save="recompute" changes no bit of any gradient."""
+    """Saves x, mean, rstd, u and the parameters; save="recompute" changes no bit of a gradient."""
     args = {
         k: v.detach().bfloat16().requires_grad_(v.requires_grad)
         for k, v in mlp(2, 33, 72, 136).items()
@@ -207,7 +207,7 @@ def test_saves_what_the_products_save(
 
 
 def test_frozen_parameters(device: torch.device, launches: list[str]) -> None:
-    """dx is the same where no parameter wants a gradient."""
+    """dx is the same if no parameter requires a gradient."""
     grads = []
     for frozen in (False, True):
         torch.manual_seed(0)
@@ -223,7 +223,7 @@ def test_frozen_parameters(device: torch.device, launches: list[str]) -> None:
 
 @pytest.mark.parametrize("kernel", ["fwd", "bwd"])
 def test_where_it_is_chosen(kernel: str) -> None:
-    """On sm_90 in 16 bits, rows up to 192, programs for half of the SMs."""
+    """On sm_90 in 16 bits, up to a width of 192, with programs for at least half of the SMs."""
 
     def chosen(M: int, C: int, dtype: torch.dtype, arch: int = 90, sms: int = 132) -> bool:
         with tuned.target(arch, sms):

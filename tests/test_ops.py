@@ -1,4 +1,4 @@
-"""Dispatch and bad input of `fastvit.ops`: errors name the argument, what came, what was due."""
+"""Dispatch and bad input of `fastvit.ops`: errors name the argument, its value and the expected."""
 
 import subprocess
 import sys
@@ -246,7 +246,7 @@ def _model_and_images(device: torch.device) -> tuple[fastvit.ViT, torch.Tensor]:
 
 
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """'auto' takes the kernels wherever they can run, the interpreter included."""
+    """Let 'auto' take the kernels wherever they can run, the interpreter included."""
     decide = ops.choose_triton
 
     def choose(op: str, x: torch.Tensor, dtype: torch.dtype, unsupported: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Kernels as Triton compiles them, run without a GPU: `ptx_cases` on the machine `ptx_machine`."""
+"""Run compiled kernels without a GPU: `ptx_cases` on the emulator `ptx_machine`."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a launcher did is repeated for other tensors, bit for bit, and for nothing else."""
+"""Recipes repeat a launcher's work for other tensors, bit for bit, and only where that is right."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from fastvit import ops
 
 
 def elsewhere(args: tuple) -> list[Any]:
-    """The same numbers at other addresses; what was one tensor stays one."""
+    """Copies of the tensors at other addresses; a tensor given twice is copied once."""
     copies: dict[int, Tensor] = {}
     for t in args:
         if isinstance(t, Tensor):
@@ -27,7 +27,7 @@ def elsewhere(args: tuple) -> list[Any]:
 
 
 class Checked:
-    """In place of `replay.run`: holds what is repeated to what was done."""
+    """Replaces `replay.run`: compares the recipe of every launcher with the launcher itself."""
 
     def __init__(self) -> None:
         self.launchers: Counter[str] = Counter()
@@ -120,7 +120,7 @@ runs: list[str] = []
 
 
 def scale(x: Tensor, factor: Tensor, by: float) -> list[Tensor]:
-    """A launcher of PyTorch's own ops: a transposed copy, a view, and one that it casts."""
+    """A launcher of PyTorch's own ops, which returns a transposed copy, a view and a cast."""
     runs.append("scale")
     scaled = torch.mul(x, by, out=torch.empty_like(x)).t()
     cast = torch.empty(4, dtype=torch.float64, device=x.device).copy_(factor.flatten()[:4])
@@ -128,7 +128,7 @@ def scale(x: Tensor, factor: Tensor, by: float) -> list[Tensor]:
 
 
 def how(launcher: Callable[..., Any], *args: Any) -> str:
-    """How `replay` did launcher(*args); right it must be."""
+    """Whether `replay` "ran" or "repeated" launcher(*args), whose result is checked."""
     before = len(runs)
     got = replay.repeat(launcher, args)
     way = "ran" if len(runs) > before else "repeated"
@@ -156,7 +156,7 @@ def test_the_third_call_is_repeated(device: torch.device) -> None:
         (new(8, 4).t(), factor, 2.0),
         (new(4, 12)[:, :8], factor, 2.0),
         (x.double(), factor, 2.0),
-        (x, x, 2.0),  # one tensor twice is not two
+        (x, x, 2.0),  # one tensor twice differs from two tensors
     ):
         assert three(*args) == expected
     assert how(scale, new(4, 8), new(2, 4), 2.0) == "repeated"
@@ -167,7 +167,7 @@ def test_the_third_call_is_repeated(device: torch.device) -> None:
 
 
 def test_compiled_ops_are_repeated(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler gives lists for tuples."""
+    """torch.compile passes lists for tuples."""
     repeats: list[replay.Recipe] = []
     again = replay.Recipe.repeat
     monkeypatch.setattr(replay, "run", replay.repeat)
@@ -184,7 +184,7 @@ def test_compiled_ops_are_repeated(device: torch.device, monkeypatch: pytest.Mon
 
 
 def test_never_repeated(device: torch.device) -> None:
-    """Addresses that kernels are compiled for alone, and what no recipe can tell."""
+    """Unaligned addresses, which kernels are specialized for, and results no recipe can express."""
 
     def reads(x: Tensor) -> Tensor:
         runs.append("reads")

@@ -1,4 +1,4 @@
-"""What one op tells the next one's LayerNorm of its rows: against float64, and when it is told."""
+"""Row statistics that an op passes to the next op's LayerNorm: against float64, and when."""
 
 import gc
 import weakref
@@ -18,7 +18,7 @@ half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dty
 
 @pytest.fixture
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Folds every norm of 16-bit products; whether each had its rows' pieces from the op before."""
+    """Fold every norm of 16-bit products; True for each that got statistics from the op before."""
     told: list[bool] = []
 
     def fold(*args, **kwargs):
@@ -33,7 +33,7 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def chain(name: str):
-    """proj's residual, the MLP, then a Linear: two ops that tell and two that are told."""
+    """linear_residual, layernorm_mlp, layernorm_linear: each passes row statistics to the next."""
     module = ops if name == "triton" else reference
 
     def run(o, x, proj, fc1, fc2, linear, n1, b1, n2, b2, scale, norm_kind="layernorm", save="all"):
@@ -90,7 +90,7 @@ def test_chain(
     device: torch.device,
     folds: list[bool],
 ) -> None:
-    """One piece, two, more; ragged."""
+    """Rows in one, two and more pieces; ragged sizes."""
     compare(arguments(*size), dtype, autocast, device)
     assert folds == [True, True]
 
@@ -101,7 +101,7 @@ def test_chain(
 def test_rows_far_from_zero(
     mean: float, autocast: bool, dtype: torch.dtype, device: torch.device, folds: list[bool]
 ) -> None:
-    """Their copy is made again without the mean; at 1 deviation some rows are and some are not."""
+    """The normed row replaces the 16-bit copy of such rows; at a mean of 1 only of some."""
     compare(arguments(2, 33, 72, 136, x_mean=mean), dtype, autocast, device)
     assert folds == [True, True]
 
@@ -111,7 +111,7 @@ def test_rows_far_from_zero(
 def test_rows_beyond_float16(
     size: float, dtype: torch.dtype, device: torch.device, folds: list[bool]
 ) -> None:
-    """Of a float32 stream: their copy overflows or vanishes, and is made again of the norm."""
+    """In a float32 stream: the 16-bit copy overflows or underflows; the normed row replaces it."""
     args = arguments(2, 17, 72, 40)
     for name in ("x", "scale") if size < 1 else ("x",):
         args[name] = (args[name].detach() * size).requires_grad_()
@@ -133,7 +133,7 @@ def test_rmsnorm(
 def test_fc1_is_recomputed_to_the_bit(
     autocast: bool, device: torch.device, folds: list[bool]
 ) -> None:
-    """Without the pieces, but with the mean and rstd that were saved."""
+    """Without the statistics of pieces, but from the mean and rstd that were saved."""
     args = arguments(2, 33, 72, 136, x_mean=0.5)
     if not autocast:
         args = {k: v.detach().bfloat16().requires_grad_() for k, v in args.items()}
@@ -150,7 +150,7 @@ def test_fc1_is_recomputed_to_the_bit(
 @half
 @pytest.mark.parametrize("C", [8, 72, 136, 320])
 def test_pieces(C: int, dtype: torch.dtype, device: torch.device) -> None:
-    """mean and squared deviations of what was stored, and the copy of a float32 out."""
+    """mean and squared deviations of the stored rows, by pieces, and the copy of a float32 out."""
     M, K = 50, 64
     a, w = torch.randn(M, K, device=device, dtype=dtype), torch.randn(C, K, device=device)
     w, residual = w.to(dtype), torch.randn(M, C, device=device) + 5
@@ -176,7 +176,7 @@ MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 
 
 def told(op: Callable, change: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether the norm that reads change(x) knows the rows of x, which an op has written."""
+    """Whether a norm that reads change(x) gets the statistics of x, which `op` has written."""
     args = {k: v.detach().bfloat16() for k, v in arguments(1, 9, 16, 16).items()}
     with fastvit.use_backend("triton"):
         x = op(args)

@@ -1,4 +1,4 @@
-"""Vectors and matrices of other strides: what lies between their elements must not be read."""
+"""Vectors and matrices of any strides: what lies between their elements must not be used."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,35 +48,35 @@ OPS: dict[str, Callable[[], dict[str, Any]]] = {
     "attention_qkv": attention_qkv,
     "attention_packed": attention_packed,
 }
-ROWS = ("x", "residual", "images", "q", "k", "v", "qkv")  # at any strides in tests of their own
+ROWS = ("x", "residual", "images", "q", "k", "v", "qkv")  # tested at any strides elsewhere
 
 
 def apart(t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """t as every second element of another tensor; the others would show in any result."""
+    """t as every second element of a tensor, between values that would show in any result."""
     other = torch.full_like(t, float("nan") if t.is_floating_point() else 1 << 20)
     return torch.stack((t, other), -1), lambda base: base[..., 0]
 
 
 def repeated(t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The last of t over and over, at stride 0."""
+    """The last entry of t along dim 0, expanded at stride 0."""
     return t[-1:], lambda base: base.expand(t.shape)
 
 
 def transposed(t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """A matrix whose columns lie in one piece."""
+    """A matrix with contiguous columns."""
     return t.transpose(0, -1).contiguous(), lambda base: base.transpose(0, -1)
 
 
 @pytest.mark.parametrize("view", [apart, repeated, transposed], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("op", OPS)
 def test_parity(op: str, view: Callable, device: torch.device) -> None:
-    """All vectors and matrices of an op as such views, and every gradient of what they view."""
+    """All vectors and matrices of an op are such views; gradients are of the viewed tensors."""
     args, views = OPS[op](), {}
     for name, t in args.items():
         if isinstance(t, Tensor) and name not in (*ROWS, *["cu_seqlens"] * (view is repeated)):
             base, views[name] = view(t.detach())
             args[name] = base.clone().requires_grad_(t.requires_grad)
-    # One number's gradient is one number, by which eager may be lucky.
+    # An expanded number has one number for its gradient, which eager may get right by luck.
     check_parity(op, args, device=device, together=view is repeated, views=views)
 
 
@@ -96,7 +96,7 @@ def test_lse_and_maps(device: torch.device) -> None:
 def test_heads_half_the_range_of_32_bits_apart(
     dropout: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 4 GiB only the pages that hold the three heads are touched."""
+    """Strides span 4 GiB, of which only the pages that hold the three heads are touched."""
     N, D = 9, 16
     strides = (3 * N * D, 3 * D, D, 1 << 30, 1)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""`use_backend` and `backend_report` where several threads run."""
+"""`use_backend` and `backend_report` in several threads."""
 
 import threading
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def asked() -> str:
 
 
 def in_thread(*runs: Callable[[], Any]) -> list[Any]:
-    """What each gives in a thread of its own, all at once."""
+    """Call all functions at once, each in its own thread, and return their results."""
     found: list[Any] = [None] * len(runs)
 
     def run(i: int) -> None:
@@ -43,7 +43,7 @@ def in_thread(*runs: Callable[[], Any]) -> list[Any]:
 
 
 def overlapping() -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Two blocks of which the first begins first and ends first."""
+    """Two functions whose `use_backend` blocks overlap: the first begins first and ends first."""
     inside, both, out = (threading.Event() for _ in range(3))
 
     def first() -> list[str]:

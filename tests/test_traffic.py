@@ -1,4 +1,4 @@
-"""The traffic count against closed forms, against timm's own block and against what kernels do."""
+"""The traffic count against closed forms, timm's block and the writes of the kernels."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(code: str) -> Any:
-    """What `code` prints as JSON, in a process without the interpreter."""
+    """Run `code` in a process without the interpreter and return the JSON that it prints."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests")])
     command = [sys.executable, "-c", f"import json\nfrom fastvit_kernels import traffic\n{code}"]
@@ -82,7 +82,7 @@ print(json.dumps(found))"""
 
 
 def test_narrow_mlp_moves_its_ends_and_what_backward_reads() -> None:
-    """One launch each way: x, out and u; then dout, u, x, dx, y, du and h."""
+    """One launch moves x, out and u; in backward one moves dout, u, x, dx, y, du and h."""
     forward, backward, inference = run(
         """
 s = traffic.sizes("vit_tiny_patch16_224", 256)
@@ -181,7 +181,7 @@ def test_kernels_write_what_the_count_says(monkeypatch: pytest.MonkeyPatch) -> N
     float32 = (torch.float32, torch.float32)
     small = traffic.Sizes(2, 16, 4, 32, 2, 64, *float32)
     autocast = traffic.Sizes(2, 36, 4, 32, 2, 64, torch.bfloat16, torch.float32)
-    many = traffic.Sizes(25, 16, 4, 32, 2, 64, torch.bfloat16, torch.bfloat16)  # rows: folded norms
+    many = traffic.Sizes(25, 16, 4, 32, 2, 64, torch.bfloat16, torch.bfloat16)  # folded norms
     for s in (small, autocast, many):
         step(traffic.block, s, traffic.block_shapes(s))
     step(traffic.stem, small, traffic.stem_shapes(small))

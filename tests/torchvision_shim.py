@@ -1,4 +1,4 @@
-"""Let torchvision's Python half import beside a CPU build of torch that its C++ half rejects.
+"""Make torchvision importable with a CPU build of torch, where its C++ library cannot be loaded.
 
 timm imports torchvision when it is installed, and the wheel on PyPI is built against CUDA torch.
 """
