@@ -552,7 +552,8 @@ ATTENTION: dict[int, dict[str, Config]] = {
     | {
         # Over 176 keys shared memory has no room for a third CTA, however few registers it takes.
         "fwd_fewer_keys_64": Config(32, 176, num_warps=4, num_stages=1),
-        "fwd_resident_64": Config(32, 256, num_warps=4, num_stages=1, maxnreg=255),
+        # Over 224 keys sm_86 and sm_89, which share this table, have too little shared memory.
+        "fwd_resident_64": Config(32, 224, num_warps=4, num_stages=1, maxnreg=255),
         "fwd_resident_32": Config(32, 256, num_warps=4, num_stages=1, maxnreg=168),
         "dq_to_128": Config(64, 32, num_warps=8, num_stages=1),
         "dq_40": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
@@ -628,6 +629,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
     },
     120: _ATTENTION_MMA
     | {
+        "fwd_resident_64": Config(32, 224, num_warps=4, num_stages=1),
         "fwd_small_72": Config(64, 32, num_warps=8, num_stages=2),
         "fwd_small_88_dropout": Config(32, 32, num_warps=4, num_stages=2),
         "fwd_small_104": Config(32, 32, num_warps=4, num_stages=2),
