@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,9 @@ DIALECTS: dict[str, tuple[Callable[[Path], Source], str]] = {
     "vit_jax": (lambda f: original("vit_jax_pre_logits.npz"), "opt/state/step"),
     "big_vision": (lambda f: original("big_vision_map.npz"), "params/t"),
 }
+CONFIGURED = [
+    n for n in DIALECTS if n == "fastvit" or (n.startswith(("timm", "hf")) and "without" not in n)
+]
 SAYS = "a LayerNorm before|lacks|expected|unexpected|holds nothing|no square grid|no position table"
 DAMAGE: dict[str, Callable[[Any], Any]] = {
     "lacks": lambda t: None,
@@ -178,6 +181,31 @@ def test_what_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     wide = damaged(vit, **{"vit.embeddings.position_embeddings": torch.zeros(1, 16, 16)})
     with pytest.raises(UsageError, match="16 positions make no square grid"):
         fastvit.load_checkpoint(wide)
+
+
+def with_one_value_changed(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for value in (None, "x", [], {"a": 1}, -1):
+        for key, old in config.items():
+            yield {**config, key: value}
+            for inner in old if isinstance(old, dict) else ():
+                yield {**config, key: {**old, inner: value}}
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_a_config_of_any_values_loads_or_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a UsageError: nothing else may come out of a malformed config."""
+    source = DIALECTS[name][0](tmp_path / "whole")
+    refused = 0
+    for config in with_one_value_changed(source.config):
+        changed = Source(name, source.state, config)
+        monkeypatch.setattr(checkpoints, "read_source", lambda _, changed=changed: changed)
+        try:
+            fastvit.load_checkpoint("any")
+        except UsageError:
+            refused += 1
+    assert source.config and refused
 
 
 def test_jax_without_its_attention_and_with_patches_of_no_square() -> None:

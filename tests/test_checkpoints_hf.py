@@ -100,6 +100,16 @@ def test_loads_what_save_pretrained_wrote(case: Case, old_names: bool, tmp_path:
             check(ours, run(case, theirs, torch.randn(2, channels, height, width)))
 
 
+def _same_pixels(folder: Path, model: fastvit.ViT) -> None:
+    """The image processor of an exported folder normalizes as the model's data config says."""
+    channels, height, width = model.default_cfg["input_size"]
+    image = torch.randint(0, 256, (channels, height, width), dtype=torch.uint8)
+    processor = hf.ViTImageProcessorPil.from_pretrained(folder)
+    got = processor(image.numpy(), input_data_format="channels_first", return_tensors="pt")
+    mean, std = (torch.tensor(model.default_cfg[k])[:, None, None] for k in ("mean", "std"))
+    close("pixels", got["pixel_values"][0], (image / 255 - mean) / std)
+
+
 EXPORTED = {name: case for name, case in CASES.items() if name != "ijepa"}
 
 
@@ -122,7 +132,9 @@ def test_exports_to_what_from_pretrained_reads(case: Case, tmp_path: Path) -> No
         ):
             if expected is not None:
                 close("output", got, expected)
+    _same_pixels(tmp_path / "b", ours)
     twice = fastvit.load_checkpoint(tmp_path / "b")
+    assert all(twice.default_cfg[k] == ours.default_cfg[k] for k in ("mean", "std"))
     for name, tensor in ours.state_dict().items():
         assert torch.equal(twice.state_dict()[name], tensor), name
 

@@ -145,13 +145,13 @@ def test_a_folder_has_one_run_at_a_time(capsys):
 
 def test_a_folder_held_in_a_forked_worker_is_let_go(tmp_path):
     from fastvit.errors import UsageError
-    from fastvit.saving import holding
+    from fastvit.saving import lock_folder
 
     script = """
 import os, sys, time
 from pathlib import Path
-from fastvit.saving import holding
-with holding(Path(sys.argv[1])) as held:
+from fastvit.saving import lock_folder
+with lock_folder(Path(sys.argv[1])) as held:
     assert held
     if os.fork() == 0:
         time.sleep(30)
@@ -171,11 +171,11 @@ with holding(Path(sys.argv[1])) as held:
     assert process.stdin and process.stdout
     try:
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(UsageError, match="is in use"), holding(tmp_path):
+        with pytest.raises(UsageError, match="is in use"), lock_folder(tmp_path):
             pass
         process.stdin.close()
         process.wait(30)
-        with holding(tmp_path) as held:  # the forked child is still alive
+        with lock_folder(tmp_path) as held:  # the forked child is still alive
             assert held
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -280,6 +280,24 @@ def test_test_accuracy_is_of_what_was_used(tmp_path, capsys, monkeypatch):
     assert re.search(r"test accuracy .* of 2$", out, re.M), out
 
 
+def test_the_attention_figure_shows_images_that_can_be_read(tmp_path, capsys, monkeypatch):
+    """Of a streamed folder, whose broken files only the test finds."""
+    from fastvit import cli
+    from fastvit.data import load_folder
+
+    def streamed(spec, *sizes):
+        return load_folder(tmp_path / "images", (16, 16), memory_limit=0, workers=0)
+
+    write_folder(tmp_path / "images", count=100)
+    for path in streamed("").test.paths[:-1]:
+        path.write_text("hello")
+    monkeypatch.setattr(cli, "load_data", streamed)
+    options = ["--data", "folder:images", "--image-size", "16", "--epochs", "1"]
+    assert main([*DIGITS, *options]) == 0
+    assert re.search(r"test accuracy .* of 1$", capsys.readouterr().out, re.M)
+    assert (tmp_path / "runs/folder/attention.png").exists()
+
+
 def test_out_of_memory_is_one_line(capsys, monkeypatch):
     from fastvit.train import Run
 
@@ -300,6 +318,7 @@ def test_predict_refuses_what_no_image_file_holds(capsys, digits_run, tmp_path):
     for options, message in (
         ({"channels": 4}, "it takes images of 4 channels; files have 1 or 3"),
         ({"pool": "none"}, "with pool 'none' it classifies each patch, not the image"),
+        ({"num_classes": 0}, "it has no classifier"),
     ):
         model = ViT(**{**sizes, **options})
         mean = [0.5] * model.config["channels"]
@@ -361,16 +380,28 @@ def test_predict_with_a_damaged_checkpoint(capsys, digits_run, tmp_path):
     assert main(["predict", str(cut), "x.png"]) == 2
     assert "cut.safetensors is truncated" in capsys.readouterr().err
     cut.write_bytes(raw)
-    for name, value in (
-        ("classes", ["a"]),
-        ("mean", None),
-        ("mean", ["a"]),
-        ("std", [1.0, 2.0]),
-        ("std", [0.0]),
-    ):
+    for name, value in (("mean", ["a"]), ("std", [0.0]), ("std", [None])):
         (tmp_path / "cut.json").write_text(json.dumps({**config, name: value}))
         assert main(["predict", str(cut), "x.png"]) == 2
-        assert name in capsys.readouterr().err
+        assert f"its config's {name} must be" in capsys.readouterr().err
+
+
+def test_predict_takes_checkpoints_of_other_libraries(capsys, digits_run, tmp_path):
+    """The same probabilities from timm's and transformers' formats, with and without names."""
+    image = str(digits_run / "one.png")
+    assert main(["predict", str(digits_run), image]) == 0
+    expected = capsys.readouterr().out
+    for dialect in ("timm", "hf"):
+        assert main(["convert", str(digits_run), dialect, "--to", dialect]) == 0
+        capsys.readouterr()
+        assert main(["predict", dialect, image]) == 0
+        assert capsys.readouterr().out == expected
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    del config["pretrained_cfg"]["label_names"]
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+    assert main(["predict", "timm", image]) == 0
+    unnamed = capsys.readouterr().out
+    assert re.sub(r"%  class (\d)", r"%  \1", unnamed) == expected and "class 1" in unnamed
 
 
 @pytest.mark.parametrize(

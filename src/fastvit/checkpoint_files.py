@@ -30,6 +30,7 @@ WEIGHTS = (
     "open_clip_pytorch_model.bin",
 )
 CONFIGS = ("config.json", "open_clip_config.json")
+PREPROCESSOR = "preprocessor_config.json"
 _LFS = b"version https://git-lfs"
 _PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _SHARD = re.compile(r"-\d+-of-(\d+)\.")
@@ -68,9 +69,9 @@ def read_source(source: str | Path | Mapping[str, Any]) -> Source:
                 f"checkpoint: {path} is one of {int(part[1])} shards; pass its folder, or the "
                 ".index.json beside it"
             )
-        config, notes = _beside(path.with_suffix(".json"))
+        config, notes = _sidecar_config(path.with_suffix(".json"))
         config = config or _config_in(path.parent, path)
-        preprocessor = _json(path.parent / _PREPROCESSOR)
+        preprocessor = _json(path.parent / PREPROCESSOR)
         return Source(str(path), read_file(path), config, preprocessor, notes)
     name = str(source).removeprefix("hf-hub:").removeprefix("hf_hub:")
     if _HUB.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
@@ -148,9 +149,6 @@ def _read_torch(path: Path, size: str) -> Mapping[str, Any]:
     return state
 
 
-_PREPROCESSOR = "preprocessor_config.json"
-
-
 def _read_folder(folder: Path) -> Source:
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
@@ -174,9 +172,9 @@ def _read_whole(folder: Path, weights: Path, name: str) -> Source:
             )
     else:
         state = dict(read_file(weights))
-    config, notes = _beside(folder / "model.json")
+    config, notes = _sidecar_config(folder / "model.json")
     config = config or _config_in(folder, weights)
-    return Source(name, state, config, _json(folder / _PREPROCESSOR), notes)
+    return Source(name, state, config, _json(folder / PREPROCESSOR), notes)
 
 
 def _shards(index: Path) -> list[str]:
@@ -196,16 +194,16 @@ def _config_in(folder: Path, weights: Path) -> dict[str, Any]:
 
 # A JSON object with one of these keys is a config, ours or another library's.
 _CONFIG_KEYS = {"format", "architecture", "architectures", "model_type", "model_cfg", "hidden_size"}
-_OURS = f'{{\n  "format": "{FORMAT}"'  # how save_checkpoint begins a config
+_OUR_CONFIG_START = f'{{\n  "format": "{FORMAT}"'  # how save_checkpoint begins a config
 
 
-def _beside(path: Path) -> tuple[dict[str, Any], list[str]]:
+def _sidecar_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The config in NAME.json beside NAME.safetensors, or a note if that is something else, such as
     a log. A truncated config of ours raises."""
     if not path.is_file():
         return {}, []
     text = path.read_text(errors="replace")
-    if _OURS.startswith(text[: len(_OURS)]):
+    if _OUR_CONFIG_START.startswith(text[: len(_OUR_CONFIG_START)]):
         return _json(path), []
     try:
         value = json.loads(text)
@@ -228,16 +226,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _read_hub(name: str) -> Source:
     """Download what is needed into huggingface_hub's cache, or find it there when offline."""
+    said = f"checkpoint: {name} is no file or folder here, and as a hub id"
     try:
         import huggingface_hub as hub
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
         raise UsageError(
-            f"checkpoint: {name} is a hub id, which needs huggingface_hub; install it with: "
-            "pip install 'fastvit[hub]'"
+            f"{said} it needs huggingface_hub; install it with: pip install 'fastvit[hub]'"
         ) from error
     repository, _, revision = name.partition("@")
-    said = f"checkpoint: {name} is no file or folder here, and as a hub id"
     unreachable: Exception | None = None
     unknown: list[str] = []
 
@@ -257,7 +254,7 @@ def _read_hub(name: str) -> Source:
             unknown.append(file)
         return Path(cached) if isinstance(cached, str) else None
 
-    for file in (*CONFIGS, _PREPROCESSOR):
+    for file in (*CONFIGS, PREPROCESSOR):
         find(file)
     weights = next((path for file in WEIGHTS if (path := find(file))), None)
     offline = "the hub is out of reach or HF_HUB_OFFLINE is set"

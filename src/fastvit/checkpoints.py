@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvit.checkpoint_files import Source, read_source
-from fastvit.dialects import EVA_POOL, WRAPPED, Reading, read
+from fastvit.dialects import EVA_POOL, WRAPPER_NAMES, Reading, read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
 from fastvit.layers import check_sizes, pair
@@ -34,9 +34,17 @@ PLAIN = (
     *("vit_*_lingbot", "eva_large_*", "test_vit", "test_vit2", "test_vit4"),
 )
 # Arguments that tensors do not show: `load_weights` keeps the model's and notes a difference.
-COMPUTED = ("norm_eps", "activation", "heads", "rope", "rope_theta", "head_activation", "pool")
+NOT_IN_TENSORS = (
+    "norm_eps",
+    "activation",
+    "heads",
+    "rope",
+    "rope_theta",
+    "head_activation",
+    "pool",
+)
 # timm argument that a config sets to None -> the arguments of its preset that this resets.
-_UNSET: dict[str, dict[str, Any]] = {
+_NONE_RESETS: dict[str, dict[str, Any]] = {
     "ref_feat_shape": {"rope_grid": None},
     "norm_layer": {"norm_eps": 1e-6},
     "act_layer": {"activation": "gelu"},
@@ -98,7 +106,15 @@ def load_checkpoint(source: str | Path | Mapping[str, Any], **kwargs: Any) -> Vi
     channels = model.patch_embed.proj.in_channels
     for name in ("mean", "std"):
         value = reading.data.get(name)
-        if value is not None and not (isinstance(value, tuple) and len(value) == channels):
+        if value is None:
+            continue
+        numbers = isinstance(value, tuple) and all(isinstance(v, (int, float)) for v in value)
+        if not numbers or (name == "std" and min(value, default=1) <= 0):
+            kind = "positive numbers" if name == "std" else "numbers"
+            raise UsageError(
+                f"checkpoint: {read_from.name}: its config's {name} must be {kind}, got {value!r}"
+            )
+        if len(value) != channels:
             del reading.data[name]
             default = model.default_cfg[name]
             reading.notes.append(f"{name} {value} is not of {channels} channels; {default} taken")
@@ -140,7 +156,7 @@ def load_weights(
     own.update(image_size=model.patch_embed.img_size, **({} if strict else {"num_classes": None}))
     reading, arguments = interpret(read_from, own)
     may_lack = {k for k in _tensors(model) if k.startswith("head.") or not strict}
-    for name in COMPUTED:
+    for name in NOT_IN_TENSORS:
         theirs, mine = reading.known.get(name, model.config[name]), model.config[name]
         if theirs != mine:
             reading.notes.append(f"{name} is {theirs!r} there and stays {mine!r} here")
@@ -151,6 +167,19 @@ def load_weights(
 def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[str, Any]]:
     """Read a source into tensors under our names and the `ViT` arguments they belong to."""
     config = source.config or _settings_in(source.state)
+    try:
+        return _interpret(source, config, kwargs)
+    except UsageError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if not config:
+            raise
+        raise UsageError(f"checkpoint: {source.name}: its config is malformed: {error}") from error
+
+
+def _interpret(
+    source: Source, config: dict[str, Any], kwargs: Mapping[str, Any]
+) -> tuple[Reading, dict[str, Any]]:
     ours = config.get("format") == FORMAT and isinstance(config.get("model"), dict)
     timm = "architecture" in config and "pretrained_cfg" in config
     if is_jax(source.state):
@@ -171,13 +200,15 @@ def interpret(source: Source, kwargs: Mapping[str, Any]) -> tuple[Reading, dict[
             )
         reading.dialect = "fastvit"
         pairs = {k: tuple(v) for k, v in config["model"].items() if isinstance(v, list)}
-        reading.known = _settled({**config["model"], **pairs})
+        reading.known = _with_defaults({**config["model"], **pairs})
         stated = {k: config.get(k) for k in ("mean", "std")}
         reading.data = {k: tuple(v) for k, v in stated.items() if isinstance(v, list)}
         if isinstance(config.get("classes"), list):
             reading.data["label_names"] = config["classes"]  # timm's word
     elif timm:
         _timm_config(reading, config)
+    if isinstance(names := config.get("id2label"), Mapping):
+        reading.data["label_names"] = [names[i] for i in sorted(names, key=int)]
     for theirs, name in (("image_mean", "mean"), ("image_std", "std")):
         if isinstance(source.preprocessor.get(theirs), list):
             reading.data[name] = tuple(source.preprocessor[theirs])
@@ -215,7 +246,7 @@ def _settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "model": dict(model)}
 
 
-def _settled(known: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(known: dict[str, Any]) -> dict[str, Any]:
     """Fill in ViT's defaults in the arguments of a complete config."""
     known = {**{n: _SIGNATURE[n].default for n in _DEFAULT}, **known}
     if known.get("patch_bias") is None:
@@ -249,9 +280,9 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
     # RADIO has no final norm; a preset has one, unless the arguments say otherwise.
     known = {**reading.known, **(preset or {"final_norm": False})}
     for name in (k for k, v in given.items() if v is None):
-        known.update(_UNSET.get(name, {}))
+        known.update(_NONE_RESETS.get(name, {}))
     known.update(args)
-    known = _settled(known) if preset else known
+    known = _with_defaults(known) if preset else known
     if config.get("num_classes"):
         known["num_classes"] = config["num_classes"]
     pretrained = config.get("pretrained_cfg") or {}
@@ -324,7 +355,7 @@ def _fit(
 
 def _tensors(model: ViT) -> State:
     """The model's tensors, without the names that wrappers insert, such as `_orig_mod`."""
-    return {WRAPPED.sub("", k): v for k, v in model.state_dict().items()}
+    return {WRAPPER_NAMES.sub("", k): v for k, v in model.state_dict().items()}
 
 
 def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str]) -> State:
@@ -339,10 +370,10 @@ def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str
     kernel = out["patch_embed.proj.weight"]
     if kernel.shape[1] != stem.proj.in_channels:
         said.append(f"channels: {kernel.shape[1]} to {stem.proj.in_channels}")
-        kernel = adapt_channels(_wide(kernel), stem.proj.in_channels)
+        kernel = adapt_channels(_at_least_float32(kernel), stem.proj.in_channels)
     if tuple(kernel.shape[-2:]) != stem.patch_size:
         said.append(f"patch_size: {tuple(kernel.shape[-2:])} to {stem.patch_size}")
-        kernel = resample_patches(_wide(kernel), stem.patch_size, Resample())
+        kernel = resample_patches(_at_least_float32(kernel), stem.patch_size, Resample())
     out["patch_embed.proj.weight"] = kernel
     if "pos_embed" in out and model.pos_embed is not None:
         _adapt_positions(out, model, arguments, said)
@@ -372,7 +403,7 @@ def _adapt_positions(out: State, model: ViT, arguments: Mapping[str, Any], said:
     own, table = out["pos_embed"][0].tensor_split([prefix])
     if old != new:
         said.append(f"positions: grid {old} to {new} ({model.resample})")
-        own, table = _wide(own), _wide(table)
+        own, table = _at_least_float32(own), _at_least_float32(table)
         table = resample_positions(table, old, new, model.resample)
     if model.no_embed_class and prefix:
         tokens = [t for t in ("cls_token", "reg_token") if t in out]
@@ -384,7 +415,7 @@ def _adapt_positions(out: State, model: ViT, arguments: Mapping[str, Any], said:
     out["pos_embed"] = torch.cat([own, table])[None]
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

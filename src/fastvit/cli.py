@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from fastvit.backend import versions
+from fastvit.checkpoints import load_checkpoint
 from fastvit.cli_checkpoints import add_convert, add_info
 from fastvit.data import absolute, load_data
 from fastvit.errors import UsageError, need
 from fastvit.model import pair
 from fastvit.presets import PRESETS
-from fastvit.saving import holding, sweep
+from fastvit.saving import lock_folder, remove_stale_temporaries
 from fastvit.train import (
     STATE,
     Run,
@@ -121,7 +122,7 @@ def _train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exi
     given: Path | None = args.resume or args.out
     held = given if given is not None and given.is_dir() else None
     if held is not None:
-        _hold(held, stack)
+        _lock(held, stack)
     settings, state = _settings(args)
     if args.out is not None:
         _check_free(args.out)
@@ -134,7 +135,7 @@ def _train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exi
     model = make_model(settings, data)
     folder = held or _new_folder(args.out, settings.data)
     if held is None:
-        _hold(folder, stack)
+        _lock(folder, stack)
         _check_free(folder)  # again: another run may have finished here while the data was read
     amp = args.amp == "bf16" or (args.amp in (None, "auto") and device.type == "cuda")
     run = Run(settings, data, model, device, amp, bool(args.compile))
@@ -165,10 +166,10 @@ def _train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exi
     return 0
 
 
-def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
+def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
     """Lock the folder against other runs and delete the partial files of killed ones."""
-    if stack.enter_context(holding(folder)):
-        sweep(folder, FILES)
+    if stack.enter_context(lock_folder(folder)):
+        remove_stale_temporaries(folder, FILES)
 
 
 @contextlib.contextmanager
@@ -238,8 +239,8 @@ def _finish(run: Run, folder: Path) -> None:
     _plot_attention(run, folder / "attention.png")
     if data.skipped:
         print(f"skipped  {data.skipped} files that could not be read", file=sys.stderr)
-    print(f"validation accuracy  {val_accuracy:.2%} of {data.val.readable:,}")
-    print(f"test accuracy        {test_accuracy:.2%} of {data.test.readable:,}")
+    print(f"validation accuracy  {val_accuracy:.2%} of {len(data.val.readable):,}")
+    print(f"test accuracy        {test_accuracy:.2%} of {len(data.test.readable):,}")
     print(f"training took        {run.seconds:.1f} s, backend {run.backend}")
     for path in (checkpoint, *(folder / name for name in PICTURES)):
         print(f"wrote                {path}")
@@ -249,7 +250,8 @@ def _plot_attention(run: Run, path: Path, count: int = 12) -> None:
     from fastvit.plots import plot_attention
 
     test = run.data.test
-    order = torch.linspace(0, len(test) - 1, min(count, len(test))).long()
+    readable = test.readable
+    order = readable[torch.linspace(0, len(readable) - 1, min(count, len(readable))).long()]
     images, labels = next(iter(test.batches(order, count)))
     model, classes = run.model.eval(), run.data.classes
     probabilities, predicted = run.logits(images).softmax(-1).max(-1)
@@ -313,7 +315,7 @@ def add_predict(commands: Any) -> None:
         description="Print the most probable classes of each image.",
     )
     parser.set_defaults(run=predict)
-    parser.add_argument("checkpoint", type=Path, help="model.safetensors, or the run's folder")
+    parser.add_argument("checkpoint", help="a run's folder, a checkpoint file or a hub id")
     parser.add_argument("images", type=Path, nargs="+", metavar="image")
     parser.add_argument("--top", type=int, default=5, metavar="N")
     parser.add_argument("--invert", action="store_true", help="for dark strokes on a light ground")
@@ -323,15 +325,13 @@ def add_predict(commands: Any) -> None:
 def predict(args: argparse.Namespace) -> int:
     """Run `fastvit predict`. Returns exit status 1 if an image could not be read."""
     from fastvit.predict import predict as predictions
-    from fastvit.saving import load_checkpoint
 
     need("fastvit predict", "PIL")
     if args.top < 1:
         raise UsageError(f"--top must be at least 1, got {args.top}")
-    model, config = load_checkpoint(args.checkpoint)
-    model.to(choose_device(args.device))
+    model = load_checkpoint(args.checkpoint).to(choose_device(args.device))
     status = 0
-    for path, answer in predictions(model, config, args.images, args.top, args.invert):
+    for path, answer in predictions(model, args.images, args.top, args.invert):
         if isinstance(answer, UsageError):
             print(f"fastvit predict: {answer}", file=sys.stderr)
             status = 1

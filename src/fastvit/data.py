@@ -28,7 +28,7 @@ from fastvit.errors import UsageError, need
 SPLIT_SEED = 20210603
 TEST_SHARE, VAL_SHARE = 0.2, 0.1
 MEMORY_LIMIT = 2 << 30
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 FASHION_CLASSES = (
     "T-shirt/top",
     "trouser",
@@ -56,9 +56,9 @@ class Images:
         return len(self.labels)
 
     @property
-    def readable(self) -> int:
-        """Number of images; for ImageFiles, those that could be read."""
-        return len(self)
+    def readable(self) -> Tensor:
+        """Indices of the images; for ImageFiles, of those that could be read so far."""
+        return torch.arange(len(self))
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images of `order`, `batch_size` at a time, and their labels."""
@@ -95,9 +95,10 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     @property
-    def readable(self) -> int:
-        """Number of files without those that could not be read so far."""
-        return len(self) - len(self.skipped)
+    def readable(self) -> Tensor:
+        """Indices of the files but those that could not be read so far."""
+        read = [i for i, path in enumerate(self.paths) if path not in self.skipped]
+        return torch.tensor(read, dtype=torch.int64)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
         try:
@@ -426,8 +427,8 @@ def _images_in(folder: Path, deep: bool = True) -> list[Path]:
         real = os.path.realpath(here)
         folders[:] = [] if real in seen or not deep else sorted(folders)
         if real not in seen:
-            kept = [n for n in names if n.lower().endswith(ENDINGS) and not n.startswith(".")]
-            found += [Path(here) / name for name in kept]
+            images = (n for n in names if n.lower().endswith(IMAGE_SUFFIXES))
+            found += [Path(here) / name for name in images if not name.startswith(".")]
         seen.add(real)
     return sorted(found)
 
@@ -446,7 +447,7 @@ def _list_images(
         paths += found
         labels += [label] * len(found)
     if not paths:
-        raise UsageError(f"{root}: no images ({', '.join(ENDINGS)}) in its subfolders")
+        raise UsageError(f"{root}: no images ({', '.join(IMAGE_SUFFIXES)}) in its subfolders")
     empty = set(range(len(classes))) - set(labels)
     if empty and training:
         raise UsageError(f"{root}: class {classes[min(empty)]!r} has no images")

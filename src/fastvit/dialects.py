@@ -222,8 +222,8 @@ def _read_hf_vit(state: State, outside: State, config: Config) -> Reading:
         reading.notes.append(f"no config: norm_eps {known['norm_eps']:g}, transformers' default")
     if any(k.startswith("pooler.") for k in reading.dropped):
         reading.notes.append("the tanh pooler was left out; forward gives the normed <cls>")
-    _join(reading.state, ("gate", "up"), "mlp.fc1")
-    _join(reading.state, ("q", "k", "v"), "attn.qkv", "attn.")
+    _concat_parts(reading.state, ("gate", "up"), "mlp.fc1")
+    _concat_parts(reading.state, ("q", "k", "v"), "attn.qkv", "attn.")
     if dinov2:
         _fold_prefix(reading, registers)
     return reading
@@ -254,7 +254,7 @@ def _read_hf_dinov3(state: State, outside: State, config: Config) -> Reading:
         known[ours] = config.get(theirs)
     always = {"cls_token": (3,), "reg_token": (3,), "patch_embed.proj.bias": (1,)}
     reading = _finish("hf dinov3", state, outside, rules, known, IMAGENET, always)
-    _join(reading.state, ("q", "k", "v"), "attn.qkv", "attn.", bare_keys=True)
+    _concat_parts(reading.state, ("q", "k", "v"), "attn.qkv", "attn.", bare_keys=True)
     if reading.state["reg_token"].shape[1] == 0:
         del reading.state["reg_token"]
     return reading
@@ -290,7 +290,7 @@ def _read_hf_siglip_or_clip(state: State, outside: State, config: Config) -> Rea
     reading = _finish(name, state, outside, rules, known, CLIP if clip else INCEPTION, always)
     _adopt_classifier(reading, outside)
     ours = reading.state
-    _join(ours, ("q", "k", "v"), "attn.qkv", "attn.")
+    _concat_parts(ours, ("q", "k", "v"), "attn.qkv", "attn.")
     ours["pos_embed"] = ours["pos_embed"][None]
     how = HUGGING_FACE
     if clip:
@@ -476,7 +476,7 @@ def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
     state, within = unwrap(state)
     if not any(isinstance(v, Tensor) for v in state.values()):
         state = {k: tensor_of(k, v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
-    tensors = {WRAPPED.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {WRAPPER_NAMES.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
     for anchor, holds, reader in _FAMILIES:
         found = [k for k in tensors if k == anchor or k.endswith("." + anchor)]
         vits = {}
@@ -514,7 +514,7 @@ def _order(prefix: str) -> tuple[bool, int]:
 
 
 # Name parts that torch.compile, activation checkpointing and FSDP insert for wrapped modules.
-WRAPPED = re.compile(rf"\b({'|'.join(WRAPPERS)})\.")
+WRAPPER_NAMES = re.compile(rf"\b({'|'.join(WRAPPERS)})\.")
 
 
 # Keys under which training scripts store their weights, other than averaged ones.
@@ -641,7 +641,7 @@ def _fold_prefix(reading: Reading, registers: bool) -> None:
         reading.known["no_embed_class"] = True
 
 
-def _join(
+def _concat_parts(
     state: State,
     parts: tuple[str, ...],
     name: str,

@@ -10,16 +10,22 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastvit.checkpoint_files import CONFIGS, SUFFIXES, WEIGHTS
+from fastvit.checkpoint_files import CONFIGS, PREPROCESSOR, SUFFIXES, WEIGHTS
 from fastvit.errors import UsageError
 from fastvit.model import ViT, pair
 from fastvit.pos_embed import HUGGING_FACE, Resample
-from fastvit.saving import json_value, replacing, replacing_folder, standing, weights_of
+from fastvit.saving import current_architecture, json_value, replacing, replacing_folder, weights_of
 
 State = dict[str, Tensor]
 log = logging.getLogger("fastvit")
 DIALECTS = ("timm", "hf")
-_TAKEN = (*WEIGHTS, *CONFIGS, "model.json", "state.pt")  # files of a checkpoint or a run
+_TAKEN = (
+    *WEIGHTS,
+    *CONFIGS,
+    PREPROCESSOR,
+    "model.json",
+    "state.pt",
+)  # files of a checkpoint or a run
 _TIMM_POOLS = {"cls": "token", "mean": "avg", "none": ""}
 _TIMM_WORDS = {
     "image_size": "img_size",
@@ -40,16 +46,17 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
 
     A path that ends in .safetensors gets the tensors alone; any other becomes a folder with
     config.json and model.safetensors, for `timm.create_model("local-dir:PATH")` or transformers'
-    `from_pretrained(PATH)`. "hf" is ViT, Dinov2, Dinov2WithRegisters, DINOv3ViT, SiglipVision or
-    CLIPVision, whichever can represent this model. Raises UsageError if the dialect cannot, or if
-    `path` already holds a checkpoint; only a .safetensors file without a config is replaced.
+    `from_pretrained(PATH)`, with a preprocessor_config.json. "hf" is ViT, Dinov2,
+    Dinov2WithRegisters, DINOv3ViT, SiglipVision or CLIPVision, whichever can represent this model.
+    Raises UsageError if the dialect cannot, or if `path` already holds a checkpoint; only a
+    .safetensors file without a config is replaced.
     """
     if not isinstance(model, ViT):
         raise TypeError(f"model must be a fastvit.ViT, got {type(model).__name__}")
     if dialect not in DIALECTS:
         raise UsageError(f"dialect must be one of {DIALECTS}, got {dialect!r}")
     state = weights_of(model)
-    model = standing(model, state)
+    model = current_architecture(model, state)
     path = None if path is None else Path(path)
     bare = path is None or path.suffix.lower() == ".safetensors"
     if path is not None and not bare and path.suffix.lower() in SUFFIXES and not path.is_dir():
@@ -79,10 +86,9 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
             f"export_checkpoint: {path} already holds a checkpoint ({', '.join(there)}); choose "
             "another folder"
         )
-    files = {
-        "model.safetensors": data,
-        "config.json": (json.dumps(config, indent=2, default=json_value) + "\n").encode(),
-    }
+    files = {"model.safetensors": data, "config.json": _json(config)}
+    if dialect == "hf":
+        files[PREPROCESSOR] = _json(_preprocessor(model))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         for name, content in files.items():
@@ -92,6 +98,26 @@ def export_checkpoint(model: ViT, dialect: str, path: str | Path | None = None) 
         for name, content in files.items():
             (folder / name).write_bytes(content)
     return state
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, default=json_value) + "\n").encode()
+
+
+def _preprocessor(model: ViT) -> dict[str, Any]:
+    """The config of transformers' ViTImageProcessor: resize to the model's size, normalize."""
+    cfg, (height, width) = model.default_cfg, model.patch_embed.img_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2 if cfg.get("interpolation") == "bilinear" else 3,  # Pillow's numbers
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": cfg["mean"],
+        "image_std": cfg["std"],
+    }
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -164,7 +190,7 @@ def _timm_config(model: ViT) -> dict[str, Any]:
             c["norm_eps"],
             eps,
         )
-    left = {"architecture", "tag"} | (set() if _class_names(model) else {"label_names"})
+    left = {"architecture", "tag"} | (set() if class_names(model) else {"label_names"})
     data = {k: v for k, v in model.default_cfg.items() if k not in left}
     return {
         "architecture": base,
@@ -247,7 +273,7 @@ def _to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
         "patch_size": c["patch_size"],
     }
     if model.num_classes:
-        names = _class_names(model) or [f"LABEL_{i}" for i in range(model.num_classes)]
+        names = class_names(model) or [f"LABEL_{i}" for i in range(model.num_classes)]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
         config["label2id"] = {name: i for i, name in enumerate(names)}
     if c["rope"] == "dinov3":
@@ -262,7 +288,7 @@ def _to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
     return _to_hf_vit(model, state, config)
 
 
-def _class_names(model: ViT) -> list[str]:
+def class_names(model: ViT) -> list[str]:
     """The class names of the model's checkpoint, or [] if the model has another number."""
     names = model.default_cfg.get("label_names") or ()
     return [str(name) for name in names] if len(names) == model.num_classes else []
@@ -319,7 +345,7 @@ def _to_hf_vit(model: ViT, state: State, config: dict[str, Any]) -> tuple[State,
     grid = model.patch_embed.grid_size
     if dinov2 and grid[0] != grid[1]:  # Dinov2 assumes a square
         _refuse(kind, f"an oblong table of {grid} positions; set_input_size resamples it")
-    state = _cover_cls(model, state)
+    state = _positions_for_hf(model, state)
     layer = r"encoder.layer.\1."
     norms = ("norm1", "norm2") if dinov2 else ("layernorm_before", "layernorm_after")
     fc1, fc2 = ("intermediate.dense", "output.dense")
@@ -394,7 +420,7 @@ def _note_resample(model: ViT, native: Resample, kind: str) -> None:
         )
 
 
-def _cover_cls(model: ViT, state: State) -> State:
+def _positions_for_hf(model: ViT, state: State) -> State:
     """Give the position table a row for <cls> and none for registers, as in transformers."""
     c, dim = model.config, model.embed_dim
     pos = state["pos_embed"]
@@ -460,7 +486,7 @@ def _to_hf_siglip(model: ViT, state: State, config: dict[str, Any]) -> tuple[Sta
         q, kv = state.pop(f"attn_pool.q.{kind}"), state.pop(f"attn_pool.kv.{kind}")
         state[f"head.attention.in_proj_{kind}"] = torch.cat([q, kv])
     rules = [
-        *_TOWER,
+        *_VISION_TOWER_RULES,
         (r"attn_pool\.latent", "head.probe"),
         (r"(head\.attention\.in_proj_(?:weight|bias))", r"\1"),
         (rf"attn_pool\.proj\.{_P}", r"head.attention.out_proj.\1"),
@@ -484,9 +510,9 @@ def _to_hf_clip(model: ViT, state: State, config: dict[str, Any]) -> tuple[State
     bias = state.pop("head.bias", None)
     if bias is not None and bias.any():
         _refuse("CLIPVisionModelWithProjection", "a head with a bias that is not zero")
-    state = _cover_cls(model, state)
+    state = _positions_for_hf(model, state)
     rules = [
-        *_TOWER,
+        *_VISION_TOWER_RULES,
         (r"cls_token", "embeddings.class_embedding"),
         (rf"norm_pre\.{_P}", r"pre_layrnorm.\1"),
         (r"head\.weight", "visual_projection.weight"),
@@ -517,7 +543,7 @@ def _check_tower(kind: str, model: ViT, state: State) -> None:
     _fill_biases(state, ("attn.q", "attn.k", "attn.v"))
 
 
-_TOWER = [
+_VISION_TOWER_RULES = [
     (r"pos_embed", "embeddings.position_embedding.weight"),
     (rf"patch_embed\.proj\.{_P}", r"embeddings.patch_embedding.\1"),
     (rf"{_B}norm([12])\.{_P}", r"encoder.layers.\1.layer_norm\2.\3"),

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
-from fastvit.dialects import WRAPPED
+from fastvit.dialects import WRAPPER_NAMES
 from fastvit.errors import UsageError
 from fastvit.model import ViT
 from fastvit.pos_embed import Resample
@@ -62,30 +61,30 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 # File descriptors of the folders that this process has locked; forked workers close their copies.
-_held: set[int] = set()
+_locked_fds: set[int] = set()
 
 
-def _let_go() -> None:
-    while _held:
-        os.close(_held.pop())
+def _close_locks() -> None:
+    while _locked_fds:
+        os.close(_locked_fds.pop())
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 @contextlib.contextmanager
-def holding(folder: Path) -> Iterator[bool]:
+def lock_folder(folder: Path) -> Iterator[bool]:
     """Lock `folder` against other training runs. The system unlocks it when this process ends,
     however it ends. Yields False where folders cannot be locked. Raises UsageError if in use."""
     handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
     try:
         if handle is not None:
-            _held.add(handle)
+            _locked_fds.add(handle)
         yield handle is not None and _locks(handle, folder)
     finally:
         if handle is not None:
-            _held.discard(handle)
+            _locked_fds.discard(handle)
             os.close(handle)
 
 
@@ -100,7 +99,7 @@ def _locks(handle: int, folder: Path) -> bool:
     return True
 
 
-def sweep(folder: Path, names: Iterable[str]) -> None:
+def remove_stale_temporaries(folder: Path, names: Iterable[str]) -> None:
     """Delete temporary files of `replacing` that killed processes left in a folder we locked."""
     for name in names:
         stem, suffix = re.escape(f".{name}."), re.escape(Path(name).suffix)
@@ -117,12 +116,12 @@ def _umask() -> int:
 
 def weights_of(model: ViT) -> dict[str, torch.Tensor]:
     """The model's tensors on the CPU, without the names that wrappers such as FSDP insert."""
-    return {WRAPPED.sub("", k): v.detach().cpu() for k, v in model.state_dict().items()}
+    return {WRAPPER_NAMES.sub("", k): v.detach().cpu() for k, v in model.state_dict().items()}
 
 
-def standing(model: ViT, weights: dict[str, torch.Tensor]) -> ViT:
+def current_architecture(model: ViT, weights: dict[str, torch.Tensor]) -> ViT:
     """A ViT with the model's arguments and its current depth, classes and pool, on the meta device.
-    Raises UsageError if the names or shapes of its tensors differ from those of `weights`."""
+    Raises UsageError if its activations, or the names or shapes of its tensors, differ."""
     head = next((weights[k] for k in ("head.weight", "head.2.weight") if k in weights), ())
     blocks = {k.split(".")[1] for k in weights if k.startswith("blocks.")}
     arguments = {
@@ -137,7 +136,7 @@ def standing(model: ViT, weights: dict[str, torch.Tensor]) -> ViT:
             made = ViT(**arguments)
     except ValueError as error:
         raise UsageError(f"the model's modules are not those of its arguments: {error}") from error
-    want, have = ({k: tuple(v.shape) for k, v in w.items()} for w in (made.state_dict(), weights))
+    want, have = _parts(made, made.state_dict()), _parts(model, weights)
     for name in sorted(want.keys() | have.keys()):
         if want.get(name) != have.get(name):
             raise UsageError(
@@ -149,6 +148,14 @@ def standing(model: ViT, weights: dict[str, torch.Tensor]) -> ViT:
     return made
 
 
+def _parts(model: ViT, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What arguments must reproduce: the shapes of the tensors, and the activations."""
+    named = model.named_modules(remove_duplicate=False)
+    modules = {WRAPPER_NAMES.sub("", name): str(m) for name, m in named}
+    acts = {name: text for name, text in modules.items() if name.endswith("mlp.act")}
+    return {**{k: tuple(v.shape) for k, v in weights.items()}, **acts}
+
+
 def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
     """Write PATH (.safetensors) and its .json: the model's config and `details`. Returns PATH."""
     path = Path(path)
@@ -157,7 +164,7 @@ def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Clone, since safetensors refuses tensors that share memory.
     weights = {k: v.clone() for k, v in weights_of(model).items()}
-    arguments = standing(model, weights).config
+    arguments = current_architecture(model, weights).config
     config = {"format": FORMAT, "version": VERSION, "model": arguments, **details}
     text = json.dumps(config, indent=2, default=json_value) + "\n"
     with replacing(path) as temporary:
@@ -177,67 +184,3 @@ def json_value(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise UsageError(f"a config in JSON cannot hold {value!r}, of type {type(value).__name__}")
-
-
-def load_checkpoint(path: Path | str) -> tuple[ViT, dict[str, Any]]:
-    """Load the model, in eval mode on the CPU, and the JSON of a checkpoint or a run's folder."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise UsageError(f"checkpoint: {path} does not exist")
-    if path.suffix != ".safetensors":
-        raise UsageError(f"checkpoint: expected a .safetensors file or a run's folder, got {path}")
-    config = _load_config(path.with_suffix(".json"))
-    try:
-        weights = load(path.read_bytes())
-    except SafetensorError as error:
-        raise UsageError(
-            f"checkpoint: {path} is truncated or not a safetensors file ({error}); "
-            f"{path.stat().st_size:,} bytes"
-        ) from error
-    try:
-        model = ViT(**config["model"])
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"checkpoint: {path.with_suffix('.json')}: {error}") from error
-    _check_weights(path, model, weights)
-    model.load_state_dict(weights)
-    return model.eval(), config
-
-
-def _load_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UsageError(f"checkpoint: its config {path} is missing; expected beside the weights")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"checkpoint: {path} is truncated or not JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UsageError(f"checkpoint: {path} is not a fastvit config: no 'format': '{FORMAT}'")
-    if config.get("version") != VERSION or not isinstance(config.get("model"), dict):
-        raise UsageError(
-            f"checkpoint: {path}: expected version {VERSION} with a 'model', "
-            f"got version {config.get('version')!r}"
-        )
-    # JSON has no tuples: (height, width) comes back as a list.
-    sizes = {k: tuple(v) for k, v in config["model"].items() if isinstance(v, list)}
-    return {**config, "model": {**config["model"], **sizes}}
-
-
-def _check_weights(path: Path, model: ViT, weights: dict[str, torch.Tensor]) -> None:
-    expected = model.state_dict()
-    for word, names in (
-        ("lacks", sorted(expected.keys() - weights.keys())),
-        ("has the unexpected", sorted(weights.keys() - expected.keys())),
-    ):
-        if names:
-            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UsageError(
-                f"checkpoint: {path} does not match its config: it {word} {names[0]}{rest}"
-            )
-    for name, tensor in expected.items():
-        if weights[name].shape != tensor.shape:
-            raise UsageError(
-                f"checkpoint: {path} does not match its config: {name} is "
-                f"{tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
-            )
