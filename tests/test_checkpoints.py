@@ -396,6 +396,13 @@ def test_a_state_dict_of_the_same_model_is_copied(options: dict[str, Any]) -> No
         assert torch.equal(tensor, first.state_dict()[name]), name
 
 
+def test_oblong_patches_without_a_position_table() -> None:
+    options: dict[str, Any] = dict(rope="dinov3", pos_embed="none", patch_size=(12, 16))
+    model = fastvit.ViT(**{**OURS, "image_size": (24, 32), **options})
+    loaded = fastvit.load_checkpoint(model.state_dict(), rope="dinov3", heads=OURS["heads"])
+    assert loaded.patch_embed.img_size == (216, 224)
+
+
 def test_the_model_says_what_another_size_leaves_open() -> None:
     """2 x 2 positions with <cls> and 4 registers could also be 3 x 3."""
     model = fastvit.ViT(**{**OURS, "image_size": 32}, registers=4)

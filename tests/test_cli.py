@@ -283,13 +283,15 @@ def test_test_accuracy_is_of_what_was_used(tmp_path, capsys, monkeypatch):
 def test_the_attention_figure_shows_images_that_can_be_read(tmp_path, capsys, monkeypatch):
     """Of a streamed folder, whose broken files only the test finds."""
     from fastvit import cli
-    from fastvit.data import load_folder
+    from fastvit.data import ImageFiles, load_folder
 
     def streamed(spec, *sizes):
         return load_folder(tmp_path / "images", (16, 16), memory_limit=0, workers=0)
 
     write_folder(tmp_path / "images", count=100)
-    for path in streamed("").test.paths[:-1]:
+    split = streamed("").test
+    assert isinstance(split, ImageFiles)
+    for path in split.paths[:-1]:
         path.write_text("hello")
     monkeypatch.setattr(cli, "load_data", streamed)
     options = ["--data", "folder:images", "--image-size", "16", "--epochs", "1"]

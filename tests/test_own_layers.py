@@ -12,6 +12,7 @@ from torchvision_shim import install
 
 import fastvit
 from fastvit.errors import UsageError
+from fastvit.layers import Activation, RMSNorm
 
 install()
 timm = pytest.importorskip("timm")
@@ -109,6 +110,9 @@ OWN: dict[str, Callable[[nn.Module], nn.Module]] = {
     "blocks.2.ls2": Mix,
     "blocks.1.attn": lambda _: Own(),
     "blocks.1.attn.q_norm": lambda _: nn.Identity(),
+    "blocks.1.norm1": lambda _: nn.Linear(48, 48),
+    "blocks.1.norm2": lambda _: nn.Linear(48, 48),
+    "blocks.2.attn.k_norm": lambda _: nn.Linear(16, 16),
     "blocks.1.ls1": lambda _: nn.Identity(),
     "blocks.1.mlp": lambda _: mlp(),
     "blocks.1": lambda _: nn.Identity(),
@@ -124,7 +128,34 @@ def test_a_layer_of_one_s_own_runs(models: Any, path: str) -> None:
         setattr(model.get_submodule(parent), name, OWN[path](model.get_submodule(path)))
     assert_same(*(model(IMAGES) for model in models))
     report = str(fastvit.backend_report(models[1], IMAGES))
-    assert path in ("blocks.1", "patch_embed") or path.split(".")[-1].rstrip("2") in report
+    assert path in ("blocks.1", "patch_embed") or path.split(".")[-1].rstrip("12") in report
+
+
+def test_another_activation_takes_part(models: Any) -> None:
+    """In the fused op too, where it is one that the op has."""
+    for model, act in zip(models, (nn.GELU("tanh"), Activation("gelu_tanh")), strict=True):
+        for block in model.blocks:
+            block.mlp.act = act
+    assert_same(*(model(IMAGES) for model in models))
+    with pytest.raises(
+        UsageError, match=r"blocks\.0\.mlp\.act is Activation\(gelu_tanh\), expected"
+    ):
+        fastvit.export_checkpoint(models[1], "timm")
+    for model in models:
+        for block in model.blocks:
+            block.mlp.act = nn.Identity()
+    assert_same(*(model(IMAGES) for model in models))
+
+
+@pytest.mark.parametrize("change", ["eps", "kind"])
+def test_norms_of_q_and_k_may_differ(models: Any, change: str) -> None:
+    for model in models:
+        for block in model.blocks:
+            if change == "eps":
+                block.attn.k_norm.eps = 1.0
+            else:
+                block.attn.k_norm = (nn.RMSNorm if model is models[0] else RMSNorm)(16, eps=1e-6)
+    assert_same(*(model(IMAGES) for model in models))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_preset_is_timms(name: str) -> None:
     assert ours.blocks[0].norm1.eps == theirs.blocks[0].norm1.eps
     assert ours.num_prefix_tokens == theirs.num_prefix_tokens
     if ours.config["mlp"] == "mlp":
-        act, ours_act = theirs.blocks[0].mlp.act, ours.blocks[0].mlp.activation
+        act, ours_act = theirs.blocks[0].mlp.act, ours.blocks[0].mlp.act.kind
         x = torch.linspace(-3, 3, 50)
         expected = x * torch.sigmoid(1.702 * x)
         if ours_act != "quick_gelu":

@@ -69,12 +69,14 @@ def test_mae_trains_other_models_of_ours_too() -> None:
         {"pool": "mean", "class_token": False},
         {"no_embed_class": True, "registers": 2},
         {"registers": 2, "qkv_bias": False, "layer_scale": 1.0},
+        {"image_size": 38, "crop_remainder": True},
     ):
         torch.manual_seed(0)
-        encoder = fastvit.ViT(**SIZE, mlp_dim=48, **options)
+        arguments: dict[str, Any] = {**SIZE, "mlp_dim": 48, **options}
+        encoder = fastvit.ViT(**arguments)
         mae: Any = MAE(encoder=encoder, decoder_dim=24, decoder_heads=2)
         optimizer = torch.optim.Adam(mae.parameters(), lr=1e-2)
-        images = torch.randn(4, 3, 32, 32)
+        images = torch.randn(4, *encoder.default_cfg["input_size"])
         losses = []
         for _ in range(20):
             optimizer.zero_grad()
@@ -82,7 +84,7 @@ def test_mae_trains_other_models_of_ours_too() -> None:
             losses[-1].backward()
             optimizer.step()
         assert losses[-1] < 0.8 * losses[0]
-        again = fastvit.ViT(**SIZE, mlp_dim=48, **options)
+        again = fastvit.ViT(**arguments)
         again.load_state_dict(encoder.state_dict())
 
 

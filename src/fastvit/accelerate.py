@@ -158,7 +158,7 @@ def _rows(name: str, module: nn.Module, reroute: Reroute) -> list[Row]:
             reason = why_not(False)
             rows.append(Row(path, kind, part, reason is None, reason or why_not(True) or ""))
         return rows
-    except AttributeError as error:
+    except (AttributeError, IndexError, TypeError) as error:
         return [Row(name, kind, "all", False, f"unknown layout: {error}")]
 
 

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from fastvit_kernels import limits
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import ops
-from fastvit.plain import why_not_plain
+from fastvit.plain import why_not_any, why_not_plain
 
 _CAPTURE = "transformers.utils.output_capturing"
 HF = "transformers.models"
@@ -243,7 +242,7 @@ def _joined(linears: tuple[Peer, ...]) -> tuple[Tensor, Tensor | None]:
 
 
 def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) -> str | None:
-    reason = why_not_skip() or why_not_module("norm", half.norm, *ops.NORMS)
+    reason = why_not_any() or why_not_module("norm", half.norm, *ops.NORMS)
     if reason is None and len(half.norm.normalized_shape) != 1:
         reason = f"norm is over {half.norm.normalized_shape}"
     if reason is None and half.norm.eps is None:
@@ -257,11 +256,6 @@ def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) ->
         if reason is None and "dropout" in kinds and module is not None and module.p:
             reason = f"dropout {module.p} in training" if is_on(module, training) else None
     return reason
-
-
-def why_not_skip() -> str | None:
-    """Return why no module can be bypassed, or None. A global hook must fire for each module."""
-    return "a global module hook is registered" if _has_any_global_hook() else None
 
 
 def is_on(dropout: nn.Module, training: bool | None) -> bool:

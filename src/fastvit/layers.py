@@ -76,7 +76,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 Norm = LayerNorm | RMSNorm
-_KINDS = (LayerNorm, RMSNorm, nn.Linear)
+_NORMS = (LayerNorm, RMSNorm)
+_LINEAR = (nn.Linear,)
 
 
 def make_norm(kind: str, dim: int, eps: float) -> Norm:
@@ -134,7 +135,7 @@ class PatchEmbed(nn.Module):
             p_h, p_w = self.patch_size
             height, width = images.shape[2:]
             images = images[:, :, : height // p_h * p_h, : width // p_w * p_w]
-        if reason := why_not_fused(nn.Conv2d, proj=self.proj):
+        if reason := why_not_fused(proj=(self.proj, (nn.Conv2d,))):
             ops.leave_to_modules("patch_embed", images, reason)
             tokens = self.proj(images).flatten(2).transpose(1, 2)
             return reference.place(tokens, pos, prefix)
@@ -243,7 +244,9 @@ class Attention(nn.Module):
         bias = getattr(self.qkv, "bias", None)
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        reason = None if norm is None else why_not_fused(*_KINDS, norm=norm, qkv=self.qkv)
+        reason = None
+        if norm is not None:
+            reason = why_not_fused(norm=(norm, _NORMS), qkv=(self.qkv, _LINEAR))
         if reason:
             ops.leave_to_modules("layernorm_linear", x, reason)
         if norm is None or reason:
@@ -263,9 +266,13 @@ class Attention(nn.Module):
         return qkv, x
 
     def _why_norms_apart(self) -> str | None:
-        if self.q_norm is None and self.k_norm is None:
+        q, k = self.q_norm, self.k_norm
+        if q is None and k is None:
             return None
-        return why_not_fused(LayerNorm, RMSNorm, q_norm=self.q_norm, k_norm=self.k_norm)
+        if reason := why_not_fused(q_norm=(q, _NORMS), k_norm=(k, _NORMS)):
+            return reason
+        alike = q is not None and k is not None and (q.kind, q.eps) == (k.kind, k.eps)
+        return None if alike else "q_norm and k_norm differ in kind or eps"
 
     def qk_options(self, rope: Tables | None) -> dict[str, Any]:
         """Keyword arguments of `ops.attention_qkv` and `ops.qk_norm_rope`: RoPE, and QK-norm unless
@@ -293,7 +300,7 @@ class Mlp(nn.Module):
         activation: str = "gelu",
     ) -> None:
         super().__init__()
-        self.dropout, self.activation, self.save = dropout, activation, "all"
+        self.dropout, self.save = dropout, "all"
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.act = Activation(activation)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
@@ -309,7 +316,12 @@ class Mlp(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if norm is None:
             return _drop(self._branch(x, dropout), dropout)
-        if reason := why_not_fused(*_KINDS, Activation, norm=norm, fc1=fc1, act=self.act, fc2=fc2):
+        if reason := why_not_fused(
+            norm=(norm, _NORMS),
+            fc1=(fc1, _LINEAR),
+            act=(self.act, (Activation,)),
+            fc2=(fc2, _LINEAR),
+        ):
             ops.leave_to_modules("layernorm_mlp", x, reason)
             branch = self._branch(norm(x), dropout)
             return reference.add_branch(x, branch, layer_scale, path_scale, dropout)
@@ -324,7 +336,7 @@ class Mlp(nn.Module):
             layer_scale,
             path_scale,
             norm.eps,
-            self.activation,
+            self.act.kind,
             dropout,
             norm.kind,
             self.save,
@@ -363,7 +375,10 @@ class SwiGlu(nn.Module):
         else:
             parts = {"fc1_g": self.fc1_g, "fc1_x": self.fc1_x}
         linears = [m for m in parts.values() if m is not None]
-        reason = None if norm is None else why_not_fused(*_KINDS, norm=norm, **parts)
+        reason = None
+        if norm is not None:
+            fused = {name: (linear, _LINEAR) for name, linear in parts.items()}
+            reason = why_not_fused(norm=(norm, _NORMS), **fused)
         if reason:
             ops.leave_to_modules("layernorm_linear", x, reason)
         if norm is None or reason:
@@ -410,7 +425,7 @@ def _linear_residual(
     dropout: float,
 ) -> Tensor:
     branch = (layer_scale, path_scale, dropout)
-    if reason := why_not_fused(nn.Linear, **{name: linear}):
+    if reason := why_not_fused(**{name: (linear, _LINEAR)}):
         ops.leave_to_modules("linear_residual", x, reason)
         return reference.add_branch(residual, linear(x), *branch)
     return ops.linear_residual(x, linear.weight, linear.bias, residual, *branch)
@@ -481,8 +496,8 @@ class Block(nn.Module):
         """Return why a module after the attention may need all vectors; None: all are plain."""
         tail = {"norm2": self.norm2, "proj": self.attn.proj, **dict(self.mlp.named_children())}
         tail |= {name: ls for name, ls in (("ls1", self.ls1), ("ls2", self.ls2)) if ls is not None}
-        kinds = (*_KINDS, Activation, LayerScale)
-        return None if are_bare(kinds, *tail.values()) else why_not_fused(*kinds, **tail)
+        parts = {name: (module, _TAIL_KINDS[name]) for name, module in tail.items()}
+        return None if are_bare(*parts.values()) else why_not_fused(**parts)
 
     def path_scale(self, x: Tensor) -> Tensor | None:
         """Drop path's factor per sample, (B,): 0 with probability drop_path, else 1 / keep."""
@@ -492,6 +507,14 @@ class Block(nn.Module):
         # x.new_empty rather than torch.empty: vmap then draws for each of its samples.
         scale = x.new_empty(x.shape[0], dtype=torch.float32)
         return scale.bernoulli_(keep).div_(keep)
+
+
+_TAIL_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("proj", "fc1", "fc1_g", "fc1_x", "fc2"), _LINEAR),
+    **dict.fromkeys(("ls1", "ls2"), (LayerScale,)),
+    "norm2": _NORMS,
+    "act": (Activation,),
+}
 
 
 class Blocks(nn.Sequential):
@@ -545,13 +568,13 @@ def run_block(
 
 def _why_apart(name: str, branch: nn.Module, scale_name: str, scale: Any) -> str | None:
     """Return why a branch must be called on the normed stream alone, as in timm; or None."""
-    if are_bare(_BRANCHES, branch) and (scale is None or are_bare((LayerScale,), scale)):
+    if are_bare((branch, _BRANCHES)) and (scale is None or are_bare((scale, (LayerScale,)))):
         return None
     if not runs(branch, _BRANCHES, "forward"):
         return f"{name} is {type(branch).__name__} or has its forward replaced"
     if watched(branch):
         return f"{name} has hooks"
-    return None if scale is None else why_not_fused(LayerScale, **{scale_name: scale})
+    return None if scale is None else why_not_fused(**{scale_name: (scale, (LayerScale,))})
 
 
 def _add(x: Tensor, branch: Tensor, layer_scale: Any, path_scale: Tensor | None) -> Tensor:

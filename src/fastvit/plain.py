@@ -21,11 +21,14 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module if inner is None else unwrapped(inner)
 
 
-def why_not_fused(*kinds: type[nn.Module], **modules: Any) -> str | None:
-    """Return why a fused op cannot replace these modules, or None. kinds: classes it implements."""
-    if _has_any_global_hook() and watched():
-        return "a global module hook is registered"
-    for name, module in modules.items():
+def why_not_fused(**parts: tuple[Any, tuple[type, ...]]) -> str | None:
+    """Return why a fused op cannot replace these modules, or None.
+
+    parts: by name, each module and the classes of which the op implements the forward.
+    """
+    if reason := why_not_any():
+        return reason
+    for name, (module, kinds) in parts.items():
         cls = type(module)
         if cls not in kinds and not any(
             issubclass(cls, kind) and cls.forward is kind.forward for kind in kinds
@@ -33,6 +36,13 @@ def why_not_fused(*kinds: type[nn.Module], **modules: Any) -> str | None:
             return f"{name} is {cls.__name__}"
         if reason := why_not_plain(name, module, bool(module._forward_hooks)):
             return reason
+    return None
+
+
+def why_not_any() -> str | None:
+    """Return why no module can be bypassed, or None: a global hook that reads activations."""
+    if _has_any_global_hook() and watched():
+        return "a global module hook is registered"
     return None
 
 
@@ -50,14 +60,14 @@ def why_not_plain(name: str, module: nn.Module, hooked: bool) -> str | None:
     return None
 
 
-def are_bare(kinds: tuple[type, ...], *modules: Any) -> bool:
-    """Return whether each module is exactly of one of the kinds, unhooked and unpatched.
+def are_bare(*parts: tuple[Any, tuple[type, ...]]) -> bool:
+    """Return whether each module is exactly of one of its kinds, unhooked and unpatched.
 
     This fast path for the usual case costs a tenth of `why_not_fused`.
     """
     if _has_any_global_hook():
         return False
-    for m in modules:
+    for m, kinds in parts:
         if type(m) not in kinds or "forward" in m.__dict__:
             return False
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:

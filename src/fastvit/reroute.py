@@ -25,8 +25,8 @@ from fastvit.halves import (
     why_not_kind,
     why_not_module,
     why_not_rate,
-    why_not_skip,
 )
+from fastvit.plain import why_not_any
 
 # Implementations of softmax attention: without a mask all compute the same as ops.attention.
 _HF_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -374,7 +374,7 @@ def _vp_transformer_parts(transformer: Any) -> Parts:
 
 def _vp_attention_reason(a: Any, training: bool | None = None) -> str | None:
     return (
-        why_not_skip()
+        why_not_any()
         or why_not_module("attend", a.attend, "softmax")
         or why_not_module("dropout", a.dropout, "dropout")
         or why_not_rate(a.dropout.p, a.dropout, training)
@@ -420,7 +420,7 @@ def _vp_stem_reason(stem: Any, training: bool | None = None) -> str | None:
     if len(stem) != 4:
         return f"{len(stem)} layers, not 4"
     return (
-        why_not_skip()
+        why_not_any()
         or why_not_module("norm", stem[1], "layernorm")
         or why_not_module("projection", stem[2], "linear")
         or limits.linear(stem[2].in_features, stem[2].out_features)

@@ -229,7 +229,8 @@ def _image(
     size, given = known.get("image_size"), wanted["image_size"]
     if "pos_embed" not in state:
         shown["pos_embed"] = "none"
-        shown["image_size"] = size or 224 // p_h * p_h
+        height, width = 224 // p_h * p_h, 224 // p_w * p_w
+        shown["image_size"] = size or (height if height == width else (height, width))
         return
     shown["pos_embed"] = "learned"
     count = state["pos_embed"].shape[1]

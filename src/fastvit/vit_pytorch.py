@@ -9,19 +9,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-Peer = Any  # the ViT that these names belong to
+Model = Any  # the ViT that these names belong to
 
 
 class VitPytorchNames:
     """Properties with vit-pytorch's names, views of a `fastvit.ViT` that own no parameters."""
 
     @property
-    def to_patch_embedding(self: Peer) -> nn.Sequential:
+    def to_patch_embedding(self: Model) -> nn.Sequential:
         """[0] cuts images into (B, m, p_h * p_w * channels), [1:] projects them to (B, m, dim)."""
         return nn.Sequential(_Patches(self), nn.Identity(), _Projection(self))
 
     @property
-    def pos_embedding(self: Peer) -> Tensor:
+    def pos_embedding(self: Model) -> Tensor:
         """(1, m, dim), after a row for <cls> if `pool` is "cls", as MAE and SimMIM expect."""
         grid = self.patch_embed.grid_size
         table, _ = self.positions(grid)
@@ -33,7 +33,7 @@ class VitPytorchNames:
         return torch.cat([own, table])[None]
 
     @property
-    def transformer(self: Peer) -> nn.Module:
+    def transformer(self: Model) -> nn.Module:
         """Blocks and final norm on tokens: (B, n, dim) -> (B, n, dim)."""
         if self.rope is not None:
             raise AttributeError("transformer: RoPE needs the patches' grid positions")
@@ -43,9 +43,9 @@ class VitPytorchNames:
 class _View(nn.Module):
     """A module that runs on a model's modules without registering them as its own."""
 
-    model: Peer
+    model: Model
 
-    def __init__(self, model: Peer) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         object.__setattr__(self, "model", model)
 
@@ -54,6 +54,7 @@ class _Patches(_View):
     def forward(self, images: Tensor) -> Tensor:
         p_h, p_w = self.model.patch_embed.patch_size
         h, w = self.model.patch_embed.grid(images)
+        images = images[:, :, : h * p_h, : w * p_w]  # crop_remainder
         x = images.unflatten(3, (w, p_w)).unflatten(2, (h, p_h))  # (B, C, h, p_h, w, p_w)
         return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
