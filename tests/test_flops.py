@@ -25,7 +25,9 @@ def counted(function: Any, backend: str) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("what", ["forward", "images want gradients", "frozen", "recompute"])
+@pytest.mark.parametrize(
+    "what", ["forward", "images want gradients", "frozen", "norms alone", "recompute"]
+)
 def test_a_model(what: str, device: torch.device) -> None:
     vit = model(1, registers=1, pool="mean").to(device)
     if what == "recompute":
@@ -34,6 +36,10 @@ def test_a_model(what: str, device: torch.device) -> None:
         block: Any = vit.blocks[0]
         for part in (vit.patch_embed, block.attn.proj, block.norm2, block.mlp):
             part.requires_grad_(False)
+    if what == "norms alone":
+        vit.requires_grad_(False)
+        for name, p in vit.named_parameters():
+            p.requires_grad_("norm" in name)
     images = torch.randn(3, 3, 16, 16, device=device)
     images.requires_grad_(what == "images want gradients")
 

@@ -1,5 +1,6 @@
 """layernorm_linear, linear_residual, layernorm_mlp against float64: forward, every gradient."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -178,20 +179,25 @@ def test_fork_adds_the_residuals_gradient(device: torch.device) -> None:
 
 
 @every_op
-def test_frozen_parameters(op: str, device: torch.device) -> None:
-    """With frozen parameters the gradient of x is the same, and parameters get none."""
-    grads = []
-    for frozen in (False, True):
+@pytest.mark.parametrize("trained", ["", "norm", "weight", "fc1|^bias", "scale|bias"])
+def test_frozen_parameters(op: str, trained: str, device: torch.device) -> None:
+    """What is trained beside frozen parameters gets bitwise the gradient that it gets beside
+    trained ones, as x does; frozen parameters get none.
+    """
+    grads: list[dict[str, torch.Tensor]] = []
+    for pattern in (".", trained or "^$"):
         args = {k: v.detach().to(device) for k, v in OPS[op](2, 17, 40, 24).items()}
         torch.manual_seed(0)
         for name, value in args.items():
             value.copy_(torch.randn(value.shape))
-            value.requires_grad_(name in ("x", "residual") or not (frozen or name == "path_scale"))
+            chosen = re.search(pattern, name) and name != "path_scale"
+            value.requires_grad_(name in ("x", "residual") or bool(chosen))
         with fastvit.use_backend("triton"):
             getattr(ops, op)(**args).square().sum().backward()
-        assert frozen == (args["layer_scale" if op != "layernorm_linear" else "bias"].grad is None)
-        grads.append(args["x"].grad)
-    assert torch.equal(*grads)
+        assert all(v.requires_grad == (v.grad is not None) for v in args.values())
+        grads.append({k: v.grad for k, v in args.items() if v.grad is not None})
+    for name, grad in grads[1].items():
+        assert torch.equal(grad, grads[0][name]), name
 
 
 @pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])

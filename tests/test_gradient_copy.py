@@ -19,15 +19,15 @@ Edit = Callable[[fastvit.ViT], None]
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """For each backward that asked for a copy, whether it got one."""
     found: list[bool] = []
-    carried = gradient_copy.carried
+    attached = gradient_copy.attached
 
-    def watch(grad: Tensor, wish: gradient_copy.Wanted | None) -> Tensor | None:
-        copy = carried(grad, wish)
-        if wish is not None:
+    def watch(grad: Tensor, request: gradient_copy.CopyRequest | None) -> Tensor | None:
+        copy = attached(grad, request)
+        if request is not None:
             found.append(copy is not None)
         return copy
 
-    monkeypatch.setattr(gradient_copy, "carried", watch)
+    monkeypatch.setattr(gradient_copy, "attached", watch)
     yield found
 
 
@@ -100,13 +100,13 @@ def test_in_one_dtype_drop_path_alone(
 
 
 def test_the_copy_of_another_wish_is_not_taken() -> None:
-    wish = gradient_copy.Wanted(torch.bfloat16, torch.ones(2))
-    other = gradient_copy.Wanted(torch.bfloat16, torch.zeros(2))
+    request = gradient_copy.CopyRequest(torch.bfloat16, torch.ones(2))
+    other = gradient_copy.CopyRequest(torch.bfloat16, torch.zeros(2))
     grad = torch.randn(2, 3, 4)
-    gradient_copy.carry(grad, grad.bfloat16(), wish)
-    assert gradient_copy.carried(grad, other) is None
-    assert gradient_copy.carried(grad, wish) is not None
-    assert not gradient_copy.branch(grad, other, torch.bfloat16, other.path_scale).any()
+    gradient_copy.attach(grad, grad.bfloat16(), request)
+    assert gradient_copy.attached(grad, other) is None
+    assert gradient_copy.attached(grad, request) is not None
+    assert not gradient_copy.branch_gradient(grad, other, torch.bfloat16, other.path_scale).any()
 
 
 def edit_output(edit: Callable[[Tensor], Tensor | None]) -> Callable[[], fastvit.ViT]:

@@ -45,12 +45,12 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "patch_embed_fwd": _patches,
     "patch_embed_bwd": lambda a: _patches(a) * sum(a.needs[:2]),
     "layernorm_linear_fwd": lambda a: _product(a.x, a.param),
-    "layernorm_linear_bwd": lambda a: _product(a.x, a.param, 1 + a.needs_params),
+    "layernorm_linear_bwd": lambda a: _product(a.x, a.param, 1 + any(a.needs[2:])),
     "linear_residual_fwd": lambda a: _product(a.x, a.weight),
-    "linear_residual_bwd": lambda a: _product(a.x, a.weight, 1 + a.needs_params),
+    "linear_residual_bwd": lambda a: _product(a.x, a.weight, 1 + any(a.needs)),
     "layernorm_mlp_fwd": lambda a: _product(a.x, a.fc1_param, 2),
     "layernorm_mlp_bwd": lambda a: _product(
-        a.x, a.fc1_param, 2 + 2 * a.needs_params + (a.u.numel() == 0)
+        a.x, a.fc1_param, 2 + 2 * any(a.needs[2:]) + (a.u.numel() == 0)
     ),
     "attention_fwd": lambda a: _attention(a.q, a, 2),
     "attention_bwd": lambda a: _attention(a.q, a, 5),

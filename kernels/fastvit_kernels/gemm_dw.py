@@ -258,6 +258,22 @@ def _reduce_norm(
         tl.store(dnorm_bias_ptr + offs, db.to(dnorm_bias_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["R"])
+def _reduce_norm_kernel(
+    norm_rows_ptr,
+    dnorm_weight_ptr,
+    dnorm_bias_ptr,
+    C,
+    R,
+    EIGHTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """_reduce_norm alone, for a norm that is trained beside frozen weights."""
+    C, tile = eights(C, EIGHTS), tl.program_id(0)
+    _reduce_norm(tile, norm_rows_ptr, dnorm_weight_ptr, dnorm_bias_ptr, C, R, BLOCK_R, BLOCK_C)
+
+
 _PLAN2 = tuple(name + "_2" for name in _PLAN)
 
 
@@ -484,6 +500,30 @@ def reduce_slabs(
         BLOCK_C=norm_config.BLOCK_N,
         num_warps=config.num_warps,
         maxnreg=config.maxnreg,
+    )
+    return grads
+
+
+def reduce_norm(
+    norm: tuple[Tensor, Tensor | None, Tensor | None] | None,
+) -> list[Tensor | None]:
+    """The gradients of `norm` as `reduce_slabs` returns them, where no weight has any."""
+    if norm is None:
+        return []
+    norm_rows, *params = norm
+    grads, config = [_like(p) for p in params], tuned.REDUCE_NORM
+    R, _, C = norm_rows.shape
+    launch(
+        _reduce_norm_kernel,
+        (cdiv(C, config.BLOCK_N),),
+        norm_rows,
+        *grads,
+        C,
+        R,
+        EIGHTS=by_eights(C),
+        BLOCK_R=config.BLOCK_M,
+        BLOCK_C=config.BLOCK_N,
+        num_warps=config.num_warps,
     )
     return grads
 

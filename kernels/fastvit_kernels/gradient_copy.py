@@ -15,46 +15,49 @@ import torch
 from torch import Tensor
 
 
-class Wanted(NamedTuple):
-    """Request for a copy, kept as ctx.wants by the Function that will read it; path_scale: (B,)."""
+class CopyRequest(NamedTuple):
+    """Request for a copy, kept as ctx.copy_request by the Function that reads it.
+
+    path_scale: (B,).
+    """
 
     dtype: torch.dtype
     path_scale: Tensor | None
 
 
-def want(x: Tensor, dtype: torch.dtype, path_scale: Tensor | None) -> Wanted | None:
+def make_request(x: Tensor, dtype: torch.dtype, path_scale: Tensor | None) -> CopyRequest | None:
     """The request of the branch that was added into x; None if x's gradient itself is g."""
-    return None if x.dtype == dtype and path_scale is None else Wanted(dtype, path_scale)
+    return None if x.dtype == dtype and path_scale is None else CopyRequest(dtype, path_scale)
 
 
-def wanted(x: Tensor, dtype: torch.dtype) -> Wanted | None:
+def find_request(x: Tensor, dtype: torch.dtype) -> CopyRequest | None:
     """The request of the Function that made x, if it is for `dtype`; None under torch.compile."""
     if torch.compiler.is_compiling():
         return None
-    found = getattr(x.grad_fn, "wants", None)
+    found = getattr(x.grad_fn, "copy_request", None)
     return found if found is not None and found.dtype == dtype else None
 
 
-def carry(grad: Tensor, copy: Tensor, wish: Any) -> None:
+def attach(grad: Tensor, copy: Tensor, request: Any) -> None:
     """Attach the requested copy to grad: the same elements in the same order."""
-    grad._fastvit_copy = copy, wish, grad._version  # type: ignore[attr-defined]
+    grad._fastvit_copy = copy, request, grad._version  # type: ignore[attr-defined]
 
 
-def carried(grad: Tensor, wish: Wanted | None) -> Tensor | None:
+def attached(grad: Tensor, request: CopyRequest | None) -> Tensor | None:
     """The copy attached to grad for this very request; None if absent or if grad has changed."""
-    if wish is None or torch.compiler.is_compiling():
+    if request is None or torch.compiler.is_compiling():
         return None
     copy, granted, version = getattr(grad, "_fastvit_copy", (None, None, 0))
-    if copy is None or granted is not wish or version != grad._version:
+    if copy is None or granted is not request or version != grad._version:
         return None
     return copy.view(grad.shape)
 
 
-def branch(
-    grad: Tensor, wish: Wanted | None, dtype: torch.dtype, path_scale: Tensor | None
+def branch_gradient(
+    grad: Tensor, request: CopyRequest | None, dtype: torch.dtype, path_scale: Tensor | None
 ) -> Tensor:
     """g for grad (B, N, C): the attached copy, or else computed here."""
-    g = carried(grad, wish)
+    g = attached(grad, request)
     if g is None:
         g = grad if path_scale is None else grad * path_scale[:, None, None]
     return g.to(dtype)

@@ -209,11 +209,11 @@ def layernorm_bwd(
     y_dtype: torch.dtype | None = None,
     copy_dtype: torch.dtype | None = None,
     path_scale: Tensor | None = None,
-    needs_params: bool = True,
+    needs_norm: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx (+ residual, the gradient that bypasses the norm), path_scale * dx in copy_dtype, y in
     y_dtype (dtype None: not written), and the rows (R, 2, C) that add up to dnorm_weight and
-    dnorm_bias (None if there is neither, or not needs_params).
+    dnorm_bias (None if there is neither, or not needs_norm).
 
     dy, residual: (M, C) contiguous; x: (M, C), unit column stride. dx has x's dtype.
     """
@@ -224,7 +224,7 @@ def layernorm_bwd(
     config, programs = tuned.layernorm_bwd(M, C, x.dtype, x.device.index)
     rows_per_program = cdiv(cdiv(M, programs), config.BLOCK_M) * config.BLOCK_M
     programs = cdiv(M, rows_per_program)
-    has_params = needs_params and (norm_weight is not None or norm_bias is not None)
+    has_params = needs_norm and (norm_weight is not None or norm_bias is not None)
     norm_rows = x.new_empty((programs, 2, C), dtype=torch.float32) if has_params else None
     launch(
         _layernorm_bwd_kernel,

@@ -137,29 +137,31 @@ def _bwd(
     param: Tensor,
     bias: Tensor | None,
     rms: bool,
-    needs_params: bool,
+    needs: Sequence[bool],
     copies: bool,
     path_scale: Tensor | None,
 ) -> list[Tensor]:
-    """dx; with `copies`, path_scale * dx in the compute dtype; with needs_params, the gradients of
-    those of norm_weight, norm_bias, weight and bias that are given.
+    """dx; with `copies`, path_scale * dx in the compute dtype; then the gradients of norm_weight,
+    norm_bias, weight and bias that `needs` marks.
     """
     params = (norm_weight, norm_bias, param, bias)
     if len(x) == 0:
-        return library.zeros(x, params if needs_params else (), weight.dtype if copies else None)
+        return library.zeros(x, library.marked(params, needs), weight.dtype if copies else None)
     dh = gemm.gemm(dy, weight, weight.new_empty(x.shape))
     norm = (mean, rstd, norm_weight, norm_bias)
-    y_dtype = weight.dtype if needs_params else None
+    y_dtype = weight.dtype if any(needs[2:]) else None
     copy_dtype = weight.dtype if copies else None
     dx, copy, y, norm_rows = layernorm.layernorm_bwd(
-        dh, x, *norm, rms, dx_residual, y_dtype, copy_dtype, path_scale, needs_params
+        dh, x, *norm, rms, dx_residual, y_dtype, copy_dtype, path_scale, any(needs[:2])
     )
     dxs = [dx] if copy is None else [dx, copy]
-    if y is None:
-        return dxs
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
-    dw, db, _, *dnorm = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(dy, y), param, bias, norm=sums)
-    return [*dxs, *(g for g in (*dnorm, dw, db) if g is not None)]
+    dw = db = None
+    if y is not None:
+        dw, db, _, *dnorm = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(dy, y), param, bias, norm=sums)
+    else:
+        dnorm = gemm_dw.reduce_norm(sums)
+    return [*dxs, *library.marked((*(dnorm or (None, None)), dw, db), needs)]
 
 
 def _bwd_fake(
@@ -174,13 +176,13 @@ def _bwd_fake(
     param,
     bias,
     rms,
-    needs_params,
+    needs,
     copies,
     path_scale,
 ):
-    params = (norm_weight, norm_bias, param, bias) if needs_params else ()
+    params = library.marked((norm_weight, norm_bias, param, bias), needs)
     dxs = [x.new_empty(x.shape), *([weight.new_empty(x.shape)] if copies else [])]
-    return [*dxs, *(p.new_empty(p.shape) for p in params if p is not None)]
+    return [*dxs, *(p.new_empty(p.shape) for p in params)]
 
 
 layernorm_linear_fwd = library.register("layernorm_linear_fwd", _fwd_fake)(_fwd)
@@ -209,7 +211,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
         )
         w = weight if weight.dtype == dtype else w
         ctx.save_for_backward(x2, mean, rstd, norm_weight, norm_bias, w, weight, bias)
-        ctx.rms, ctx.wanted = rms, gradient_copy.wanted(x, dtype)
+        ctx.rms, ctx.upstream_request = rms, gradient_copy.find_request(x, dtype)
         ctx.set_materialize_grads(False)
         return library.shaped(out, *x.shape[:-1], len(weight)), x
 
@@ -219,17 +221,14 @@ class LayerNormLinearFunction(torch.autograd.Function):
         if dy is None:
             return dx, *(None,) * 10
         saved = ctx.saved_tensors
-        x2, norm_weight, norm_bias, weight, bias = saved[0], *saved[3:5], *saved[6:]
-        params = (norm_weight, norm_bias, weight, bias)
-        needed = any(ctx.needs_input_grad[1:5])
         residual = None if dx is None else gemm.rows(dx).contiguous()
-        wish = ctx.wanted
-        copy = (wish is not None, None if wish is None else wish.path_scale)
-        dx2, *grads = layernorm_linear_bwd(gemm.rows(dy), residual, *saved, ctx.rms, needed, *copy)
-        dx2 = dx2.view(*dy.shape[:-1], x2.shape[1])
-        if wish is not None:
-            gradient_copy.carry(dx2, grads.pop(0), wish)
-        return dx2, *library.spread(grads, params, needed), *(None,) * 6
+        needs, request = ctx.needs_input_grad[1:5], ctx.upstream_request
+        copy = (request is not None, None if request is None else request.path_scale)
+        dx2, *grads = layernorm_linear_bwd(gemm.rows(dy), residual, *saved, ctx.rms, needs, *copy)
+        dx2 = dx2.view(*dy.shape[:-1], saved[0].shape[1])
+        if request is not None:
+            gradient_copy.attach(dx2, grads.pop(0), request)
+        return dx2, *library.spread(grads, needs), *(None,) * 6
 
 
 def layernorm_linear(

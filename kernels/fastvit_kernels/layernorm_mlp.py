@@ -14,6 +14,7 @@ partial sums), with LayerScale one more (`linear_residual.operands`). Short rows
 that must be cast, except where the norm is folded.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -113,8 +114,8 @@ def _fwd(
         path_scale=path_scale,
         tokens=tokens,
     )
-    told = [t for t in (out_parts, out_copy) if t is not None]
-    return [out, u, mean, rstd, *weights, *told]
+    statistics = [t for t in (out_parts, out_copy) if t is not None]
+    return [out, u, mean, rstd, *weights, *statistics]
 
 
 def _fwd_fake(
@@ -165,7 +166,7 @@ def _bwd(
     eps: float,
     rms: bool,
     activation: str,
-    needs_params: bool,
+    needs: Sequence[bool],
     copies: bool,
     path_scale: Tensor | None,
 ) -> list[Tensor]:
@@ -176,7 +177,8 @@ def _bwd(
     params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
     w_dtype = fc1_weight.dtype
     if len(x) == 0:
-        return library.zeros(x, params if needs_params else (), w_dtype if copies else None)
+        return library.zeros(x, library.marked(params, needs), w_dtype if copies else None)
+    needs_norm, needs_fc = any(needs[:2]), any(needs[2:])
     if u.numel() == 0:
         u = fc1_weight.new_empty((len(x), len(fc1_weight)))
         fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -191,30 +193,33 @@ def _bwd(
     norm = (mean, rstd, norm_weight, norm_bias)
     config = mlp_narrow.config("bwd", x, fc1_weight, fc2_weight)
     if config is not None:
-        fc, options = (fc1_weight, fc2_weight), (rms, activation, needs_params, copies)
+        fc, options = (fc1_weight, fc2_weight), (rms, activation, needs_norm, needs_fc, copies)
         dx, copy, y, norm_rows, du, h = mlp_narrow.mlp_bwd(
             config, dout, g, x, u, *norm, *fc, layer_scale, *options, path_scale
         )
         parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
     else:
-        du, h = torch.empty_like(u), torch.empty_like(u) if needs_params else None
+        du, h = torch.empty_like(u), torch.empty_like(u) if needs_fc else None
         product = operands(g, fc2_weight, fc2_param, layer_scale)
         gemm.gemm(*product, du, epilogue="dgelu", u=u, h=h, activation=activation)
         parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
         del h, g, product
         dh = gemm.gemm(du, fc1_weight, fc1_weight.new_empty(x.shape))
-        dtypes = (w_dtype if wanted else None for wanted in (needs_params, copies))
+        dtypes = (w_dtype if written else None for written in (needs_fc, copies))
         dx, copy, y, norm_rows = layernorm.layernorm_bwd(
-            dh, x, *norm, rms, dout, *dtypes, path_scale, needs_params
+            dh, x, *norm, rms, dout, *dtypes, path_scale, needs_norm
         )
     dxs = [dx] if copy is None else [dx, copy]
-    if y is None or du is None or parts2 is None:
-        return dxs
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
-    first = (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)
-    dfc2_dls = gemm_dw.reduce_slabs(parts2, fc2_param, fc2_bias, layer_scale, first, sums)
-    dfc2, (dw1, db1, *dnorm) = dfc2_dls[:3], dfc2_dls[3:]
-    return [*dxs, *(grad for grad in (*dnorm, dw1, db1, *dfc2) if grad is not None)]
+    dfc1 = dfc2 = (None, None, None)
+    if y is not None and du is not None and parts2 is not None:
+        first = (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)
+        grads = gemm_dw.reduce_slabs(parts2, fc2_param, fc2_bias, layer_scale, first, sums)
+        dfc2, dfc1, dnorm = grads[:3], grads[3:5], grads[5:]
+    else:
+        dnorm = gemm_dw.reduce_norm(sums)
+    grads = (*(dnorm or (None, None)), *dfc1[:2], *dfc2)
+    return [*dxs, *library.marked(grads, needs)]
 
 
 def _bwd_fake(
@@ -236,14 +241,13 @@ def _bwd_fake(
     eps,
     rms,
     activation,
-    needs_params,
+    needs,
     copies,
     path_scale,
 ):
     params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
-    params = params if needs_params else ()
     dxs = [x.new_empty(x.shape), *([fc1_weight.new_empty(x.shape)] if copies else [])]
-    return [*dxs, *(p.new_empty(p.shape) for p in params if p is not None)]
+    return [*dxs, *(p.new_empty(p.shape) for p in library.marked(params, needs))]
 
 
 layernorm_mlp_fwd = library.register("layernorm_mlp_fwd", _fwd_fake)(_fwd)
@@ -279,34 +283,33 @@ class LayerNormMlpFunction(torch.autograd.Function):
         options, keeps = (eps, rms, activation), row_statistics.are_wanted(x2, fc2_weight, dtype)
         vectors = (*branch, parts, copy, tokens)
         saves = (dtype, save_u, backward, out_dtype, keeps)
-        out, u, mean, rstd, w1, w2, *told = layernorm_mlp_fwd(
+        out, u, mean, rstd, w1, w2, *statistics = layernorm_mlp_fwd(
             x2, *norm, *fc, *vectors, *options, *saves
         )
         w1, w2 = (p if p.dtype == dtype else w for p, w in ((fc1_weight, w1), (fc2_weight, w2)))
         fc1, fc2 = (w1, fc1_weight, fc1_bias), (w2, fc2_weight, fc2_bias)
         ctx.save_for_backward(x2, u, mean, rstd, *norm, *fc1, *fc2, *branch)
-        ctx.options, ctx.wanted = options, gradient_copy.wanted(x, dtype)
-        ctx.wants = gradient_copy.want(out, dtype, path_scale)
+        ctx.options, ctx.upstream_request = options, gradient_copy.find_request(x, dtype)
+        ctx.copy_request = gradient_copy.make_request(out, dtype, path_scale)
         out = library.shaped(out, *x.shape)
-        if told:
-            row_statistics.keep(out, *told)
+        if statistics:
+            row_statistics.keep(out, *statistics)
         return out
 
     @staticmethod
     @library.first_order
     def backward(ctx: Any, dout: Tensor) -> Any:
         *saved, path_scale = ctx.saved_tensors
-        needed, wish = any(ctx.needs_input_grad[1:8]), ctx.wanted
-        g = gradient_copy.branch(dout, ctx.wants, saved[6].dtype, path_scale)
+        needs, request = ctx.needs_input_grad[1:8], ctx.upstream_request
+        g = gradient_copy.branch_gradient(dout, ctx.copy_request, saved[6].dtype, path_scale)
         dout2 = gemm.rows(dout).contiguous()
         g = dout2 if g is dout else gemm.rows(g).contiguous()
-        copy = (wish is not None, None if wish is None else wish.path_scale)
-        dx, *grads = layernorm_mlp_bwd(dout2, g, *saved, *ctx.options, needed, *copy)
+        copy = (request is not None, None if request is None else request.path_scale)
+        dx, *grads = layernorm_mlp_bwd(dout2, g, *saved, *ctx.options, needs, *copy)
         dx = dx.view(dout.shape)
-        if wish is not None:
-            gradient_copy.carry(dx, grads.pop(0), wish)
-        params = [*saved[4:6], *saved[7:9], *saved[10:13]]
-        return dx, *library.spread(grads, params, needed), *(None,) * 9
+        if request is not None:
+            gradient_copy.attach(dx, grads.pop(0), request)
+        return dx, *library.spread(grads, needs), *(None,) * 9
 
 
 def layernorm_mlp(

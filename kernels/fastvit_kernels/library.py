@@ -120,19 +120,23 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def marked(tensors: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor]:
+    """The tensors that `needs` marks, without the absent ones."""
+    pairs = zip(tensors, needs, strict=True)
+    return [t for t, needed in pairs if needed and t is not None]
+
+
 def zeros(
     x: torch.Tensor,
-    params: Sequence[torch.Tensor | None],
+    params: Sequence[torch.Tensor],
     copy_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    """Zero gradients for an empty batch: of x, again in copy_dtype if given, then of the params."""
+    """Gradients of an empty batch: of x, in copy_dtype too if given, then of the parameters."""
     copies = [] if copy_dtype is None else [torch.zeros_like(x, dtype=copy_dtype)]
-    return [torch.zeros_like(x), *copies, *(torch.zeros_like(p) for p in params if p is not None)]
+    return [torch.zeros_like(x), *copies, *map(torch.zeros_like, params)]
 
 
-def spread(
-    grads: Sequence[torch.Tensor], params: Sequence[torch.Tensor | None], needed: bool
-) -> list[torch.Tensor | None]:
-    """One gradient per parameter, None for an absent one; all None unless they were needed."""
+def spread(grads: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor | None]:
+    """grads at the places that `needs` marks, None at the others."""
     left = iter(grads)
-    return [next(left) if needed and p is not None else None for p in params]
+    return [next(left) if needed else None for needed in needs]

@@ -11,6 +11,7 @@ Bytes: x, residual and out once, and what `row_statistics` keeps of out; backwar
 once, and the dW slabs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,23 +74,23 @@ def _bwd(
     param: Tensor,
     bias: Tensor | None,
     layer_scale: Tensor | None,
-    needs_params: bool,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    """dx; with needs_params, the gradients of weight and, if given, bias and layer_scale."""
+    """dx, then the gradients of weight, bias and layer_scale that `needs` marks."""
     if len(x) == 0:
-        return library.zeros(x, (param, bias, layer_scale) if needs_params else ())
+        return library.zeros(x, library.marked((param, bias, layer_scale), needs))
     dx = weight.new_empty((len(g), weight.shape[1]))
     gemm.gemm(*operands(g, weight, param, layer_scale), dx)
-    if not needs_params:
+    if not any(needs):
         return [dx]
     grads = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(g, x), param, bias, layer_scale)
-    return [dx, *(grad for grad in grads if grad is not None)]
+    return [dx, *library.marked(grads, needs)]
 
 
-def _bwd_fake(g, x, weight, param, bias, layer_scale, needs_params):
-    params = (param, bias, layer_scale) if needs_params else ()
+def _bwd_fake(g, x, weight, param, bias, layer_scale, needs):
+    params = library.marked((param, bias, layer_scale), needs)
     dx = weight.new_empty((g.shape[0], weight.shape[1]))
-    return [dx, *(p.new_empty(p.shape) for p in params if p is not None)]
+    return [dx, *(p.new_empty(p.shape) for p in params)]
 
 
 linear_residual_fwd = library.register("linear_residual_fwd", _fwd_fake)(_fwd)
@@ -120,23 +121,23 @@ class LinearResidualFunction(torch.autograd.Function):
         residual2 = gemm.rows(residual).contiguous()
         keeps = row_statistics.are_wanted(x2, weight, dtype)
         branch = (layer_scale, path_scale, tokens)
-        out, *kept = linear_residual_fwd(x2, w, bias, residual2, *branch, out_dtype, keeps)
+        out, *statistics = linear_residual_fwd(x2, w, bias, residual2, *branch, out_dtype, keeps)
         ctx.save_for_backward(x2, w, weight, bias, layer_scale, path_scale)
         ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
-        ctx.wants = gradient_copy.want(out, dtype, path_scale)
+        ctx.copy_request = gradient_copy.make_request(out, dtype, path_scale)
         out = library.shaped(out, *residual.shape)
-        if kept:
-            row_statistics.keep(out, *kept)
+        if statistics:
+            row_statistics.keep(out, *statistics)
         return out
 
     @staticmethod
     @library.first_order
     def backward(ctx: Any, dout: Tensor) -> Any:
         *saved, path_scale = ctx.saved_tensors  # checkpointing lets them be read once
-        needed = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
-        g = gradient_copy.branch(dout, ctx.wants, saved[1].dtype, path_scale)
-        dx, *grads = linear_residual_bwd(gemm.rows(g), *saved, needed)
-        dweight, dbias, dscale = library.spread(grads, saved[2:5], needed)
+        needs = [ctx.needs_input_grad[i] for i in (1, 2, 4)]
+        g = gradient_copy.branch_gradient(dout, ctx.copy_request, saved[1].dtype, path_scale)
+        dx, *grads = linear_residual_bwd(gemm.rows(g), *saved, needs)
+        dweight, dbias, dscale = library.spread(grads, needs)
         dx = dx.view(*dout.shape[:-1], dx.shape[1]).to(ctx.x_dtype)
         return dx, dweight, dbias, dout.to(ctx.residual_dtype), dscale, None, None
 

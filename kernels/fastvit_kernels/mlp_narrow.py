@@ -467,21 +467,23 @@ def mlp_bwd(
     layer_scale: Tensor | None,
     rms: bool,
     activation: str,
-    needs_params: bool,
+    needs_norm: bool,
+    needs_fc: bool,
     copies: bool,
     path_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (M, C); path_scale * dx in the compute dtype (with `copies`); and, with needs_params, what
+    """dx (M, C); path_scale * dx in the compute dtype (with `copies`); then what
     the parameters' gradients are computed from: y, the rows (R, 2, C) that add up to dnorm_weight
-    and dnorm_bias (None if there is neither), du and h = GELU(u).
+    and dnorm_bias (None without needs_norm or either), du and h = GELU(u) (y, du and h None without
+    needs_fc).
     """
     M, C = x.shape
     programs = cdiv(M, config.BLOCK_M)
     dx = torch.empty_like(x)
     copy = fc1_weight.new_empty(x.shape) if copies else None
-    y = fc1_weight.new_empty(x.shape) if needs_params else None
-    du, h = (torch.empty_like(u) if needs_params else None for _ in range(2))
-    has_params = needs_params and (norm_weight is not None or norm_bias is not None)
+    y = fc1_weight.new_empty(x.shape) if needs_fc else None
+    du, h = (torch.empty_like(u) if needs_fc else None for _ in range(2))
+    has_params = needs_norm and (norm_weight is not None or norm_bias is not None)
     norm_rows = x.new_empty((programs, 2, C), dtype=torch.float32) if has_params else None
     launch(
         _mlp_narrow_bwd_kernel,

@@ -393,7 +393,7 @@ def _bwd(
     K, dtype = weight[0].numel(), weight.dtype
     inputs = (images, param, bias, pos, prefix)
     if dout.numel() == 0:
-        return [t.new_zeros(t.shape) for t in _marked(inputs, needs)]
+        return [t.new_zeros(t.shape) for t in library.marked(inputs, needs)]
     needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
     dimages = images.new_empty(images.shape) if needs_images else None
     dpos = torch.empty_like(pos) if needs_pos and pos is not None else None
@@ -476,16 +476,12 @@ def _bwd(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return _marked((dimages, dw, db, dpos, dprefix), needs)
-
-
-def _marked(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    pairs = zip(tensors, needs, strict=True)
-    return [t for t, needed in pairs if needed and t is not None]
+    return library.marked((dimages, dw, db, dpos, dprefix), needs)
 
 
 def _bwd_fake(dout, images, weight, param, bias, pos, prefix, needs):
-    return [t.new_empty(t.shape) for t in _marked((images, param, bias, pos, prefix), needs)]
+    inputs = (images, param, bias, pos, prefix)
+    return [t.new_empty(t.shape) for t in library.marked(inputs, needs)]
 
 
 patch_embed_fwd = library.register("patch_embed_fwd", _fwd_fake)(_fwd)
@@ -516,8 +512,8 @@ class PatchEmbedFunction(torch.autograd.Function):
     @library.first_order
     def backward(ctx: Any, dout: Tensor) -> Any:
         needs = ctx.needs_input_grad[:5]
-        grads = iter(patch_embed_bwd(dout.contiguous(), *ctx.saved_tensors, needs))
-        return *(next(grads) if needed else None for needed in needs), None
+        grads = patch_embed_bwd(dout.contiguous(), *ctx.saved_tensors, needs)
+        return *library.spread(grads, needs), None
 
 
 def patch_embed(

@@ -128,7 +128,8 @@ def run(w: Workload) -> None:
     copies = [(False, None)]
     copies += [(True, path_scale)] if w.branch or w.dtype != master else []
     for copy in copies:
-        layernorm_linear._bwd(new(M, 3 * w.dim), x, x, *norm, *qkv, False, True, *copy)
+        for trained in ([True] * 4, [True, True, False, False]):
+            layernorm_linear._bwd(new(M, 3 * w.dim), x, x, *norm, *qkv, False, trained, *copy)
 
     q, k, v = new(w.batch, N, 3, w.heads, D).unbind(2)
     o, lse = attention._fwd(q, k, v, 0.125)
@@ -143,7 +144,7 @@ def run(w: Workload) -> None:
     told: list[Any] = [(None, None), *([(*kept, None)[:2]] if keeps else [])]
     for known in told:
         layernorm_linear._fwd(x, vector, vector, *qkv[1:], *known, 1e-6, False, w.dtype, True)
-    linear_residual._bwd(out, out, proj, proj.to(master), vector, layer_scale, True)
+    linear_residual._bwd(out, out, proj, proj.to(master), vector, layer_scale, [True] * 3)
 
     fc1, fc1_b, fc2 = new(w.mlp_dim, w.dim), new(w.mlp_dim, dtype=master), new(w.dim, w.mlp_dim)
     for act in ("gelu", "gelu_tanh", "quick_gelu"):
@@ -153,7 +154,7 @@ def run(w: Workload) -> None:
             layernorm_mlp._fwd(x, vector, vector, *fc, *branch[:2], *known, *options)
         fc1_saved, fc2_saved = (fc1, fc1.to(master), fc1_b), (fc2, fc2.to(master), vector)
         saved = (x, new(M, w.mlp_dim), *norm, *fc1_saved, *fc2_saved)
-        options = (layer_scale, 1e-6, False, act, True)
+        options = (layer_scale, 1e-6, False, act, [True] * 7)
         for copy in copies:
             layernorm_mlp._bwd(x, out, *saved, *options, *copy)
 

@@ -133,6 +133,7 @@ WRITES = {
         *("dw", "db", "dlayer_scale", "dw2", "db2"),
         *("dnorm_weight", "dnorm_bias"),
     ),
+    "reduce_norm": ("dnorm_weight", "dnorm_bias"),
     "layernorm_bwd": ("dx", "copy", "y", "norm_rows"),
     "mlp_narrow_fwd": ("out", "u", "mean", "rstd"),
     "mlp_narrow_bwd": ("dx", "copy", "y", "du", "h", "norm_rows"),
