@@ -554,6 +554,9 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_fewer_keys_64": Config(32, 176, num_warps=4, num_stages=1),
         # Over 224 keys sm_86 and sm_89, which share this table, have too little shared memory.
         "fwd_resident_64": Config(32, 224, num_warps=4, num_stages=1, maxnreg=255),
+        "fwd_resident_56": Config(32, 224, num_warps=8, num_stages=1),
+        "fwd_resident_48": Config(32, 208, num_warps=4, num_stages=1),
+        "fwd_resident_40": Config(32, 176, num_warps=4, num_stages=1),
         "fwd_resident_32": Config(32, 256, num_warps=4, num_stages=1, maxnreg=168),
         "dq_to_128": Config(64, 32, num_warps=8, num_stages=1),
         "dq_40": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
@@ -630,6 +633,9 @@ ATTENTION: dict[int, dict[str, Config]] = {
     120: _ATTENTION_MMA
     | {
         "fwd_resident_64": Config(32, 224, num_warps=4, num_stages=1),
+        "fwd_resident_56": Config(32, 160, num_warps=8, num_stages=1),
+        "fwd_resident_48": Config(32, 208, num_warps=4, num_stages=1),
+        "fwd_resident_40": Config(32, 176, num_warps=4, num_stages=1, maxnreg=255),
         "fwd_small_72": Config(64, 32, num_warps=8, num_stages=2),
         "fwd_small_88_dropout": Config(32, 32, num_warps=4, num_stages=2),
         "fwd_small_104": Config(32, 32, num_warps=4, num_stages=2),
