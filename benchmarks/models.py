@@ -394,13 +394,13 @@ def _timm(size: Size) -> nn.Module:
         init_values=size.layer_scale,
         num_classes=CLASSES,
     )
-    return _lively(module)
+    return randomize_weights(module)
 
 
 def _fastvit(size: Size) -> nn.Module:
     module = fastvit.ViT(num_classes=CLASSES, **size.arguments())
     if _no_timm():
-        return _lively(module)
+        return randomize_weights(module)
     torch.manual_seed(0)
     module.load_state_dict(_timm(size).state_dict(), strict=True)
     return module
@@ -418,18 +418,20 @@ def _hugging_face(size: Size) -> nn.Module:
         num_labels=CLASSES,
         attn_implementation="sdpa",
     )
-    return _lively(transformers.ViTForImageClassification(config))
+    return randomize_weights(transformers.ViTForImageClassification(config))
 
 
 def _torchvision(size: Size) -> nn.Module:
     vit: Any = import_module("torchvision.models").VisionTransformer
-    return _lively(vit(size.image, size.patch, size.depth, size.heads, size.dim, 4 * size.dim))
+    return randomize_weights(
+        vit(size.image, size.patch, size.depth, size.heads, size.dim, 4 * size.dim)
+    )
 
 
 def _vit_pytorch(size: Size) -> nn.Module:
     vit: Any = import_module("vit_pytorch").ViT
     arguments = {k: v for k, v in size.arguments().items() if k != "layer_scale"}
-    return _lively(vit(num_classes=CLASSES, dim_head=size.dim // size.heads, **arguments))
+    return randomize_weights(vit(num_classes=CLASSES, dim_head=size.dim // size.heads, **arguments))
 
 
 def _torchao(size: Size) -> nn.Module:
@@ -440,7 +442,7 @@ def _torchao(size: Size) -> nn.Module:
 
 
 @torch.no_grad()
-def _lively(module: nn.Module) -> nn.Module:
+def randomize_weights(module: nn.Module) -> nn.Module:
     """Draw zero heads, biases and tiny LayerScales at random: they would hide a wrong branch."""
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1 and not name.endswith("weight"):

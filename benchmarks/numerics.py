@@ -44,7 +44,7 @@ from benchmarks.workloads import SIZES, TOY, Size
 from fastvit.backend import INTERPRET
 
 NOTE = "relative L2."
-IMAGES = 64  # enough rows for LayerNorm to be folded, as in training (`tuned.norm_way`)
+IMAGES = 64  # enough rows for LayerNorm to be folded, as in training (`tuned.norm_placement`)
 STEPS, SEEDS = 300, 5
 
 

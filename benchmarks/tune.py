@@ -67,7 +67,7 @@ BOUNDS = {
 }
 # Configurations that no single step from a line reaches. With two CTAs per SM, the epilogue of one
 # overlaps the main loop of the other, at a third more loads.
-RIVALS = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, tma=True),)}
+ALTERNATIVES = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, tma=True),)}
 TILE = 128 * 256  # largest accumulator, in elements, that fits the registers of one program
 
 
@@ -94,12 +94,12 @@ class Line:
     def using(self, config: Config) -> Iterator[None]:
         entries = self._entries()
         before, entries[self.name] = entries[self.name], config
-        tuned.forget_choices()
+        tuned.clear_choices()
         try:
             yield
         finally:
             entries[self.name] = before
-            tuned.forget_choices()
+            tuned.clear_choices()
 
 
 def lines(arch: int) -> list[Line]:
@@ -125,7 +125,7 @@ def neighbours(line: Line, config: Config) -> list[Config]:
         return []
     found = [Config(0, 0)] if line.table == "MLP_NARROW" else []
     if line.table == "GEMM" and config.tma:
-        found += [rival for rival in RIVALS.get(line.name, ()) if rival != config]
+        found += [rival for rival in ALTERNATIVES.get(line.name, ()) if rival != config]
     extra = ("GROUP_M", "SUBTILES", *(("CTAS",) if getattr(config, "tma", False) else ()))
     for field in FIELDS.get(line.table, TILES + extra):
         value = getattr(config, field)
@@ -177,7 +177,7 @@ class Job:
             return self.case.providers[0].call(*args)  # type: ignore[misc]
 
 
-def judge(
+def evaluate(
     line: Line, config: Config, jobs: Sequence[Job], device: torch.device, seconds: float
 ) -> dict[str, Any]:
     """Check `config` on every job, then time it in turn with the current line; ratio: new / old."""
@@ -230,12 +230,12 @@ def search(
 
     prepare is called with the configurations about to be tried, to compile them in parallel.
     """
-    standing = literal(line.config)
-    if record.get("standing") != standing:  # tuned.py has changed: the ratios are to another line
+    baseline = literal(line.config)
+    if record.get("baseline") != baseline:  # tuned.py has changed: the ratios are to another line
         record.clear()
-        record |= {"standing": standing, "tried": {}, "best": standing, "finished": False}
+        record |= {"baseline": baseline, "tried": {}, "best": baseline, "finished": False}
     tried = record["tried"]
-    tried.setdefault(standing, {"status": "ok", "ratio": 1.0})
+    tried.setdefault(baseline, {"status": "ok", "ratio": 1.0})
     best = parse(record["best"])
     while not record["finished"]:
         around = neighbours(line, best)
@@ -383,7 +383,7 @@ def tune(
     jobs = [Job.of(_with_kernel(every[i]), device) for i in readers]
 
     def try_out(config: Config) -> dict[str, Any]:
-        return judge(line, config, jobs, device, seconds)
+        return evaluate(line, config, jobs, device, seconds)
 
     def side_by_side(configs: list[Config]) -> None:
         if device.type == "cuda":

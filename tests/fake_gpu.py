@@ -160,14 +160,14 @@ if __name__ == "__main__":
     torch.Tensor.data_ptr = data_ptr  # type: ignore[method-assign]
     first = launches()
     kept = len(launch._compiled)
-    again = launches()
+    second = launches()
     assert len(launch._compiled) == kept, "the same launches were not found again"
     recipes = list(replay._recipes.values())
     assert all(type(r) is replay.Recipe for r in recipes), "some launcher has no recipe"
     used: list[Any] = []
-    repeat = replay.Recipe.repeat
-    replay.Recipe.repeat = lambda self, tensors: used.append(self) or repeat(self, tensors)
-    repeated = launches()
+    replay_recipe = replay.Recipe.replay
+    replay.Recipe.replay = lambda self, tensors: used.append(self) or replay_recipe(self, tensors)
+    replayed = launches()
     assert {id(r) for r in used} == {id(r) for r in recipes}, "some recipe was not used"
     # A replacement of JITFunction.run gets every launch, even those cached, and none is cached.
     seen: list[Any] = []
@@ -180,7 +180,7 @@ if __name__ == "__main__":
         setattr(module, "launch", tritons)  # noqa: B010
     replay.run = lambda launcher, args: launcher(*args)
     expected = launches()
-    for made_so in (first, again, repeated):
+    for made_so in (first, second, replayed):
         assert made_so == expected, next(
             pair for pair in zip(made_so, expected, strict=True) if pair[0] != pair[1]
         )

@@ -26,7 +26,7 @@ class Truth:
     grads: Mapping[str, Tensor]
 
 
-def liven(model: Any, std: float = 0.2) -> Any:
+def randomize_weights(model: Any, std: float = 0.2) -> Any:
     """Random weights large enough that every part matters to the output; in eval mode."""
     for p in model.parameters():
         nn.init.normal_(p, std=std)

@@ -75,7 +75,7 @@ def test_narrow_model() -> None:
 @pytest.mark.parametrize("way", ["fold", "row"])
 def test_model_of_products(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One launch per GEMM, with LayerNorm folded and by the row kernel."""
-    monkeypatch.setattr(tuned, "norm_way", lambda *_: way)
+    monkeypatch.setattr(tuned, "norm_placement", lambda *_: way)
     monkeypatch.setattr(tuned, "mlp_narrow", lambda *_: None)
     check_model(lambda: model(1, layer_scale=0.5, drop_path=0.5).train(), CPU)
 

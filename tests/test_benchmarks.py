@@ -285,7 +285,7 @@ def test_search_climbs_resumes_and_keeps_to_its_time() -> None:
 def test_a_product_through_tma_meets_its_rivals() -> None:
     line = tune.Line("GEMM", 90, "tma_wide")
     around = tune.neighbours(line, line.config)
-    assert set(tune.RIVALS["tma_wide"]) < set(around)
+    assert set(tune.ALTERNATIVES["tma_wide"]) < set(around)
 
 
 @pytest.mark.parametrize("config", [LINE.config, tune.Config(64, 32, 16, 8, 3, SUBTILES=2)])
@@ -295,16 +295,16 @@ def test_a_line_is_printed_as_it_is_written(config: tune.Config) -> None:
 
 def test_a_wrong_candidate_is_not_timed() -> None:
     case = bench_attention.case(CPU, 1, 17, 1, 16, torch.float32, backward=False)
-    standing, wrong = LINE.config, tune.Config(16, 16, 16)
+    baseline, wrong = LINE.config, tune.Config(16, 16, 16)
 
     def op(qkv: torch.Tensor) -> torch.Tensor:
         return reference.attention_qkv(qkv) * (1.01 if LINE.config == wrong else 1.0)
 
     job = tune.Job.of(replace(case, providers=[Provider("ours", op)]), CPU)
-    found = tune.judge(LINE, wrong, [job], CPU, 0.0)
+    found = tune.evaluate(LINE, wrong, [job], CPU, 0.0)
     assert found["status"] == "failed parity" and "ratio" not in found
-    right = tune.judge(LINE, tune.Config(32, 32, 32), [job], CPU, 0.0)
-    assert right["status"] == "ok" and right["ratio"] > 0 and LINE.config == standing
+    right = tune.evaluate(LINE, tune.Config(32, 32, 32), [job], CPU, 0.0)
+    assert right["status"] == "ok" and right["ratio"] > 0 and LINE.config == baseline
 
 
 def test_which_lines_a_workload_reads() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import check, close, liven, truth
+from peers import check, close, randomize_weights, truth
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def test_torchvision(hidden: int | None, tmp_path: Path) -> None:
 
     common: dict[str, Any] = dict(patch_size=8, num_layers=2, num_heads=2, hidden_dim=32)
     common.update(mlp_dim=64, num_classes=5, representation_size=hidden)
-    theirs = liven(tv.VisionTransformer(image_size=32, **common))
+    theirs = randomize_weights(tv.VisionTransformer(image_size=32, **common))
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
     ours: Any = fastvit.load_checkpoint(tmp_path / "tv.pth", heads=2, dynamic_img_size=True)
     assert ours.load_report.dialect == "torchvision"
@@ -56,7 +56,7 @@ def test_vit_pytorch_where_a_standard_vit_can_hold_it(tmp_path: Path) -> None:
     from vit_pytorch.vit_with_patch_dropout import ViT
 
     common: dict[str, Any] = dict(image_size=32, patch_size=8, num_classes=5, dim=32, depth=2)
-    theirs = liven(ViT(**common, heads=2, dim_head=24, mlp_dim=48, channels=4))
+    theirs = randomize_weights(ViT(**common, heads=2, dim_head=24, mlp_dim=48, channels=4))
     torch.save(theirs.state_dict(), tmp_path / "vp.pth")
     ours: Any = fastvit.load_checkpoint(tmp_path / "vp.pth", heads=2, channels=4)
     assert ours.load_report.dialect == "vit-pytorch" and ours.config["dim_head"] == 24
@@ -87,7 +87,7 @@ def test_vit_pytorch_where_it_cannot(tmp_path: Path) -> None:
 def saved(tmp_path: Path) -> Path:
     """A narrow ViT saved by timm's hub export: 9 classes, 3 channels, 32 x 32 pixels."""
     timm: Any = pytest.importorskip("timm")
-    model = liven(timm.create_model("vit_tiny_patch16_224", **NARROW, num_classes=9))
+    model = randomize_weights(timm.create_model("vit_tiny_patch16_224", **NARROW, num_classes=9))
     args = {**NARROW, "num_classes": 9}
     timm.models.save_for_hf(model, tmp_path / "saved", model_args=args, safe_serialization="both")
     return tmp_path / "saved"
@@ -123,7 +123,7 @@ def test_adapts_as_timm_does_and_says_so(
     assert loaded.num_classes == args["num_classes"]
     assert any(said.replace("\\", "") in line for line in loaded.load_report.adapted)
     assert any(said.replace("\\", "") in record.getMessage() for record in caplog.records)
-    put: Any = liven(fastvit.create_model("vit_tiny_patch16_224", **args))
+    put: Any = randomize_weights(fastvit.create_model("vit_tiny_patch16_224", **args))
     before = {k: v.clone() for k, v in put.state_dict().items()}
     report = put.load_weights(saved)
     assert report is put.load_report and report.adapted
@@ -148,7 +148,7 @@ def test_a_head_of_two_layers_for_other_classes(dialect: str) -> None:
     assert other.num_classes == 9 and other.config["head_hidden_dim"] == hidden
     size = whole.default_cfg["input_size"]
     assert other(torch.randn(1, *size)).shape == (1, 9)
-    put = liven(fastvit.ViT(**other.config))
+    put = randomize_weights(fastvit.ViT(**other.config))
     before = {k: v.clone() for k, v in put.head.state_dict().items()}
     assert "head: left as it was, for 9 classes" in put.load_weights(source).adapted
     assert all(torch.equal(v, before[k]) for k, v in put.head.state_dict().items())
@@ -210,7 +210,7 @@ def test_positions_with_and_without_cls() -> None:
     """Tables with and without rows for prefix tokens convert either way, to the same output."""
     images = torch.randn(2, 3, 32, 32)
     for alone in (False, True):
-        theirs: Any = liven(fastvit.ViT(**OURS, registers=2, no_embed_class=alone))
+        theirs: Any = randomize_weights(fastvit.ViT(**OURS, registers=2, no_embed_class=alone))
         ours = fastvit.ViT(**OURS, registers=2, no_embed_class=not alone).eval()
         ours.load_weights(fastvit.export_checkpoint(theirs, "timm"))
         close("output", ours(images), theirs(images))
@@ -390,7 +390,7 @@ def test_as_many_positions_as_the_named_grid_has_are_copied() -> None:
 def test_a_state_dict_of_the_same_model_is_copied(options: dict[str, Any]) -> None:
     """The model's arguments decide the grid and RoPE where keys and shapes leave them open."""
     first, second = (fastvit.ViT(**{**OURS, **options}).double() for _ in range(2))
-    report = liven(second).load_weights(liven(first).state_dict())
+    report = randomize_weights(second).load_weights(randomize_weights(first).state_dict())
     assert not report.adapted
     for name, tensor in second.state_dict().items():
         assert torch.equal(tensor, first.state_dict()[name]), name
@@ -627,7 +627,7 @@ def test_shards_are_joined(tmp_path: Path) -> None:
     hf: Any = pytest.importorskip("transformers")
     config = hf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     config.intermediate_size, config.image_size, config.patch_size = 64, 32, 8
-    theirs = liven(hf.ViTModel(config))
+    theirs = randomize_weights(hf.ViTModel(config))
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     ours: Any = fastvit.load_checkpoint(tmp_path)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peers import check, close, liven, truth
+from peers import check, close, randomize_weights, truth
 from torch import Tensor
 
 import fastvit
@@ -90,7 +90,7 @@ def run(case: Case, model: Any, images: Tensor, any_size: bool = True) -> Any:
 @pytest.mark.parametrize("old_names", [True, False], ids=["hub keys", "live keys"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_loads_what_save_pretrained_wrote(case: Case, old_names: bool, tmp_path: Path) -> None:
-    theirs = liven(case.model())
+    theirs = randomize_weights(case.model())
     theirs.save_pretrained(tmp_path, save_original_format=old_names)
     ours = fastvit.load_checkpoint(tmp_path, dynamic_img_size=True)
     channels, size = getattr(theirs.config, "num_channels", 3), theirs.config.image_size
@@ -116,7 +116,7 @@ EXPORTED = {name: case for name, case in CASES.items() if name != "ijepa"}
 @pytest.mark.parametrize("case", EXPORTED.values(), ids=EXPORTED)
 def test_exports_to_what_from_pretrained_reads(case: Case, tmp_path: Path) -> None:
     """from_pretrained gives the peer's outputs again; load_checkpoint gives bitwise our weights."""
-    theirs = liven(case.model())
+    theirs = randomize_weights(case.model())
     theirs.save_pretrained(tmp_path / "a")
     ours = fastvit.load_checkpoint(tmp_path / "a")
     fastvit.export_checkpoint(ours, "hf", tmp_path / "b")
@@ -159,7 +159,7 @@ def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> No
         ({"pre_norm": True, "image_size": (16, 32)}, r"images of \(16, 32\) or patches of"),
         ({"pre_norm": True, "mlp": "swiglu_packed"}, "CLIPVisionModel .* mlp 'swiglu_packed'"),
     ):
-        model = liven(fastvit.ViT(**{**narrow, **options}))
+        model = randomize_weights(fastvit.ViT(**{**narrow, **options}))
         with pytest.raises(UsageError, match=message):
             fastvit.export_checkpoint(model, "hf", tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -173,7 +173,7 @@ def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> No
         ({"mlp": "swiglu_packed", "pool": "map"}, "this pool 'map', .* a packed SwiGLU"),
         ({"rope": "eva", "qkv_bias": "qv", "pool": "map"}, "this pool 'map', with RoPE"),
     ):
-        model = liven(fastvit.ViT(**{**narrow, **options}))
+        model = randomize_weights(fastvit.ViT(**{**narrow, **options}))
         with pytest.raises(UsageError, match=message):
             fastvit.export_checkpoint(model, "timm", tmp_path / "out")
     with pytest.raises(UsageError, match=r"dialect must be one of .*, got 'onnx'"):
@@ -186,11 +186,11 @@ def test_dinov2_takes_no_oblong_positions(registers: int, tmp_path: Path) -> Non
     narrow: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, patch_size=8)
     narrow.update(layer_scale=1.0, num_classes=0, registers=registers)
     for sizes in ({"image_size": (16, 64)}, {"image_size": 32, "patch_size": (4, 16)}):
-        model = liven(fastvit.ViT(**{**narrow, **sizes}))
+        model = randomize_weights(fastvit.ViT(**{**narrow, **sizes}))
         with pytest.raises(UsageError, match=r"an oblong table of \(\d, \d\) positions"):
             fastvit.export_checkpoint(model, "hf", tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    ours = liven(fastvit.ViT(**narrow, image_size=(16, 32)))
+    ours = randomize_weights(fastvit.ViT(**narrow, image_size=(16, 32)))
     ours.set_input_size((32, 32))
     fastvit.export_checkpoint(ours, "hf", tmp_path / "out")
     name = "Dinov2WithRegistersModel" if registers else "Dinov2Model"
@@ -203,7 +203,7 @@ def test_export_writes_the_biases_that_transformers_has_in_any_case(tmp_path: Pa
     bare: dict[str, Any] = dict(proj_bias=False, mlp_bias=False, patch_bias=False, qkv_bias=False)
     sizes: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, image_size=32, patch_size=8)
     for name, options in (("ViTModel", {}), ("CLIPVisionModel", {"pre_norm": True})):
-        ours = liven(fastvit.ViT(**{**sizes, **bare, **options}, num_classes=0))
+        ours = randomize_weights(fastvit.ViT(**{**sizes, **bare, **options}, num_classes=0))
         fastvit.export_checkpoint(ours, "hf", tmp_path / name)
         theirs, info = getattr(hf, name).from_pretrained(tmp_path / name, output_loading_info=True)
         assert not [k for k in info["missing_keys"] if "pooler.dense" not in k]
@@ -228,7 +228,9 @@ def patchified(images: Tensor, patch: int) -> dict[str, Tensor]:
 def test_siglip2(tmp_path: Path) -> None:
     """The NaFlex tower: patches projected by a Linear, one position table for all grids."""
     size = {k: v for k, v in VIT.items() if k != "image_size"}
-    theirs = liven(hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**size, num_patches=16)))
+    theirs = randomize_weights(
+        hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**size, num_patches=16))
+    )
     theirs.save_pretrained(tmp_path)
     ours = fastvit.load_checkpoint(tmp_path)
     assert ours.load_report.dialect == "hf siglip2"
@@ -251,13 +253,13 @@ def test_siglip2_classifier_and_whole_clip(tmp_path: Path) -> None:
     config = hf.Siglip2Config(
         vision_config=dict(tower, num_patches=16), text_config=text, num_labels=5
     )
-    theirs = liven(hf.Siglip2ForImageClassification(config))
+    theirs = randomize_weights(hf.Siglip2ForImageClassification(config))
     theirs.save_pretrained(tmp_path / "siglip2")
     ours = fastvit.load_checkpoint(tmp_path / "siglip2")
     images = torch.randn(2, 3, 40, 24)
     close("logits", ours(images), theirs(**patchified(images, 8)).logits)
     config = hf.CLIPConfig(vision_config=VIT, text_config=text, projection_dim=7)
-    theirs = liven(hf.CLIPModel(config))
+    theirs = randomize_weights(hf.CLIPModel(config))
     theirs.save_pretrained(tmp_path / "clip")
     ours = fastvit.load_checkpoint(tmp_path / "clip")
     assert any("text_model" in key for key in ours.load_report.dropped)
@@ -265,16 +267,16 @@ def test_siglip2_classifier_and_whole_clip(tmp_path: Path) -> None:
     vision = theirs.vision_model(images).pooler_output
     close("embedding", ours(images), theirs.visual_projection(vision))
     config = hf.CLIPConfig(vision_config=VIT, text_config=text, num_labels=5)
-    theirs = liven(hf.CLIPForImageClassification(config))
+    theirs = randomize_weights(hf.CLIPForImageClassification(config))
     theirs.save_pretrained(tmp_path / "clip classifier")
     ours = fastvit.load_checkpoint(tmp_path / "clip classifier")
     close("logits", ours(images), theirs(images).logits)
     config = hf.SiglipConfig(vision_config=VIT, text_config=text, num_labels=5)
-    theirs = liven(hf.SiglipForImageClassification(config))
+    theirs = randomize_weights(hf.SiglipForImageClassification(config))
     theirs.save_pretrained(tmp_path / "siglip classifier")
     ours = fastvit.load_checkpoint(tmp_path / "siglip classifier")
     close("logits", ours(images), theirs(images).logits)
-    theirs = liven(hf.SiglipModel(config))
+    theirs = randomize_weights(hf.SiglipModel(config))
     theirs.save_pretrained(tmp_path / "siglip")
     ours = fastvit.load_checkpoint(tmp_path / "siglip")
     close("embedding", ours(images), theirs.vision_model(images).pooler_output)
@@ -292,7 +294,7 @@ def test_timm_ours_hf_ours_timm_is_bit_exact(tmp_path: Path) -> None:
         ("vit_base_patch16_clip_quickgelu_224", 32, {"num_classes": 7}),
         ("vit_base_patch16_dinov3_qkvb", 32, {}),
     ):
-        theirs = liven(timm.create_model(name, img_size=size, **narrow, **options))
+        theirs = randomize_weights(timm.create_model(name, img_size=size, **narrow, **options))
         if name.endswith("clip_quickgelu_224"):  # CLIP's projection has no bias
             torch.nn.init.zeros_(theirs.head.bias)
         torch.save(theirs.state_dict(), tmp_path / "timm.pth")
@@ -309,7 +311,7 @@ def test_the_config_of_one_of_two_models(tmp_path: Path) -> None:
     text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     decoder = hf.BertConfig(**text, vocab_size=9, is_decoder=True, add_cross_attention=True)
     encoder = hf.ViTModel(hf.ViTConfig(**VIT, layer_norm_eps=1e-3))
-    theirs = liven(
+    theirs = randomize_weights(
         hf.VisionEncoderDecoderModel(encoder=encoder, decoder=hf.BertLMHeadModel(decoder))
     )
     theirs.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import Truth, check, close, liven, truth
+from peers import Truth, check, close, randomize_weights, truth
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,7 +60,7 @@ def run(model: Any, images: Tensor) -> Truth:
 def test_loads_what_timm_saved(name: str, tmp_path: Path) -> None:
     """The folder that timm pushes to the hub, at its native size, a larger and an oblong one."""
     args = narrow(name, dynamic_img_size=True)
-    theirs = liven(timm.create_model(name, **args), std=0.1)
+    theirs = randomize_weights(timm.create_model(name, **args), std=0.1)
     timm.models.save_for_hf(theirs, tmp_path, model_args=args)
     ours = fastvit.load_checkpoint(tmp_path)
     assert ours.load_report.dialect == "timm" and not ours.load_report.adapted
@@ -74,7 +74,9 @@ def test_loads_what_timm_saved(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 def test_timm_reads_our_export(name: str, tmp_path: Path) -> None:
-    ours = liven(fastvit.create_model(name, **narrow(name, dynamic_img_size=True)), std=0.1)
+    ours = randomize_weights(
+        fastvit.create_model(name, **narrow(name, dynamic_img_size=True)), std=0.1
+    )
     state = fastvit.export_checkpoint(ours, "timm", tmp_path)
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert theirs.state_dict().keys() == state.keys()
@@ -100,7 +102,7 @@ def test_arguments_without_a_preset_go_to_timm_and_back(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     sizes: dict[str, Any] = dict(dim=32, depth=2, heads=2, mlp_dim=64, image_size=32, patch_size=8)
-    ours = liven(fastvit.ViT(**sizes, num_classes=5, **options))
+    ours = randomize_weights(fastvit.ViT(**sizes, num_classes=5, **options))
     fastvit.export_checkpoint(ours, "timm", tmp_path)
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
@@ -133,7 +135,7 @@ def test_the_architecture_comes_from_the_shapes(tmp_path: Path) -> None:
     """From a state dict alone, as .pth, .safetensors or inside a training script's checkpoint."""
     for name in ("vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_dinov3"):
         args = narrow(name)
-        theirs = liven(timm.create_model(name, **args), std=0.1)
+        theirs = randomize_weights(timm.create_model(name, **args), std=0.1)
         state = theirs.state_dict()
         images = torch.randn(2, 3, args["img_size"], args["img_size"])
         torch.save(state, tmp_path / "bare.pth")
@@ -157,7 +159,7 @@ def test_the_architecture_comes_from_the_shapes(tmp_path: Path) -> None:
 
 def test_real_size_and_heads_from_the_shapes(tmp_path: Path) -> None:
     """ViT-Ti/16 from its tensors alone: 3 heads of 64 and the 7 classes are inferred."""
-    theirs = liven(timm.create_model("vit_tiny_patch16_224", num_classes=7), std=0.05)
+    theirs = randomize_weights(timm.create_model("vit_tiny_patch16_224", num_classes=7), std=0.05)
     torch.save(theirs.state_dict(), tmp_path / "tiny.pth")
     ours = fastvit.load_checkpoint(tmp_path / "tiny.pth")
     assert ours.config["heads"] == 3 and ours.num_classes == 7
@@ -178,7 +180,7 @@ def test_no_model_of_timm_loads_as_something_else(tmp_path: Path) -> None:
     for name in unknown_to_us():
         args: dict[str, Any] = dict(embed_dim=64, depth=2, num_heads=2, num_classes=5)
         try:
-            theirs = liven(timm.create_model(name, **args), std=0.1)
+            theirs = randomize_weights(timm.create_model(name, **args), std=0.1)
         except AssertionError:  # grouped-query attention, which depth=2 does not fit
             continue
         theirs.head.weight.data.normal_()
@@ -221,7 +223,7 @@ def test_models_that_only_look_alike_are_refused(tmp_path: Path) -> None:
 
 def test_radio_has_no_final_norm(tmp_path: Path) -> None:
     args: dict[str, Any] = dict(embed_dim=64, depth=1, num_heads=2, img_size=64)
-    theirs = liven(timm.create_model("vit_base_patch16_radio_v3", **args), std=0.1)
+    theirs = randomize_weights(timm.create_model("vit_base_patch16_radio_v3", **args), std=0.1)
     timm.models.save_for_hf(theirs, tmp_path, model_args=args)
     ours = fastvit.load_checkpoint(tmp_path)
     images = torch.randn(1, 3, 64, 64)
@@ -231,7 +233,7 @@ def test_radio_has_no_final_norm(tmp_path: Path) -> None:
 def test_a_preset_settles_what_keys_alone_would_leave_to_guess(tmp_path: Path) -> None:
     """norm_pre alone suggests CLIP, with norm_eps 1e-5; the preset in the config says 1e-6."""
     args = narrow("vit_tiny_patch16_224", pre_norm=True)
-    theirs = liven(timm.create_model("vit_tiny_patch16_224", **args))
+    theirs = randomize_weights(timm.create_model("vit_tiny_patch16_224", **args))
     timm.models.save_for_hf(theirs, tmp_path, model_args=args)
     ours = fastvit.load_checkpoint(tmp_path)
     assert ours.config["norm_eps"] == 1e-6

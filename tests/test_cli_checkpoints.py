@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import close, liven
+from peers import close, randomize_weights
 
 import fastvit
 from fastvit.cli import main
@@ -23,7 +23,7 @@ NARROW: dict[str, Any] = dict(dim=32, depth=2, heads=2, mlp_dim=64, image_size=3
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A narrow ViT as a bare .pth, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    model = liven(fastvit.ViT(**NARROW, num_classes=5))
+    model = randomize_weights(fastvit.ViT(**NARROW, num_classes=5))
     torch.save(model.state_dict(), "vit.pth")
     return tmp_path / "vit.pth"
 
@@ -147,7 +147,9 @@ def test_the_names_of_the_classes_go_along(file: Path, capsys: pytest.CaptureFix
 
 def test_our_own_runs_are_checkpoints_too(file: Path, capsys: pytest.CaptureFixture) -> None:
     """The output of `fastvit train`, config included, loads by file and by folder."""
-    model = liven(fastvit.ViT(**{**NARROW, "image_size": (16, 32)}, rope="dinov3", num_classes=4))
+    model = randomize_weights(
+        fastvit.ViT(**{**NARROW, "image_size": (16, 32)}, rope="dinov3", num_classes=4)
+    )
     mean = [0.1, 0.2, 0.3]
     save_checkpoint("run/model.safetensors", model, mean=mean, std=mean)
     images = torch.randn(2, 3, 16, 32)

@@ -26,10 +26,10 @@ def folds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
     launch_it = gemm.launch
     way: Callable = lambda M, N, compute: "load" if compute == torch.float32 else "fold"  # noqa: E731
-    monkeypatch.setattr(tuned, "norm_way", way)
+    monkeypatch.setattr(tuned, "norm_placement", way)
     monkeypatch.setattr(gemm, "launch", launch)
     if request.param == "pointers":
-        monkeypatch.setattr(gemm, "tma_takes", lambda *tensors: False)
+        monkeypatch.setattr(gemm, "tma_compatible", lambda *tensors: False)
     return made
 
 
@@ -170,6 +170,6 @@ def test_what_is_folded() -> None:
 
 def test_where_it_is_chosen() -> None:
     """For 16-bit products with so many rows that rewriting the weight is cheap."""
-    assert tuned.norm_way(256 * 197, 3072, torch.bfloat16) == "fold"
-    assert tuned.norm_way(197, 3072, torch.bfloat16) == "row"
-    assert tuned.norm_way(256 * 197, 3072, torch.float32) == "load"
+    assert tuned.norm_placement(256 * 197, 3072, torch.bfloat16) == "fold"
+    assert tuned.norm_placement(197, 3072, torch.bfloat16) == "row"
+    assert tuned.norm_placement(256 * 197, 3072, torch.float32) == "load"

@@ -19,7 +19,7 @@ def tiny(**kwargs) -> fastvit.ViT:
     return fastvit.ViT(**{**TINY, **kwargs})
 
 
-def liven(model: nn.Module) -> None:
+def randomize_weights(model: nn.Module) -> None:
     """Random weights large enough that every part of the model matters to its output."""
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
@@ -42,7 +42,7 @@ def timm_twin(**kwargs):
         reg_tokens=kwargs.get("registers", 0),
         global_pool={"cls": "token", "mean": "avg"}[kwargs.get("pool", "cls")],
     )
-    liven(theirs)
+    randomize_weights(theirs)
     ours = tiny(**kwargs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
@@ -151,7 +151,7 @@ def test_reference_block_passes_gradcheck_in_float64() -> None:
 def test_whole_model_on_the_kernels(dtype: torch.dtype, device: torch.device) -> None:
     """Logits, loss and every parameter's gradient of a tiny ViT against float64."""
     model = tiny(layer_scale=0.5, registers=2)
-    liven(model)
+    randomize_weights(model)
     model.to(dtype)
     images, labels = torch.randn(2, 3, 16, 16).to(dtype), torch.tensor([3, 7])
 

@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def lively(**options: Any) -> fastvit.ViT:
+def random_vit(**options: Any) -> fastvit.ViT:
     model = fastvit.ViT(**{**TINY, **options})
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
@@ -83,7 +83,7 @@ def same(got: list[Any], expected: list[Any]) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_logits_and_gradients_are_those_of_all_tokens(options: dict[str, Any]) -> None:
-    model = lively(**options).double()
+    model = random_vit(**options).double()
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     assert rows(model) == 1
     expected = outcome(model, functools.partial(full, model), images)
@@ -91,7 +91,7 @@ def test_logits_and_gradients_are_those_of_all_tokens(options: dict[str, Any]) -
 
 
 def test_other_sizes_checkpointing_recompute_and_frozen_parameters() -> None:
-    model = lively(dynamic_img_size=True, drop_path=0.5).double()
+    model = random_vit(dynamic_img_size=True, drop_path=0.5).double()
     images = torch.randn(3, 3, 24, 8, dtype=torch.float64)
     expected = outcome(model, functools.partial(full, model), images)
     model.set_mlp_recompute()
@@ -106,7 +106,7 @@ def test_other_sizes_checkpointing_recompute_and_frozen_parameters() -> None:
 
 
 def test_autocast() -> None:
-    model = lively(layer_scale=0.3)
+    model = random_vit(layer_scale=0.3)
     images = torch.randn(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = model(images), full(model, images)
@@ -128,7 +128,7 @@ HOOKS: dict[str, Callable[[Any, Any], Any]] = {
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("name", ["blocks.1", "blocks.1.attn", "blocks.1.mlp", "norm"])
 def test_hooks_see_all_tokens(kind: str, name: str) -> None:
-    model = lively()
+    model = random_vit()
     seen: list[torch.Size] = []
     handle = HOOKS[kind](model.get_submodule(name), lambda t: seen.append(t.shape))
     model(torch.randn(2, 3, 16, 16)).sum().backward()
@@ -139,7 +139,7 @@ def test_hooks_see_all_tokens(kind: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "blocks.0", "norm_pre", "head_drop", "head"])
 def test_hooks_elsewhere_cost_nothing(name: str) -> None:
-    model = lively()
+    model = random_vit()
     handle = model.get_submodule(name).register_forward_hook(lambda *args: None)
     assert rows(model) == 1
     handle.remove()
@@ -147,7 +147,7 @@ def test_hooks_elsewhere_cost_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_global_hooks_see_all_tokens(kind: str) -> None:
-    model = lively()
+    model = random_vit()
     register = getattr(torch_module, f"register_module_{kind}_hook")
     seen: dict[nn.Module, torch.Size] = {}
 
@@ -180,7 +180,7 @@ def test_subclasses_and_patches_see_all_tokens() -> None:
         def get_classifier(self) -> nn.Module:
             return self.head
 
-    plain = lively()
+    plain = random_vit()
     for kind, expected in (
         (Features, plain.forward_head(2 * plain.forward_features(images))),
         (Pooled, plain.head(plain.forward_features(images).mean(dim=1))),
@@ -208,7 +208,7 @@ def test_subclasses_and_patches_see_all_tokens() -> None:
         ("blocks.1.mlp", "forward"),
         ("norm", "forward"),
     ):
-        model = lively()
+        model = random_vit()
         patched(model.get_submodule(name), method)
         model(images)
         assert seen.pop() == (2, TOKENS, 32)
@@ -223,31 +223,31 @@ class Mixing(Mlp):
 
 def test_modules_of_the_users_own_see_all_tokens() -> None:
     images = torch.randn(2, 3, 16, 16)
-    model = lively()
+    model = random_vit()
     model.blocks[-1].mlp = Mixing(32, 48)
     torch.testing.assert_close(model(images), full(model, images))
-    model = lively()
+    model = random_vit()
     model.blocks.append(nn.Identity())
     model.blocks[-1].forward = lambda input: input + input.mean(dim=1, keepdim=True)  # type: ignore
     torch.testing.assert_close(model(images), full(model, images))
-    model = lively()
+    model = random_vit()
     model.norm = nn.BatchNorm1d(TOKENS)  # type: ignore[assignment]
     torch.testing.assert_close(model(images), full(model, images))
-    model = lively()
+    model = random_vit()
     model.blocks = nn.Sequential()
     torch.testing.assert_close(model(images), full(model, images))
 
 
 def test_other_pools_and_dropout_in_training_take_all_tokens() -> None:
     for pool in ("mean", "max", "avgmax", "cls_mean", "none"):
-        assert rows(lively(pool=pool)) == TOKENS
-    model, images = lively(pool="map"), torch.randn(2, 3, 16, 16)
+        assert rows(random_vit(pool=pool)) == TOKENS
+    model, images = random_vit(pool="map"), torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(model(images), full(model, images))
     for rate in ("proj_dropout", "mlp_dropout"):
-        model = lively(**{rate: 0.1})
+        model = random_vit(**{rate: 0.1})
         assert rows(model) == TOKENS
         assert rows(model.eval()) == 1
-    model = lively()
+    model = random_vit()
     model.reset_classifier(3, "avg")
     assert rows(model) == TOKENS
     model.reset_classifier(3, "token")
@@ -257,7 +257,7 @@ def test_other_pools_and_dropout_in_training_take_all_tokens() -> None:
 @pytest.mark.parametrize("mlp", ["mlp", "swiglu"])
 def test_flops_are_what_one_vector_takes(mlp: str) -> None:
     """The last block's projection and MLP run on 1 token, not 17; backward costs twice forward."""
-    model = lively(mlp=mlp, dim_head=24)
+    model = random_vit(mlp=mlp, dim_head=24)
     per_vector = 2 * (32 * 2 * 24 + (3 if mlp == "swiglu" else 2) * 32 * 48)
     counts = []
     for run in (functools.partial(full, model), model):
@@ -273,7 +273,7 @@ def test_flops_are_what_one_vector_takes(mlp: str) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_graphs_hold_cls_alone_behind_the_last_attention(training: bool) -> None:
-    model = lively(rope="eva", layer_scale=0.3, drop_path=0.2).train(training)
+    model = random_vit(rope="eva", layer_scale=0.3, drop_path=0.2).train(training)
     model.set_grad_checkpointing(training)
     images = torch.randn(3, 3, 16, 16)
     graphs: list[torch.fx.GraphModule] = []
@@ -300,7 +300,7 @@ def test_exports_with_a_dynamic_batch(backend: str, device: torch.device) -> Non
     images = torch.randn(5, 3, 16, 16, device=device)
     with fastvit.use_backend(backend):
         for options in ({"rope": "eva"}, {"mlp": "swiglu", "norm": "rmsnorm"}):
-            model = lively(depth=1, **options).to(device).eval()
+            model = random_vit(depth=1, **options).to(device).eval()
             program = export(model, images[:3]).module()
             for n in (1, 5):
                 torch.testing.assert_close(program(images[:n]), model(images[:n]))
@@ -364,7 +364,7 @@ def test_kernels_take_the_first_row_of_each_image(
 def test_kernels_give_the_gradients_of_all_tokens(
     options: dict[str, Any], device: torch.device
 ) -> None:
-    model = lively(depth=1, registers=1, layer_scale=0.3, drop_path=0.0, **options).to(device)
+    model = random_vit(depth=1, registers=1, layer_scale=0.3, drop_path=0.0, **options).to(device)
     images, labels = torch.randn(3, 3, 16, 16, device=device), torch.arange(3, device=device)
     found = []
     for run in (functools.partial(full, model), model):

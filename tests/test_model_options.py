@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import Truth, check, close, liven, truth
+from peers import Truth, check, close, randomize_weights, truth
 from torch import Tensor, nn
 
 import fastvit
@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def twins(**options: Any) -> tuple[Any, Any]:
     args = {**NARROW, **options}
-    theirs = liven(timm.models.VisionTransformer(**args))
+    theirs = randomize_weights(timm.models.VisionTransformer(**args))
     ours: Any = fastvit.create_model("vit_tiny_patch16_224", **args).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
@@ -156,7 +156,7 @@ def test_both_forms_of_rope_against_timms_eva() -> None:
         args = {**NARROW, "dynamic_img_size": True, "use_rot_pos_emb": True, **options}
         if name == "dinov3":
             args = {"rope_temperature": 50.0, "init_values": 1.0, **args}
-        theirs: Any = liven(eva(**args))
+        theirs: Any = randomize_weights(eva(**args))
         base = "vit_small_patch16_dinov3_qkvb" if name == "dinov3" else "eva02_small_patch14_224"
         # The arguments in which the preset differs from the defaults of Eva's constructor.
         said: dict[str, Any] = {"use_abs_pos_emb": True, "num_reg_tokens": 0, "qkv_bias": True}

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peers import liven
+from peers import randomize_weights
 from torch import Tensor, nn
 from torchvision_shim import install
 
@@ -22,7 +22,7 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def twins(kind: str) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    peer: Any = liven(timm.create_model(NAMES[kind], **SMALL, num_classes=5))
+    peer: Any = randomize_weights(timm.create_model(NAMES[kind], **SMALL, num_classes=5))
     own: Any = fastvit.create_model(NAMES[kind], **SMALL, num_classes=5).eval()
     own.load_weights(peer.state_dict())
     return peer, own

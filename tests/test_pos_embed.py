@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import liven
+from peers import randomize_weights
 from torch import Tensor
 from torchvision_shim import install
 
@@ -29,7 +29,7 @@ RULES = {
 
 
 def twins() -> tuple[Any, Any]:
-    theirs = liven(timm.create_model(NAME, **SMALL))
+    theirs = randomize_weights(timm.create_model(NAME, **SMALL))
     ours: Any = fastvit.create_model(NAME, **SMALL).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours

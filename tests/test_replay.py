@@ -34,15 +34,15 @@ class Checked:
 
     def __call__(self, launcher: Callable[..., Any], args: tuple) -> Any:
         done = launcher(*args)
-        key, tensors = replay._facts(launcher, args)
+        key, tensors = replay._cache_key(launcher, args)
         if key is None:
             return done
-        again, recipe = replay.watched(launcher, args, tensors)
+        recorded, recipe = replay.record(launcher, args, tensors)
         assert recipe is not None, f"{launcher.__module__} cannot be repeated"
         assert not _held(recipe)
         others = [t for t in elsewhere(args) if isinstance(t, Tensor)]
-        repeated = recipe.repeat(others)
-        for got in (again, repeated):
+        repeated = recipe.replay(others)
+        for got in (recorded, repeated):
             assert type(got) is type(done)
             torch.testing.assert_close(got, done, rtol=0, atol=0, equal_nan=True, check_stride=True)
         modes = [t.is_inference() for r in (done, repeated) for t in _flat(r)]
@@ -87,7 +87,7 @@ def test_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In training, and in inference mode."""
-    monkeypatch.setattr(tuned, "norm_way", lambda *_: way)
+    monkeypatch.setattr(tuned, "norm_placement", lambda *_: way)
     vit = model(1, layer_scale=0.5, drop_path=0.5).train().to(device, dtype)
     images = torch.randn(3, 3, 16, 16).to(device, dtype)
     with fastvit.use_backend("triton"), torch.autocast(device.type, torch.bfloat16, autocast):
@@ -130,7 +130,7 @@ def scale(x: Tensor, factor: Tensor, by: float) -> list[Tensor]:
 def how(launcher: Callable[..., Any], *args: Any) -> str:
     """Whether `replay` "ran" or "repeated" launcher(*args), whose result is checked."""
     before = len(runs)
-    got = replay.repeat(launcher, args)
+    got = replay.replay(launcher, args)
     way = "ran" if len(runs) > before else "repeated"
     torch.testing.assert_close(got, launcher(*args), rtol=0, atol=0, check_stride=True)
     return way
@@ -162,16 +162,18 @@ def test_the_third_call_is_repeated(device: torch.device) -> None:
     assert how(scale, new(4, 8), new(2, 4), 2.0) == "repeated"
     with torch.inference_mode():
         assert three(x, factor, 2.0) == expected
-    tuned.forget_choices()
+    tuned.clear_choices()
     assert three(x, factor, 2.0) == expected
 
 
 def test_compiled_ops_are_repeated(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile passes lists for tuples."""
     repeats: list[replay.Recipe] = []
-    again = replay.Recipe.repeat
-    monkeypatch.setattr(replay, "run", replay.repeat)
-    monkeypatch.setattr(replay.Recipe, "repeat", lambda r, t: repeats.append(r) or again(r, t))
+    replay_recipe = replay.Recipe.replay
+    monkeypatch.setattr(replay, "run", replay.replay)
+    monkeypatch.setattr(
+        replay.Recipe, "replay", lambda r, t: repeats.append(r) or replay_recipe(r, t)
+    )
     images, weight = torch.randn(2, 3, 8, 8, device=device), torch.randn(16, 3, 4, 4, device=device)
     compiled = torch.compile(ops.patch_embed, backend="aot_eager", fullgraph=True)
     grads = []
@@ -206,16 +208,16 @@ def test_tensors_are_let_go_after_their_last_use(device: torch.device) -> None:
         second.copy_(first)
         return second.mul(2)
 
-    _, recipe = replay.watched(launcher, (x := torch.randn(4, device=device),), [x])
+    _, recipe = replay.record(launcher, (x := torch.randn(4, device=device),), [x])
     assert recipe is not None
     names = [type(step).__name__ for step in recipe.steps]
-    add, end = "Call", "LastUse"
+    add, end = "Call", "Release"
     assert names == [add, add, end, "Allocation", "Call", end, "Call", end]
-    assert torch.equal(recipe.repeat([x + 1]), 2 * (x + 2))
+    assert torch.equal(recipe.replay([x + 1]), 2 * (x + 2))
 
 
 def test_so_many_recipes_are_kept(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "MOST", 2)
+    monkeypatch.setattr(replay, "MAX_RECIPES", 2)
     for n in range(4, 9):
         how(scale, torch.randn(4, n, device=device), torch.randn(4, device=device), 2.0)
         assert len(replay._recipes) <= 2

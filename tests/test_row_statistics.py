@@ -27,7 +27,7 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     fold_it = layernorm_fold.layernorm_fold
     way: Callable = lambda M, N, compute: "load" if compute == torch.float32 else "fold"  # noqa: E731
-    monkeypatch.setattr(tuned, "norm_way", way)
+    monkeypatch.setattr(tuned, "norm_placement", way)
     monkeypatch.setattr(layernorm_fold, "layernorm_fold", fold)
     return told
 
@@ -156,7 +156,7 @@ def test_pieces(C: int, dtype: torch.dtype, device: torch.device) -> None:
     w, residual = w.to(dtype), torch.randn(M, C, device=device) + 5
     for out_dtype in (dtype, torch.float32):
         out = torch.empty(M, C, device=device, dtype=out_dtype)
-        parts, copy = row_statistics.room(a, w, out)
+        parts, copy = row_statistics.allocate(a, w, out)
         parts.fill_(float("nan"))
         gemm.gemm(a, w.t(), out, epilogue="residual", residual=residual, copy=copy, parts=parts)
         width = 1 << (-(-C // len(parts)) - 1).bit_length()
@@ -232,6 +232,6 @@ def test_nothing_outlives_its_tensor(folds: list[bool]) -> None:
 
 
 def test_few_rows_are_not_told_of() -> None:
-    assert tuned.keeps_rows(256 * 197, 768, torch.bfloat16)
-    assert not tuned.keeps_rows(8 * 197, 768, torch.bfloat16)
-    assert not tuned.keeps_rows(256 * 197, 768, torch.float32)
+    assert tuned.keeps_row_statistics(256 * 197, 768, torch.bfloat16)
+    assert not tuned.keeps_row_statistics(8 * 197, 768, torch.bfloat16)
+    assert not tuned.keeps_row_statistics(256 * 197, 768, torch.float32)

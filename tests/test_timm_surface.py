@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import close, liven
+from peers import close, randomize_weights
 
 import fastvit
 from fastvit.errors import UsageError
@@ -34,7 +34,7 @@ def twins(name: str, **more: Any) -> tuple[Any, Any]:
     """timm's model and ours, narrow, on a grid of 4 x 4, with the same weights."""
     patch = 14 if "patch14" in name else 16
     args = {**NARROW, "img_size": 4 * patch, **more}
-    theirs = liven(timm.create_model(name, **args))
+    theirs = randomize_weights(timm.create_model(name, **args))
     ours: Any = fastvit.create_model(name, **args).eval()
     ours.load_weights(theirs.state_dict())
     assert not ours.load_report.adapted

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from einops.layers.torch import Rearrange
-from peers import close, liven
+from peers import close, randomize_weights
 from torch import nn
 
 import fastvit
@@ -26,7 +26,7 @@ def twins() -> tuple[Any, Any]:
     patches = Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=8, p2=8)
     theirs.to_patch_embedding = nn.Sequential(patches, nn.Identity(), nn.Linear(192, 32))
     theirs.pos_embedding = nn.Parameter(torch.empty(1, 17, 32))
-    theirs = liven(theirs)
+    theirs = randomize_weights(theirs)
     names = {"to_patch_embedding.2": "to_patch_embedding.1", "transformer.norm": "mlp_head.0"}
     names["mlp_head"] = "mlp_head.1"
     state = {}

@@ -85,7 +85,7 @@ def round_up(n: int, pieces: int, largest: int) -> int:
     return n
 
 
-@tuned.choice
+@tuned.memoized
 def plan_fwd(
     heads: int,
     N: int,
@@ -114,7 +114,7 @@ def plan_fwd(
     return Launch(_attention_fwd_kernel, _programs(N, sizes, "M", ragged), sizes, config)
 
 
-@tuned.choice
+@tuned.memoized
 def plan_bwd(
     heads: int,
     N: int,
@@ -220,7 +220,7 @@ def strides_divisor(*tensors: Tensor) -> int:
     return 8 if all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1]) else 1
 
 
-def near(t: Tensor) -> Tensor:
+def with_int32_offsets(t: Tensor) -> Tensor:
     """t, copied if its heads or channels are so far apart that their offsets overflow 32 bits. The
     kernels use 32-bit offsets there: 64-bit ones cost some of them a quarter more registers.
     """
@@ -284,7 +284,7 @@ def _fwd(
     lse = q.new_empty((B, H, N), dtype=torch.float32)
     if q.numel() == 0:
         return o, lse
-    q, k, v = near(q), near(k), near(v)
+    q, k, v = map(with_int32_offsets, (q, k, v))
     at = _layout(q, lengths, cu_seqlens, max_seqlen)
     plan = plan_fwd(*_plan_facts(q, at, dropout))
     strides = (*at.strides(q), *at.strides(k), *at.strides(v))
@@ -333,7 +333,12 @@ def _bwd_into(
     if q.numel() == 0:
         return
     H = q.shape[2]
-    q, k, v, do = near(q), near(k), near(v), near(do)
+    q, k, v, do = (
+        with_int32_offsets(q),
+        with_int32_offsets(k),
+        with_int32_offsets(v),
+        with_int32_offsets(do),
+    )
     at = _layout(q, lengths, cu_seqlens, max_seqlen)
     plans = plan_bwd(*_plan_facts(q, at, dropout))
     strides = [at.strides(t) for t in (q, k, v, do)]
@@ -428,7 +433,7 @@ class AttentionFunction(torch.autograd.Function):
         return o
 
     @staticmethod
-    @library.first_order
+    @library.no_double_backward
     def backward(ctx: Any, do: Tensor) -> Any:
         *saved, lengths, seed = ctx.saved_tensors
         grads = attention_bwd(do, *saved, ctx.scale, lengths, None, 0, ctx.dropout, seed)
@@ -454,7 +459,7 @@ class AttentionQKVFunction(torch.autograd.Function):
         return o
 
     @staticmethod
-    @library.first_order
+    @library.no_double_backward
     def backward(ctx: Any, do: Tensor) -> Any:
         *saved, lengths, cu_seqlens, seed = ctx.saved_tensors
         sequences = (lengths, cu_seqlens, ctx.max_seqlen)

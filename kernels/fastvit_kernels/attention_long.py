@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastvit_kernels.attention_tiles import (
+    broadcast_rows,
     dot_rows,
     dot_tile,
     dropout_of,
@@ -28,7 +29,6 @@ from fastvit_kernels.attention_tiles import (
     rows_of,
     scale_tile,
     sequence_of,
-    spread,
     store_tile,
     zero_tile,
 )
@@ -60,17 +60,17 @@ def _fwd_keys(
     k = load_tile(k_rows, offs_n, keys, MASK_N, D, ALIGN)
     s = dot_rows(q, k, PRECISION, T)
     if MASK_N:
-        s = tl.where(spread(offs_n < keys, not T), s, float("-inf"))
+        s = tl.where(broadcast_rows(offs_n < keys, not T), s, float("-inf"))
     new_shift = tl.maximum(shift, tl.max(s, axis=0 if T else 1))
     # Avoid -inf - -inf in rows whose scores are all -inf so far.
     finite = tl.where(new_shift == float("-inf"), 0.0, new_shift)
-    p = exp2((s - spread(finite, T)) * scale_log2)
+    p = exp2((s - broadcast_rows(finite, T)) * scale_log2)
     alpha = exp2((shift - finite) * scale_log2)
     row_sum = row_sum * alpha + tl.sum(p, axis=0 if T else 1)
     if len(drop):
         p = tl.where(keep_mask(drop, offs_m, n, BLOCK_N, T), p, 0.0)
     v = load_tile(v_rows, offs_n, keys, MASK_N, D, ALIGN)
-    acc = dot_tile(scale_tile(acc, spread(alpha, T)), p, v, PRECISION, T)
+    acc = dot_tile(scale_tile(acc, broadcast_rows(alpha, T)), p, v, PRECISION, T)
     return acc, new_shift, row_sum
 
 
@@ -129,7 +129,7 @@ def _fwd_rows(
         inverse = tl.where(keys > 0, inverse, 0.0)
     if len(drop):
         inverse *= drop[2]
-    acc = finish_tile(acc, spread(inverse, T), T)
+    acc = finish_tile(acc, broadcast_rows(inverse, T), T)
     store_tile(o_rows, acc, offs_m, N, MASK_M, D, ALIGN)
     lse = shift + tl.log2(row_sum) / scale_log2
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < N)

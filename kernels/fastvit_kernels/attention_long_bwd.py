@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastvit_kernels.attention_tiles import (
+    broadcast_rows,
     dot_rows,
     dot_tile,
     dropout_of,
@@ -28,7 +29,6 @@ from fastvit_kernels.attention_tiles import (
     row_dots,
     rows_of,
     sequence_of,
-    spread,
     store_tile,
     zero_tile,
 )
@@ -60,13 +60,13 @@ def _dq_keys(
     offs_n = n + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, keys, MASK_N, D, ALIGN)
     v = load_tile(v_rows, offs_n, keys, MASK_N, D, ALIGN)
-    p = exp2((dot_rows(q, k, PRECISION, T) - spread(lse, T)) * scale_log2)
+    p = exp2((dot_rows(q, k, PRECISION, T) - broadcast_rows(lse, T)) * scale_log2)
     if MASK_N:
-        p = tl.where(spread(offs_n < keys, not T), p, 0.0)
+        p = tl.where(broadcast_rows(offs_n < keys, not T), p, 0.0)
     dp = dot_rows(do, v, PRECISION, T)
     if len(drop):
         dp = tl.where(keep_mask(drop, offs_m, n, BLOCK_N, T), dp * drop[2], 0.0)
-    ds = p * (dp - spread(delta, T))
+    ds = p * (dp - broadcast_rows(delta, T))
     return dot_tile(dq, ds, k, PRECISION, T)
 
 
@@ -156,9 +156,9 @@ def _dkv_rows(
     else:
         delta = row_dots(load_tile(o_rows, offs_m, N, MASK_M, D, ALIGN), do)
     # Keys x queries: p and ds are then the left operands of dV and dK, still in registers.
-    p = exp2((dot_rows(k, q, PRECISION, T) - spread(lse, not T)) * scale_log2)
+    p = exp2((dot_rows(k, q, PRECISION, T) - broadcast_rows(lse, not T)) * scale_log2)
     if MASK_N:
-        p = tl.where(spread(mask_n, T), p, 0.0)
+        p = tl.where(broadcast_rows(mask_n, T), p, 0.0)
     kept = p
     if len(drop):
         keep = keep_mask(drop, offs_m, n, BLOCK_N, not T)
@@ -167,7 +167,7 @@ def _dkv_rows(
     dp = dot_rows(v, do, PRECISION, T)
     if len(drop):
         dp = tl.where(keep, dp * drop[2], 0.0)
-    ds = p * (dp - spread(delta, not T))
+    ds = p * (dp - broadcast_rows(delta, not T))
     dk = dot_tile(dk, ds, q, PRECISION, T)
     return dk, dv
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import library, tuned
-from fastvit_kernels.attention import near, strides_divisor
+from fastvit_kernels.attention import strides_divisor, with_int32_offsets
 from fastvit_kernels.attention_tiles import dot_rows, load_tile, rows_of
 from fastvit_kernels.common import LOG2E, exp2
 from fastvit_kernels.gemm import precision
@@ -101,7 +101,7 @@ def _maps(q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float) 
     maps = q.new_empty((B, H, R, N), dtype=torch.float32)
     if maps.numel() == 0:
         return maps
-    q, k = near(q), near(k)
+    q, k = with_int32_offsets(q), with_int32_offsets(k)
     blocks = cdiv(R, _BLOCK_R)
     splits = tuned.attention_maps_splits(B * H * blocks, cdiv(N, _BLOCK_N), q.device.index)
     launch(

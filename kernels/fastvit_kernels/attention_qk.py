@@ -29,20 +29,22 @@ from fastvit_kernels.attention import (
     _scale,
     attention_fwd,
     draw_seed,
-    near,
     strides_divisor,
+    with_int32_offsets,
 )
 from fastvit_kernels.gemm import vectors
 from fastvit_kernels.launch import cdiv, launch
 
 
 @triton.jit
-def _load_pairs(ptrs, stride_d, mask_t, PAIRS: tl.constexpr, D: tl.constexpr, JOINED: tl.constexpr):
+def _load_pairs(
+    ptrs, stride_d, mask_t, PAIRS: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr
+):
     """Load rows of D channels as two float32 (rows, PAIRS): first and second of each pair.
 
     JOINED: pairs are neighbours, 2 i and 2 i + 1; else i and i + D / 2.
     """
-    if JOINED:
+    if INTERLEAVED:
         offs_d = tl.arange(0, 2 * PAIRS)
         mask = mask_t[:, None] & (offs_d < D)[None, :]
         x = tl.load(ptrs[:, None] + offs_d[None, :] * stride_d, mask=mask, other=0.0)
@@ -56,9 +58,11 @@ def _load_pairs(ptrs, stride_d, mask_t, PAIRS: tl.constexpr, D: tl.constexpr, JO
 
 
 @triton.jit
-def _store_pairs(ptrs, a, b, mask_t, PAIRS: tl.constexpr, D: tl.constexpr, JOINED: tl.constexpr):
+def _store_pairs(
+    ptrs, a, b, mask_t, PAIRS: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr
+):
     a, b = a.to(ptrs.dtype.element_ty), b.to(ptrs.dtype.element_ty)
-    if JOINED:
+    if INTERLEAVED:
         offs_d = tl.arange(0, 2 * PAIRS)
         x = tl.reshape(tl.join(a, b), [a.shape[0], 2 * PAIRS])
         tl.store(ptrs[:, None] + offs_d[None, :], x, mask=mask_t[:, None] & (offs_d < D)[None, :])
@@ -81,13 +85,13 @@ def _load_angles(
 
 
 @triton.jit
-def _load_param(ptr, other, PAIRS: tl.constexpr, D: tl.constexpr, JOINED: tl.constexpr):
+def _load_param(ptr, other, PAIRS: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr):
     """A (D,) vector, or `other` if ptr is None, as two float32 (1, PAIRS) like `_load_pairs`."""
     offs_p = tl.arange(0, PAIRS)
     a = tl.full([PAIRS], other, tl.float32)
     b = a
     if ptr is not None:
-        first, second = (2 * offs_p, 2 * offs_p + 1) if JOINED else (offs_p, offs_p + D // 2)
+        first, second = (2 * offs_p, 2 * offs_p + 1) if INTERLEAVED else (offs_p, offs_p + D // 2)
         a = tl.load(ptr + first, mask=offs_p < D // 2, other=0.0).to(tl.float32)
         b = tl.load(ptr + second, mask=offs_p < D // 2, other=0.0).to(tl.float32)
     return a[None, :], b[None, :]
@@ -129,7 +133,7 @@ def _attention_qk_fwd_kernel(
     heads_per_program,
     eps,
     NORM: tl.constexpr,
-    JOINED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PAIRS: tl.constexpr,
     D: tl.constexpr,
@@ -143,24 +147,24 @@ def _attention_qk_fwd_kernel(
     if cos_ptr is not None:
         cos, sin = _load_angles(cos_ptr, sin_ptr, stride_cos, b, n, first, mask_t, PAIRS, D)
     if which == 0:
-        w_a, w_b = _load_param(q_weight_ptr, 1.0, PAIRS, D, JOINED)
-        bias_a, bias_b = _load_param(q_bias_ptr, 0.0, PAIRS, D, JOINED)
+        w_a, w_b = _load_param(q_weight_ptr, 1.0, PAIRS, D, INTERLEAVED)
+        bias_a, bias_b = _load_param(q_bias_ptr, 0.0, PAIRS, D, INTERLEAVED)
     else:
-        w_a, w_b = _load_param(k_weight_ptr, 1.0, PAIRS, D, JOINED)
-        bias_a, bias_b = _load_param(k_bias_ptr, 0.0, PAIRS, D, JOINED)
+        w_a, w_b = _load_param(k_weight_ptr, 1.0, PAIRS, D, INTERLEAVED)
+        bias_a, bias_b = _load_param(k_bias_ptr, 0.0, PAIRS, D, INTERLEAVED)
     x_offs = b * stride_xb + n.to(tl.int64) * stride_xn + which * stride_xs
     y_offs = (offs_t.to(tl.int64) * 2 + which) * H * D
     start = pid_g * heads_per_program
     for h in range(start, tl.minimum(start + heads_per_program, H)):
         x_ptrs = x_ptr + tl.multiple_of(x_offs + h * stride_xh, ALIGN)
-        x_a, x_b = _load_pairs(x_ptrs, stride_xd, mask_t, PAIRS, D, JOINED)
+        x_a, x_b = _load_pairs(x_ptrs, stride_xd, mask_t, PAIRS, D, INTERLEAVED)
         if NORM is not None:
             x_a, x_b, _ = _normalize(x_a, x_b, eps, NORM, PAIRS, D)
             x_a, x_b = x_a * w_a + bias_a, x_b * w_b + bias_b
         if cos_ptr is not None:
             x_a, x_b = x_a * cos - x_b * sin, x_b * cos + x_a * sin
         y_ptrs = y_ptr + tl.multiple_of(y_offs + h * D, 8)
-        _store_pairs(y_ptrs, x_a, x_b, mask_t, PAIRS, D, JOINED)
+        _store_pairs(y_ptrs, x_a, x_b, mask_t, PAIRS, D, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=["T", "N", "H", "first", "heads_per_program", "blocks_per_program"])
@@ -186,7 +190,7 @@ def _attention_qk_bwd_kernel(
     blocks_per_program,
     eps,
     NORM: tl.constexpr,
-    JOINED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PAIRS: tl.constexpr,
     D: tl.constexpr,
@@ -198,9 +202,9 @@ def _attention_qk_bwd_kernel(
     """
     pid_t, pid_g, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if which == 0:
-        w_a, w_b = _load_param(q_weight_ptr, 1.0, PAIRS, D, JOINED)
+        w_a, w_b = _load_param(q_weight_ptr, 1.0, PAIRS, D, INTERLEAVED)
     else:
-        w_a, w_b = _load_param(k_weight_ptr, 1.0, PAIRS, D, JOINED)
+        w_a, w_b = _load_param(k_weight_ptr, 1.0, PAIRS, D, INTERLEAVED)
     dw_a = tl.zeros([BLOCK_T, PAIRS], tl.float32)
     dw_b, db_a, db_b = dw_a, dw_a, dw_a
     begin = pid_t * blocks_per_program * BLOCK_T
@@ -215,12 +219,12 @@ def _attention_qk_bwd_kernel(
         dy_offs = (offs_t.to(tl.int64) * 3 + which) * H * D
         for h in range(start, tl.minimum(start + heads_per_program, H)):
             dy_ptrs = dy_ptr + tl.multiple_of(dy_offs + h * D, 8)
-            dy_a, dy_b = _load_pairs(dy_ptrs, 1, mask_t, PAIRS, D, JOINED)
+            dy_a, dy_b = _load_pairs(dy_ptrs, 1, mask_t, PAIRS, D, INTERLEAVED)
             if cos_ptr is not None:
                 dy_a, dy_b = dy_a * cos + dy_b * sin, dy_b * cos - dy_a * sin
             if NORM is not None:
                 x_ptrs = x_ptr + tl.multiple_of(x_offs + h * stride_xh, ALIGN)
-                x_a, x_b = _load_pairs(x_ptrs, stride_xd, mask_t, PAIRS, D, JOINED)
+                x_a, x_b = _load_pairs(x_ptrs, stride_xd, mask_t, PAIRS, D, INTERLEAVED)
                 x_a, x_b, rstd = _normalize(x_a, x_b, eps, NORM, PAIRS, D)
                 dw_a, dw_b = dw_a + dy_a * x_a, dw_b + dy_b * x_b
                 db_a, db_b = db_a + dy_a, db_b + dy_b
@@ -231,10 +235,12 @@ def _attention_qk_bwd_kernel(
                     mean = (tl.sum(dy_a + dy_b, axis=1) / D)[:, None]
                     x_a, x_b = x_a + mean, x_b + mean
                 dy_a, dy_b = (dy_a - x_a) * rstd, (dy_b - x_b) * rstd
-            _store_pairs(dy_ptrs, dy_a, dy_b, mask_t, PAIRS, D, JOINED)
+            _store_pairs(dy_ptrs, dy_a, dy_b, mask_t, PAIRS, D, INTERLEAVED)
     if NORM is not None:
         offs_p = tl.arange(0, PAIRS)
-        first_d, second_d = (2 * offs_p, 2 * offs_p + 1) if JOINED else (offs_p, offs_p + D // 2)
+        first_d, second_d = (
+            (2 * offs_p, 2 * offs_p + 1) if INTERLEAVED else (offs_p, offs_p + D // 2)
+        )
         row = pid_t * tl.num_programs(1) + pid_g
         dparams_ptr += (row * 2 + which) * 2 * D
         mask = offs_p < D // 2
@@ -266,7 +272,7 @@ def _arguments(
     first = N if cos is None else N - cos.shape[-2]
     constants = {
         "NORM": norm,
-        "JOINED": interleaved and cos is not None,
+        "INTERLEAVED": interleaved and cos is not None,
         "BLOCK_T": config.BLOCK_M,
         "PAIRS": config.BLOCK_N,
         "D": D,
@@ -293,7 +299,7 @@ def _fwd(
     y = qkv.new_empty((B, N, 2, H, D))
     if y.numel() == 0:
         return y
-    qkv = near(qkv)
+    qkv = with_int32_offsets(qkv)
     sizes, constants = _arguments(qkv, cos, norm, interleaved)
     blocks = cdiv(B * N, constants["BLOCK_T"])
     groups = tuned.attention_qk_groups(blocks, H, qkv.device.index)
@@ -334,7 +340,7 @@ def _bwd_in_place(
     dparams = qkv.new_zeros((4, D) if norm else (0, D), dtype=torch.float32)
     if qkv.numel() == 0:
         return dparams
-    qkv = near(qkv)
+    qkv = with_int32_offsets(qkv)
     sizes, constants = _arguments(qkv, cos, norm, interleaved)
     blocks = cdiv(B * N, constants["BLOCK_T"])
     groups = tuned.attention_qk_groups(blocks, H, qkv.device.index)
@@ -438,7 +444,7 @@ class AttentionQKFunction(torch.autograd.Function):
         return o
 
     @staticmethod
-    @library.first_order
+    @library.no_double_backward
     def backward(ctx: Any, do: Tensor) -> Any:
         dqkv, sums = attention_qk_bwd(do, *ctx.saved_tensors, *ctx.options)
         grads = (None if t is None else s.to(t) for t, s in zip(ctx.dtypes, sums, strict=False))

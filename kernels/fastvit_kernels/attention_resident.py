@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastvit_kernels.attention_tiles import (
+    broadcast_rows,
     dot_rows,
     dot_tile,
     finish_tile,
@@ -25,7 +26,6 @@ from fastvit_kernels.attention_tiles import (
     piece_size,
     row_dots,
     rows_of,
-    spread,
     store_tile,
     zero_tile,
 )
@@ -69,16 +69,16 @@ def _fwd_rows(
     for i in tl.static_range(len(k)):
         s = dot_rows(q, k[i], PRECISION, T)
         if i == len(k) - 1:
-            s = tl.where(spread(piece_offsets(KEYS, 128, i) < N, not T), s, float("-inf"))
+            s = tl.where(broadcast_rows(piece_offsets(KEYS, 128, i) < N, not T), s, float("-inf"))
         scores = scores + (s,)
         row_max = tl.maximum(row_max, tl.max(s, axis=0 if T else 1))
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = zero_tile(BLOCK_M, D, T)
     for i in tl.static_range(len(k)):
-        p = exp2((scores[i] - spread(row_max, T)) * scale_log2)
+        p = exp2((scores[i] - broadcast_rows(row_max, T)) * scale_log2)
         row_sum += tl.sum(p, axis=0 if T else 1)
         acc = dot_tile(acc, p, v[i], PRECISION, T)
-    acc = finish_tile(acc, spread(1.0 / row_sum, T), T)
+    acc = finish_tile(acc, broadcast_rows(1.0 / row_sum, T), T)
     store_tile(o_rows, acc, offs_m, N, MASK_M, D, ALIGN)
     lse = row_max + tl.log2(row_sum) / scale_log2
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < N)
@@ -155,11 +155,11 @@ def _bwd_tile(
 ):
     """Add the contribution of one query tile and one key tile to dk, dv and dq."""
     # Keys x queries: p and ds are then the left operands of dV and dK, still in registers.
-    p = exp2((dot_rows(k, q, PRECISION, T) - spread(lse, not T)) * scale_log2)
+    p = exp2((dot_rows(k, q, PRECISION, T) - broadcast_rows(lse, not T)) * scale_log2)
     if MASK_N:
-        p = tl.where(spread(mask_n, T), p, 0.0)
+        p = tl.where(broadcast_rows(mask_n, T), p, 0.0)
     dv = dot_tile(dv, p, do, PRECISION, T)
-    ds = p * (dot_rows(v, do, PRECISION, T) - spread(delta, not T))
+    ds = p * (dot_rows(v, do, PRECISION, T) - broadcast_rows(delta, not T))
     ds = ds.to(q[0].dtype)
     dk = dot_tile(dk, ds, q, PRECISION, T)
     if T:

@@ -124,7 +124,7 @@ def zero_tile(ROWS: tl.constexpr, D: tl.constexpr, TRANS: tl.constexpr = False):
 
 
 @triton.jit
-def spread(row, TRANS: tl.constexpr):
+def broadcast_rows(row, TRANS: tl.constexpr):
     """One number per row of a block (per column, with TRANS), ready to broadcast over it."""
     if TRANS:
         return row[None, :]
@@ -134,7 +134,7 @@ def spread(row, TRANS: tl.constexpr):
 
 @triton.jit
 def scale_tile(tile, factor):
-    """tile * factor: a scalar, or one value per row, shaped by `spread`."""
+    """tile * factor: a scalar, or one value per row, shaped by `broadcast_rows`."""
     out = ()
     for i in tl.static_range(len(tile)):
         out = out + (tile[i] * factor,)

@@ -18,11 +18,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def eights(n, EIGHTS: tl.constexpr):
+def multiple_of_8(n, BY_8: tl.constexpr):
     """n; with EIGHTS, as a value that the compiler knows to be a multiple of 8. Triton detects only
     multiples of 16 itself, and else loads and stores rows element by element.
     """
-    if EIGHTS:
+    if BY_8:
         n = n // 8 * 8
     return n
 
@@ -133,7 +133,7 @@ def _issue(INSTRUCTION: tl.constexpr):
 
 
 @triton.jit
-def sleep_later_half(NANOSECONDS: tl.constexpr):
+def stagger_programs(NANOSECONDS: tl.constexpr):
     """Delay the second half of a grid's programs. Otherwise two persistent programs on one SM run
     in lockstep: both multiply, then both store.
     """
@@ -150,7 +150,7 @@ def sleep_later_half(NANOSECONDS: tl.constexpr):
 
 
 @triton.jit
-def wait_for_products():
+def wait_for_wgmma():
     """Wait for the wgmmas that Triton leaves in flight into the next loop iteration (sm_90 only).
     Otherwise ptxas serializes them where the next iteration starts with new accumulators.
     """

@@ -35,12 +35,12 @@ from fastvit_kernels import tuned
 from fastvit_kernels.common import (
     dgelu,
     dot,
-    eights,
     gelu,
-    sleep_later_half,
+    multiple_of_8,
+    stagger_programs,
     tile_order,
 )
-from fastvit_kernels.launch import by_eights, cdiv, launch
+from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def _gemm_kernel(
     EXACT: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -226,11 +226,15 @@ def _gemm_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):
-    N, K, stride_am = eights(N, EIGHTS), eights(K, EIGHTS), eights(stride_am, EIGHTS)
+    N, K, stride_am = (
+        multiple_of_8(N, BY_8),
+        multiple_of_8(K, BY_8),
+        multiple_of_8(stride_am, BY_8),
+    )
     if B_TRANSPOSED:
-        stride_bn = eights(stride_bn, EIGHTS)
+        stride_bn = multiple_of_8(stride_bn, BY_8)
     else:
-        stride_bk = eights(stride_bk, EIGHTS)
+        stride_bk = multiple_of_8(stride_bk, BY_8)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = tile_order(tl.program_id(0), num_m, num_n, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -314,7 +318,7 @@ def _gemm_tma_kernel(
     EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -325,11 +329,11 @@ def _gemm_tma_kernel(
     """B_TRANSPOSED: b is stored as (N, K), as a weight is in forward. TMA loads zeros past the
     edges.
     """
-    N, K = eights(N, EIGHTS), eights(K, EIGHTS)
+    N, K = multiple_of_8(N, BY_8), multiple_of_8(K, BY_8)
     tl.assume(K > 0)  # else the flattened loop is compiled twice, once for K == 0
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     if STAGGER:
-        sleep_later_half(STAGGER)
+        stagger_programs(STAGGER)
     matrices = (c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr)
     out = (matrices, (bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr))
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
@@ -392,7 +396,7 @@ def vectors(*given: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in given]
 
 
-def tma_takes(*tensors: Tensor) -> bool:
+def tma_compatible(*tensors: Tensor) -> bool:
     """Whether TMA can address the matrices: 16-bit, unit column stride, base and row stride aligned
     to 16 bytes.
     """
@@ -413,7 +417,7 @@ def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
 def _config(a: Tensor, b: Tensor, plain: bool, epilogue: str) -> tuple[tuned.Config, Tensor]:
     """The configuration, and b or its transpose, whichever has unit column stride."""
     b_rows = b.t() if b.stride(0) == 1 else b
-    tma = plain and tma_takes(a, b_rows)
+    tma = plain and tma_compatible(a, b_rows)
     return tuned.gemm(len(a), b.shape[1], b.dtype, a.device.index, tma, epilogue), b_rows
 
 
@@ -471,7 +475,7 @@ def gemm(
     if norm is not None:
         norm_params, statistics = norm[:2], (*norm[2:], None)
     blocks: dict[str, Any] = {
-        "EIGHTS": by_eights(N, K, a.stride(0), *(s for s in b.stride() if s != 1)),
+        "BY_8": only_multiples_of_8(N, K, a.stride(0), *(s for s in b.stride() if s != 1)),
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import gemm, tuned
-from fastvit_kernels.common import dot, eights
+from fastvit_kernels.common import dot, multiple_of_8
 from fastvit_kernels.dw_plan import Plan, first_part, num_segments, owned, segment
-from fastvit_kernels.launch import by_eights, cdiv, launch
+from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
 
 _PLAN = ("tiles", "steps", "programs", "chunks", "share", "chunks2")
 
@@ -121,13 +121,16 @@ def _gemm_dw_kernel(
     stride_xm,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    N, K = eights(N, EIGHTS), eights(K, EIGHTS)
-    strides = eights(stride_gm, EIGHTS), eights(stride_xm, EIGHTS)
+    N, K = multiple_of_8(N, BY_8), multiple_of_8(K, BY_8)
+    strides = (
+        multiple_of_8(stride_gm, BY_8),
+        multiple_of_8(stride_xm, BY_8),
+    )
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     for i in range(num_segments(pid, tiles, steps, programs, chunks, share, chunks2)):
         tile, first, end, slab = segment(pid, i, tiles, steps, programs, chunks, share, chunks2)
@@ -265,12 +268,12 @@ def _reduce_norm_kernel(
     dnorm_bias_ptr,
     C,
     R,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """_reduce_norm alone, for a norm that is trained beside frozen weights."""
-    C, tile = eights(C, EIGHTS), tl.program_id(0)
+    C, tile = multiple_of_8(C, BY_8), tl.program_id(0)
     _reduce_norm(tile, norm_rows_ptr, dnorm_weight_ptr, dnorm_bias_ptr, C, R, BLOCK_R, BLOCK_C)
 
 
@@ -318,7 +321,7 @@ def _reduce_slabs_kernel(
     TILE_K: tl.constexpr,
     TILE_N2: tl.constexpr,
     TILE_K2: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -330,7 +333,11 @@ def _reduce_slabs_kernel(
     dlayer_scale = <W, G> + b sum(g).
     """
     pid = tl.program_id(0)
-    K, K2, C = eights(K, EIGHTS), eights(K2, EIGHTS), eights(C, EIGHTS)
+    K, K2, C = (
+        multiple_of_8(K, BY_8),
+        multiple_of_8(K2, BY_8),
+        multiple_of_8(C, BY_8),
+    )
     blocks, blocks2 = tl.cdiv(N, BLOCK_N), 0
     if slabs2_ptr is not None:
         blocks2 = tl.cdiv(N2, BLOCK_N)
@@ -404,7 +411,7 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
     column stride.
     """
     (M, N), K = g.shape, x.shape[1]
-    tma = gemm.tma_takes(g, x)
+    tma = gemm.tma_compatible(g, x)
     config, plan = tuned.gemm_dw(M, N, K, x.dtype, g.device.index, tma)
     columns = tuned.dw_columns(plan, cdiv(N, config.BLOCK_N), g.device.index)
     slabs = new_slabs(config, plan, N, K, columns, g.device)
@@ -424,7 +431,7 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
         x.stride(0),
         TMA=config.tma,
         PRECISION=gemm.precision(x.dtype),
-        EIGHTS=by_eights(N, K, g.stride(0), x.stride(0)),
+        BY_8=only_multiples_of_8(N, K, g.stride(0), x.stride(0)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
@@ -493,7 +500,7 @@ def reduce_slabs(
         TILE_K=tiles[1],
         TILE_N2=slabs2_tiles[0],
         TILE_K2=slabs2_tiles[1],
-        EIGHTS=by_eights(*widths),
+        BY_8=only_multiples_of_8(*widths),
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=norm_config.BLOCK_M,
@@ -520,7 +527,7 @@ def reduce_norm(
         *grads,
         C,
         R,
-        EIGHTS=by_eights(C),
+        BY_8=only_multiples_of_8(C),
         BLOCK_R=config.BLOCK_M,
         BLOCK_C=config.BLOCK_N,
         num_warps=config.num_warps,

@@ -15,23 +15,23 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_TRITONS_RUN = JITFunction.run
+_TRITON_RUN = JITFunction.run
 _general: dict[int, tuple[bool, ...]] = {}
 
-Again = Callable[[Any, Any], Any]  # again(stream, args) makes a launch
+LaunchFn = Callable[[Any, Any], Any]  # launch_fn(stream, args) launches
 
 
-class Watcher(Protocol):
-    def launch(self, again: Again, stream: Any, args: tuple, compiled: bool) -> Any:
-        """Call again(stream, args) and record it. compiled: args may hold addresses for tensors."""
+class Recorder(Protocol):
+    def launch(self, launch_fn: LaunchFn, stream: Any, args: tuple, compiled: bool) -> Any:
+        """Call launch_fn(stream, args) and record it. compiled: args may be addresses."""
         ...
 
 
-class _Watching(threading.local):
-    by: Watcher | None = None  # records the launches of this thread
+class _Recording(threading.local):
+    recorder: Recorder | None = None  # records the launches of this thread
 
 
-watching = _Watching()
+recording = _Recording()
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
@@ -40,15 +40,15 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def by_eights(*sizes: int) -> bool:
-    """EIGHTS for `common.eights`: 8 divides all these sizes and strides, but 16 does not."""
+def only_multiples_of_8(*sizes: int) -> bool:
+    """BY_8 for `common.multiple_of_8`: 8 divides all these sizes and strides, but 16 does not."""
     return all(n % 8 == 0 for n in sizes) and any(n % 16 for n in sizes)
 
 
-def is_tritons() -> bool:
+def is_plain_triton() -> bool:
     """True if JITFunction.run is Triton's own and no launch hook is set, as profilers set them."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return JITFunction.run is _TRITONS_RUN and not any(getattr(h, "calls", h) for h in hooks)
+    return JITFunction.run is _TRITON_RUN and not any(getattr(h, "calls", h) for h in hooks)
 
 
 def current_stream() -> Any:
@@ -64,8 +64,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return kernel[grid](*args, **constants)
 
     # Interpreted, or Triton's launch is replaced (by `aot` or the tuner) or has hooks.
-    if type(kernel) is not JITFunction or not is_tritons():
-        _make(by_triton, None, args, False)
+    if type(kernel) is not JITFunction or not is_plain_triton():
+        _run_or_record(by_triton, None, args, False)
         return
     # All that Triton specializes on: the device, the constants, and facts about each argument.
     device = driver.active.get_current_device()
@@ -84,32 +84,32 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             key.append(arg.dtype)
             addresses |= arg.data_ptr()
     if addresses % 16:
-        _make(by_triton, None, args, False)
+        _run_or_record(by_triton, None, args, False)
         return
     found = _compiled.get(tuple(key))
     if found is None:
-        compiled = _make(by_triton, None, args, False)
+        compiled = _run_or_record(by_triton, None, args, False)
         rest = tuple(constants[p.name] for p in kernel.params[len(args) :])
         _compiled[tuple(key)] = compiled, rest
         return
-    _make(_again(*found, grid), driver.active.get_current_stream(device), args, True)
+    _run_or_record(_bind(*found, grid), driver.active.get_current_stream(device), args, True)
 
 
-def _again(compiled: Any, rest: tuple, grid: tuple[int, ...]) -> Again:
+def _bind(compiled: Any, rest: tuple, grid: tuple[int, ...]) -> LaunchFn:
     """A function that launches what Triton compiled; rest: the constexprs."""
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     x, y, z = (*grid, 1, 1)[:3]
 
-    def again(stream: Any, args: Any) -> None:
+    def launch_fn(stream: Any, args: Any) -> None:
         run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
 
-    return again
+    return launch_fn
 
 
-def _make(again: Again, stream: Any, args: tuple, compiled: bool) -> Any:
-    if watching.by is None:
-        return again(stream, args)
-    return watching.by.launch(again, stream, args, compiled)
+def _run_or_record(launch_fn: LaunchFn, stream: Any, args: tuple, compiled: bool) -> Any:
+    if recording.recorder is None:
+        return launch_fn(stream, args)
+    return recording.recorder.launch(launch_fn, stream, args, compiled)
 
 
 def _is_general(kernel: Any) -> tuple[bool, ...]:

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import tuned
-from fastvit_kernels.common import eights
-from fastvit_kernels.launch import by_eights, cdiv, launch
+from fastvit_kernels.common import multiple_of_8
+from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
 
 
 @triton.jit
@@ -61,11 +61,14 @@ def _layernorm_fwd_kernel(
     stride_xm,
     eps,
     RMS: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    C, stride_xm = eights(C, EIGHTS), eights(stride_xm, EIGHTS)
+    C, stride_xm = (
+        multiple_of_8(C, BY_8),
+        multiple_of_8(stride_xm, BY_8),
+    )
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
     mask_m, mask_c = offs_m < M, offs_c < C
@@ -102,12 +105,15 @@ def _layernorm_bwd_kernel(
     tokens,
     stride_xm,
     RMS: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    C, stride_xm = eights(C, EIGHTS), eights(stride_xm, EIGHTS)
+    C, stride_xm = (
+        multiple_of_8(C, BY_8),
+        multiple_of_8(stride_xm, BY_8),
+    )
     pid = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -189,7 +195,7 @@ def layernorm_fwd(
             x.stride(0),
             eps,
             RMS=rms,
-            EIGHTS=by_eights(C, x.stride(0)),
+            BY_8=only_multiples_of_8(C, x.stride(0)),
             BLOCK_M=config.BLOCK_M,
             BLOCK_C=config.BLOCK_N,
             num_warps=config.num_warps,
@@ -247,7 +253,7 @@ def layernorm_bwd(
         1 if path_scale is None else M // len(path_scale),
         x.stride(0),
         RMS=rms,
-        EIGHTS=by_eights(C, x.stride(0)),
+        BY_8=only_multiples_of_8(C, x.stride(0)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_N,
         NUM_STAGES=config.num_stages,

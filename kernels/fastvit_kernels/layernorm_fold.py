@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import tuned
-from fastvit_kernels.common import eights
-from fastvit_kernels.launch import by_eights, cdiv, launch
+from fastvit_kernels.common import multiple_of_8
+from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
 from fastvit_kernels.layernorm import statistics
 
 ROWS = 64  # rows per program, where it merges the statistics of their pieces
@@ -269,13 +269,16 @@ def _layernorm_fold_kernel(
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The first programs fold rows of the weight, the next ones cast, the others take rows of x."""
-    C, stride_xm = eights(C, EIGHTS), eights(stride_xm, EIGHTS)
-    stride_wn = eights(stride_wn, EIGHTS)
+    C, stride_xm = (
+        multiple_of_8(C, BY_8),
+        multiple_of_8(stride_xm, BY_8),
+    )
+    stride_wn = multiple_of_8(stride_wn, BY_8)
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_M)
     BLOCK: tl.constexpr = BLOCK_M * BLOCK_C
     first2 = num_n + tl.cdiv(size1, BLOCK)
@@ -383,7 +386,7 @@ def layernorm_fold(
         PIECES=pieces,
         WIDTH=triton.next_power_of_2(cdiv(C, pieces)) if pieces else 0,
         ROWS=ROWS,
-        EIGHTS=by_eights(C, x.stride(0), weight.stride(0)),
+        BY_8=only_multiples_of_8(C, x.stride(0), weight.stride(0)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_N,
         num_warps=config.num_warps,

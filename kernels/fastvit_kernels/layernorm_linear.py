@@ -3,7 +3,7 @@
 x: (..., C); weight: (O, C) -> (..., O) in the compute dtype. RMSNorm likewise.
 The norm is folded into the product's weight and epilogue if there are many rows, applied to tiles
 of x as a float32 product loads them, else written by the row kernel that computes the statistics
-(`tuned.norm_way` says why).
+(`tuned.norm_placement` says why).
 Saved for backward: x, mean and rstd (float32, one pair a row), weight in the compute dtype.
 Launches: 2 forward (norm, product), one more if a weight must be cast, except where the norm is
 folded; 4 backward (dh product, norm, dW, the reduction of all partial sums). The norm's backward
@@ -48,20 +48,20 @@ def _fwd(
 
     parts, copy: x's statistics and 16-bit copy (`row_statistics`).
     """
-    needed = keeps_weight or not folds(x, param, dtype)
-    weight, casts = cast(param, dtype, needed)
+    needed = keeps_weight or not norm_is_folded(x, param, dtype)
+    weight, casts = plan_cast(param, dtype, needed)
     out = param.new_empty((len(x), len(param)), dtype=dtype)
     norm, rows = (norm_weight, norm_bias), (parts, copy)
     mean, rstd = norm_gemm(x, *norm, weight, out, eps, rms, param, rows, casts=casts, bias=bias)
-    return out, mean, rstd, kept(weight, param, keeps_weight)
+    return out, mean, rstd, returnable(weight, param, keeps_weight)
 
 
-def folds(x: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
+def norm_is_folded(x: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
     """Whether norm_gemm folds the norm into param itself, and does not read the cast weight."""
-    return len(x) > 0 and tuned.norm_way(len(x), len(param), dtype) == "fold"
+    return len(x) > 0 and tuned.norm_placement(len(x), len(param), dtype) == "fold"
 
 
-def cast(
+def plan_cast(
     param: Tensor, dtype: torch.dtype, needed: bool = True
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
     """param in `dtype` (None if not needed), and the (source, target) pairs still to be cast."""
@@ -73,7 +73,7 @@ def cast(
     return weight, [(param, weight)]
 
 
-def kept(weight: Tensor | None, param: Tensor, keeps: bool) -> Tensor:
+def returnable(weight: Tensor | None, param: Tensor, keeps: bool) -> Tensor:
     """weight for an op to return: empty if not kept or if it is param, an argument of the op."""
     return param.new_empty(0) if weight is None or weight is param or not keeps else weight
 
@@ -96,7 +96,7 @@ def norm_gemm(
     rows: parts and copy of x; known: mean and rstd, when this is recomputed in backward; casts:
     (source, target) pairs, cast in the launch that folds the norm, or before.
     """
-    if folds(x, param, out.dtype):
+    if norm_is_folded(x, param, out.dtype):
         norm, bias = (norm_weight, norm_bias), epilogue.pop("bias", None)
         folded = layernorm_fold.layernorm_fold(
             x, *norm, param, bias, eps, rms, out.dtype, *rows, known, casts
@@ -107,7 +107,7 @@ def norm_gemm(
     for source, copy in casts:
         copy.copy_(source)
     assert weight is not None
-    loads = tuned.norm_way(len(x), len(param), out.dtype) == "load"
+    loads = tuned.norm_placement(len(x), len(param), out.dtype) == "load"
     y_dtype = None if loads else out.dtype
     y, mean, rstd = layernorm.layernorm_fwd(x, norm_weight, norm_bias, eps, rms, y_dtype)
     if y is None:
@@ -121,8 +121,8 @@ def norm_gemm(
 def _fwd_fake(x, norm_weight, norm_bias, param, bias, parts, copy, eps, rms, dtype, keeps_weight):
     out = param.new_empty((x.shape[0], len(param)), dtype=dtype)
     stats = x.new_empty(x.shape[0], dtype=torch.float32)
-    weight, _ = cast(param, dtype, keeps_weight)
-    return out, stats, torch.empty_like(stats), kept(weight, param, keeps_weight)
+    weight, _ = plan_cast(param, dtype, keeps_weight)
+    return out, stats, torch.empty_like(stats), returnable(weight, param, keeps_weight)
 
 
 def _bwd(
@@ -213,10 +213,10 @@ class LayerNormLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x2, mean, rstd, norm_weight, norm_bias, w, weight, bias)
         ctx.rms, ctx.upstream_request = rms, gradient_copy.find_request(x, dtype)
         ctx.set_materialize_grads(False)
-        return library.shaped(out, *x.shape[:-1], len(weight)), x
+        return library.reshaped(out, *x.shape[:-1], len(weight)), x
 
     @staticmethod
-    @library.first_order
+    @library.no_double_backward
     def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
         if dy is None:
             return dx, *(None,) * 10

@@ -30,7 +30,7 @@ from fastvit_kernels import (
     row_statistics,
     tuned,
 )
-from fastvit_kernels.layernorm_linear import cast, folds, kept, norm_gemm
+from fastvit_kernels.layernorm_linear import norm_gemm, norm_is_folded, plan_cast, returnable
 from fastvit_kernels.linear_residual import branch_dtype, operands
 
 
@@ -65,13 +65,13 @@ def _fwd(
     out = row_statistics.empty(x.shape, out_dtype, x.device, keeps)
     u = x.new_empty((len(x), len(fc1_param)) if save_u else (0, 0), dtype=dtype)
     narrow = tuned.mlp_narrow("fwd", *x.shape, dtype, x.device.index) is not None
-    needed = keeps_weights or narrow or not folds(x, fc1_param, dtype)
-    fc1_weight, casts1 = cast(fc1_param, dtype, needed)
-    fc2_weight, casts2 = cast(fc2_param, dtype)
+    needed = keeps_weights or narrow or not norm_is_folded(x, fc1_param, dtype)
+    fc1_weight, casts1 = plan_cast(fc1_param, dtype, needed)
+    fc2_weight, casts2 = plan_cast(fc2_param, dtype)
     casts = [*casts1, *casts2]
     weights = [
-        kept(fc1_weight, fc1_param, keeps_weights),
-        kept(fc2_weight, fc2_param, keeps_weights),
+        returnable(fc1_weight, fc1_param, keeps_weights),
+        returnable(fc2_weight, fc2_param, keeps_weights),
     ]
     config = None
     if narrow and fc1_weight is not None:
@@ -100,7 +100,9 @@ def _fwd(
         u=u if save_u else None,
         activation=activation,
     )
-    out_parts, out_copy = row_statistics.room(hidden, fc2_weight, out) if keeps else (None, None)
+    out_parts, out_copy = (
+        row_statistics.allocate(hidden, fc2_weight, out) if keeps else (None, None)
+    )
     gemm.gemm(
         hidden,
         fc2_weight.t(),
@@ -143,7 +145,7 @@ def _fwd_fake(
     stats = x.new_empty(x.shape[0], dtype=torch.float32)
     u = x.new_empty((x.shape[0], len(fc1_param)) if save_u else (0, 0), dtype=dtype)
     params = (fc1_param, fc2_param)
-    weights = [kept(cast(p, dtype)[0], p, keeps_weights) for p in params]
+    weights = [returnable(plan_cast(p, dtype)[0], p, keeps_weights) for p in params]
     return [x.new_empty(x.shape, dtype=out_dtype), u, stats, torch.empty_like(stats), *weights]
 
 
@@ -280,7 +282,7 @@ class LayerNormMlpFunction(torch.autograd.Function):
         out_dtype = branch_dtype(x, layer_scale, dtype)
         norm, branch = (norm_weight, norm_bias), (layer_scale, path_scale)
         fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        options, keeps = (eps, rms, activation), row_statistics.are_wanted(x2, fc2_weight, dtype)
+        options, keeps = (eps, rms, activation), row_statistics.enabled(x2, fc2_weight, dtype)
         vectors = (*branch, parts, copy, tokens)
         saves = (dtype, save_u, backward, out_dtype, keeps)
         out, u, mean, rstd, w1, w2, *statistics = layernorm_mlp_fwd(
@@ -291,13 +293,13 @@ class LayerNormMlpFunction(torch.autograd.Function):
         ctx.save_for_backward(x2, u, mean, rstd, *norm, *fc1, *fc2, *branch)
         ctx.options, ctx.upstream_request = options, gradient_copy.find_request(x, dtype)
         ctx.copy_request = gradient_copy.make_request(out, dtype, path_scale)
-        out = library.shaped(out, *x.shape)
+        out = library.reshaped(out, *x.shape)
         if statistics:
             row_statistics.keep(out, *statistics)
         return out
 
     @staticmethod
-    @library.first_order
+    @library.no_double_backward
     def backward(ctx: Any, dout: Tensor) -> Any:
         *saved, path_scale = ctx.saved_tensors
         needs, request = ctx.needs_input_grad[1:8], ctx.upstream_request

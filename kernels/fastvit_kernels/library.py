@@ -20,7 +20,7 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     What the launcher does must depend only on its tensors' shapes, strides and dtypes, its other
     arguments, the TF32 switch and `tuned`, not on tensors' values: `replay` repeats it. The
     decorated function calls the launcher directly unless the dispatcher must see the op
-    (`is_watched`): the dispatcher takes longer than most launches.
+    (`needs_dispatcher`): the dispatcher takes longer than most launches.
     """
 
     def wrap(launch: Callable[..., Any]) -> Any:
@@ -45,7 +45,7 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         op = packet.default
 
         def call(first: torch.Tensor, *args: Any) -> Any:
-            return op(first, *args) if is_watched(first) else on_its_device(first, *args)
+            return op(first, *args) if needs_dispatcher(first) else on_its_device(first, *args)
 
         return call
 
@@ -55,7 +55,7 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def is_watched(*tensors: torch.Tensor) -> bool:
+def needs_dispatcher(*tensors: torch.Tensor) -> bool:
     """True if an op on tensors must go through the dispatcher: for a compiler, a dispatch mode, a
     torch.func transform or a tensor subclass.
     """
@@ -85,12 +85,12 @@ class _NoContext:
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), or only its forward, which is cheaper, if no gradient is needed."""
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
-    if is_watched(*tensors) or wants_gradient(*tensors):
+    if needs_dispatcher(*tensors) or wants_gradient(*tensors):
         return function.apply(*args)
     return function.forward(_NoContext(), *args)
 
 
-def shaped(rows: torch.Tensor, *shape: int) -> torch.Tensor:
+def reshaped(rows: torch.Tensor, *shape: int) -> torch.Tensor:
     """rows in an op's result shape, not as a view: autograd would forbid to change it in place."""
     # A compiler handles views itself; in inference mode only a view keeps rows' version counter.
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
@@ -105,7 +105,7 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a Function's backward refuse create_graph=True: second derivatives would be wrong."""
 
     @functools.wraps(backward)

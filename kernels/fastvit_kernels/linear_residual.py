@@ -33,7 +33,7 @@ def _fwd(
 ) -> list[Tensor]:
     """out; with `keeps`, also its statistics and 16-bit copy (`row_statistics`)."""
     out = row_statistics.empty((len(x), len(weight)), out_dtype, x.device, keeps)
-    parts, copy = row_statistics.room(x, weight, out) if keeps else (None, None)
+    parts, copy = row_statistics.allocate(x, weight, out) if keeps else (None, None)
     gemm.gemm(
         x,
         weight.t(),
@@ -119,19 +119,19 @@ class LinearResidualFunction(torch.autograd.Function):
         x2, w, tokens = gemm.rows(x.to(dtype)), weight.to(dtype), x.shape[1]
         out_dtype = branch_dtype(residual, layer_scale, dtype)
         residual2 = gemm.rows(residual).contiguous()
-        keeps = row_statistics.are_wanted(x2, weight, dtype)
+        keeps = row_statistics.enabled(x2, weight, dtype)
         branch = (layer_scale, path_scale, tokens)
         out, *statistics = linear_residual_fwd(x2, w, bias, residual2, *branch, out_dtype, keeps)
         ctx.save_for_backward(x2, w, weight, bias, layer_scale, path_scale)
         ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
         ctx.copy_request = gradient_copy.make_request(out, dtype, path_scale)
-        out = library.shaped(out, *residual.shape)
+        out = library.reshaped(out, *residual.shape)
         if statistics:
             row_statistics.keep(out, *statistics)
         return out
 
     @staticmethod
-    @library.first_order
+    @library.no_double_backward
     def backward(ctx: Any, dout: Tensor) -> Any:
         *saved, path_scale = ctx.saved_tensors  # checkpointing lets them be read once
         needs = [ctx.needs_input_grad[i] for i in (1, 2, 4)]

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import gemm, tuned
-from fastvit_kernels.common import dgelu, dot, gelu, wait_for_products
+from fastvit_kernels.common import dgelu, dot, gelu, wait_for_wgmma
 from fastvit_kernels.launch import cdiv, launch
 
 
@@ -243,7 +243,7 @@ def _mlp_narrow_fwd_kernel(
                 w = tl.trans(_load_w2(w2, f, i, F, C, BLOCK_C, BLOCK_F, TMA))
                 total = total + (dot(h, w, acc[i], "ieee"),)
             acc = total
-            wait_for_products()
+            wait_for_wgmma()
 
     if out_ptr is None:
         return
@@ -329,7 +329,7 @@ def _mlp_narrow_bwd_kernel(
             w = _load_w1(w1, f, i, F, C, BLOCK_C, BLOCK_F, TMA)
             total = total + (dot(du, w, dy[i], "ieee"),)
         dy = total
-        wait_for_products()
+        wait_for_wgmma()
 
     # Two passes, each of which loads x: registers do not hold all of xhat in addition to dy.
     slope = tl.zeros([BLOCK_M], tl.float32)
@@ -367,7 +367,7 @@ def config(kernel: str, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> tu
     weights = (fc1_weight, fc2_weight)
     if found is None or not all(w.is_contiguous() for w in weights):
         return None
-    return None if found.tma and not gemm.tma_takes(*weights) else found
+    return None if found.tma and not gemm.tma_compatible(*weights) else found
 
 
 def _weights(

@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import gemm, gemm_dw, library, tuned
-from fastvit_kernels.common import dot, eights, tile_order
+from fastvit_kernels.common import dot, multiple_of_8, tile_order
 from fastvit_kernels.gemm_dw import add_sums, store_slab
-from fastvit_kernels.launch import by_eights, cdiv, launch
+from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _patch_embed_fwd_kernel(
     P_H: tl.constexpr,
     P_W: tl.constexpr,
     VEC: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_POS: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
@@ -89,7 +89,7 @@ def _patch_embed_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    N = eights(N, EIGHTS)
+    N = multiple_of_8(N, BY_8)
     M = B * (P + m)
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -157,14 +157,14 @@ def _patch_embed_dw_kernel(
     P_H: tl.constexpr,
     P_W: tl.constexpr,
     VEC: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    N = eights(N, EIGHTS)
+    N = multiple_of_8(N, BY_8)
     pid_n, pid_k, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -254,7 +254,7 @@ def _patch_embed_dimages_kernel(
     P_H: tl.constexpr,
     P_W: tl.constexpr,
     VEC: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    BY_8: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -262,7 +262,7 @@ def _patch_embed_dimages_kernel(
     GROUP_M: tl.constexpr,
 ):
     """dimages = dout W, as (B m, K), BLOCK_N of its columns a program; the reduction is over N."""
-    N = eights(N, EIGHTS)
+    N = multiple_of_8(N, BY_8)
     M = B * m
     pid_m, pid_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -307,7 +307,7 @@ def vector_width(images: Tensor, p_w: int) -> int:
 def _geometry(images: Tensor, weight: Tensor) -> dict[str, int]:
     p_h, p_w = weight.shape[2:]
     vec = vector_width(images, p_w)
-    return {"P_H": p_h, "P_W": p_w, "VEC": vec, "EIGHTS": by_eights(len(weight))}
+    return {"P_H": p_h, "P_W": p_w, "VEC": vec, "BY_8": only_multiples_of_8(len(weight))}
 
 
 def _access(images: Tensor, geometry: dict[str, int]) -> str:
@@ -509,7 +509,7 @@ class PatchEmbedFunction(torch.autograd.Function):
         return patch_embed_fwd(images, w, bias, pos, prefix, out_dtype)
 
     @staticmethod
-    @library.first_order
+    @library.no_double_backward
     def backward(ctx: Any, dout: Tensor) -> Any:
         needs = ctx.needs_input_grad[:5]
         grads = patch_embed_bwd(dout.contiguous(), *ctx.saved_tensors, needs)

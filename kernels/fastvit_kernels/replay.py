@@ -1,11 +1,11 @@
 """Record the allocations and launches of a launcher, and replay them for other tensors.
 
 What a launcher of `library` allocates and launches depends only on its tensors' shapes, strides and
-dtypes, its other arguments and a few switches (the call's facts, `_facts`). Working it out on the
-CPU takes several times as long as the launches themselves, and in small batches and small models
-the GPU waits for it. So the second call with the same facts is recorded as a recipe, and later
-calls replay its allocations and launches with the addresses of their own tensors. Shapes that occur
-once are not recorded.
+dtypes, its other arguments and a few switches (`_cache_key`). Working it out on the CPU takes
+several times as long as the launches themselves, and in small batches and small models the GPU
+waits for it. So the second call with the same key is recorded as a recipe, and later calls replay
+its allocations and launches with the addresses of their own tensors. Shapes that occur once are not
+recorded.
 
 A recipe refers to tensors by number: first the launcher's arguments, then the tensors it makes, in
 order. Replay drops each tensor after its last use, no later than the launcher does.
@@ -23,25 +23,23 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit_kernels import gemm, launch, tuned
 
-MOST = 4096  # recipes kept
-_SEEN = object()  # marks facts of which one call was made
+MAX_RECIPES = 4096  # recipes kept
+_SEEN = object()  # marks a key of which one call was made
 _recipes: dict[tuple, Any] = {}
-tuned.when_forgotten(_recipes.clear)
+tuned.on_clear(_recipes.clear)
 
 
-class Place(NamedTuple):
-    """Where a tensor lies: `offset` bytes after the start of tensor number `of`. whole: it is that
-    tensor.
-    """
+class TensorRef(NamedTuple):
+    """Where a tensor lies: `offset` bytes into tensor `index`. whole: it is that tensor."""
 
-    of: int
+    index: int
     offset: int
     shape: torch.Size
     strides: tuple[int, ...]
     whole: bool
 
-    def find(self, tensors: list[Any]) -> Tensor:
-        found = tensors[self.of]
+    def resolve(self, tensors: list[Any]) -> Tensor:
+        found = tensors[self.index]
         if self.whole:
             return found
         start = found.storage_offset() + self.offset // found.element_size()
@@ -53,11 +51,11 @@ class Allocation(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    counts: bool  # in inference mode: the tensor has a version counter, so is made outside of it
+    has_version_counter: bool  # although it is made in inference mode
 
-    def repeat(self, tensors: list[Any], addresses: list[int], _: Any) -> None:
-        shape, strides, dtype, device, counts = self
-        if counts:
+    def replay(self, tensors: list[Any], addresses: list[int], _: Any) -> None:
+        shape, strides, dtype, device, has_version_counter = self
+        if has_version_counter:
             with torch.inference_mode(False):
                 made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         else:
@@ -74,9 +72,9 @@ class Call(NamedTuple):
     options: dict[str, Any]
     makes: bool
 
-    def repeat(self, tensors: list[Any], addresses: list[int], _: Any) -> None:
+    def replay(self, tensors: list[Any], addresses: list[int], _: Any) -> None:
         def found(arg: Any) -> Any:
-            return arg.find(tensors) if isinstance(arg, Place) else arg
+            return arg.resolve(tensors) if isinstance(arg, TensorRef) else arg
 
         made = self.op(*map(found, self.args), **{k: found(a) for k, a in self.options.items()})
         if self.makes:
@@ -89,29 +87,29 @@ class Launch(NamedTuple):
     the index, its base's place and the descriptor.
     """
 
-    again: launch.Again
+    launch_fn: launch.LaunchFn
     args: tuple
-    places: list[tuple[int, Place, TensorDescriptor | None]]
+    places: list[tuple[int, TensorRef, TensorDescriptor | None]]
     compiled: bool
 
-    def repeat(self, tensors: list[Any], addresses: list[int], stream: Any) -> None:
+    def replay(self, tensors: list[Any], addresses: list[int], stream: Any) -> None:
         args = list(self.args)
         if self.compiled:
             for i, place, descriptor in self.places:
-                address = addresses[place.of] + place.offset
+                address = addresses[place.index] + place.offset
                 args[i] = address if descriptor is None else _moved(descriptor, _Address(address))
         else:
             for i, place, descriptor in self.places:
-                t = place.find(tensors)
+                t = place.resolve(tensors)
                 args[i] = t if descriptor is None else _moved(descriptor, t)
-        self.again(stream, args)
+        self.launch_fn(stream, args)
 
 
-class LastUse(NamedTuple):
-    of: int
+class Release(NamedTuple):
+    index: int
 
-    def repeat(self, tensors: list[Any], _: list[int], __: Any) -> None:
-        tensors[self.of] = None
+    def replay(self, tensors: list[Any], _: list[int], __: Any) -> None:
+        tensors[self.index] = None
 
 
 class _Address(NamedTuple):
@@ -132,16 +130,16 @@ def _moved(descriptor: TensorDescriptor, base: Any) -> TensorDescriptor:
 
 class Recipe(NamedTuple):
     steps: list[Any]
-    results: list[Place]
+    results: list[TensorRef]
     form: type  # of the result: a tensor, or a list or tuple of tensors
     on_stream: bool
 
-    def repeat(self, tensors: list[Any]) -> Any:
+    def replay(self, tensors: list[Any]) -> Any:
         addresses = [t.data_ptr() for t in tensors]
         stream = launch.current_stream() if self.on_stream else None
         for step in self.steps:
-            step.repeat(tensors, addresses, stream)
-        found = [place.find(tensors) for place in self.results]
+            step.replay(tensors, addresses, stream)
+        found = [place.resolve(tensors) for place in self.results]
         return self.form(found) if self.form in (list, tuple) else found[0]
 
 
@@ -153,7 +151,7 @@ _ALLOCATE = {
 }
 
 
-class Watch(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Record the steps of a launcher. lost: it did something that a recipe cannot express."""
 
     def __init__(self, inputs: list[Tensor]) -> None:
@@ -166,12 +164,12 @@ class Watch(TorchDispatchMode):
         for t in inputs:
             self._count(t)
 
-    def __enter__(self) -> "Watch":
-        launch.watching.by = self
+    def __enter__(self) -> "Recorder":
+        launch.recording.recorder = self
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        launch.watching.by = None
+        launch.recording.recorder = None
         super().__exit__(*error)
 
     def __torch_dispatch__(
@@ -187,8 +185,8 @@ class Watch(TorchDispatchMode):
         base = next((a for a in args if isinstance(a, Tensor)), None)
         if func in _ALLOCATE:
             place = self._count(made)
-            counts = self.inference and not made.is_inference()
-            kind = (made.dtype, made.device, counts)
+            has_version_counter = self.inference and not made.is_inference()
+            kind = (made.dtype, made.device, has_version_counter)
             self.steps.append(Allocation(place.shape, place.strides, *kind))
         elif func.is_view and base is not None and all(_shares(t, base) for t in tensors):
             for t in tensors:
@@ -205,21 +203,21 @@ class Watch(TorchDispatchMode):
         else:
             self.lost = True
 
-    def launch(self, again: launch.Again, stream: Any, args: tuple, compiled: bool) -> Any:
+    def launch(self, launch_fn: launch.LaunchFn, stream: Any, args: tuple, compiled: bool) -> Any:
         places = []
         for i, arg in enumerate(args):
             if isinstance(arg, TensorDescriptor):
                 places.append((i, self._place(arg.base), _moved(arg, None)))
             elif isinstance(arg, Tensor):
                 places.append((i, self._place(arg), None))
-        self.steps.append(Launch(again, _without_tensors(args), places, compiled))
+        self.steps.append(Launch(launch_fn, _without_tensors(args), places, compiled))
         self.busy = True
         try:
-            return again(stream, args)
+            return launch_fn(stream, args)
         finally:
             self.busy = False
 
-    def _count(self, t: Tensor) -> Place:
+    def _count(self, t: Tensor) -> TensorRef:
         self.numbers[t] = len(self.counted), t.data_ptr()
         self.counted.append((t.shape, t.stride()))
         return self._place(t)
@@ -232,23 +230,23 @@ class Watch(TorchDispatchMode):
         number, start = found
         offset = t.data_ptr() - start
         whole = offset == 0 and (t.shape, t.stride()) == self.counted[number]
-        return Place(number, offset, t.shape, t.stride(), whole)
+        return TensorRef(number, offset, t.shape, t.stride(), whole)
 
     def recipe(self, inputs: int, result: Any) -> Recipe | None:
         """The recipe of a launcher with `inputs` tensors that returned `result`, None if none."""
         form = type(result)
         results = [self._place(t) for t in (result if form in (list, tuple) else [result])]
-        if self.lost or any(place.of < inputs for place in results):
+        if self.lost or any(place.index < inputs for place in results):
             return None
         steps: list[Any] = []
-        used = {place.of for place in results} | set(range(inputs))
+        used = {place.index for place in results} | set(range(inputs))
         made = len(self.counted)
         for step in reversed(self.steps):
-            places = {place.of for place in _places(step)}
+            places = {place.index for place in _places(step)}
             if _makes(step):
                 made -= 1
                 places.add(made)
-            steps += [*map(LastUse, sorted(places - used)), step]
+            steps += [*map(Release, sorted(places - used)), step]
             used |= places
         on_stream = any(isinstance(step, Launch) and step.compiled for step in steps)
         return Recipe(steps[::-1], results, form, on_stream)
@@ -262,11 +260,11 @@ def _without_tensors(args: tuple) -> tuple:
     return tuple(None if isinstance(a, (Tensor, TensorDescriptor)) else a for a in args)
 
 
-def _places(step: Any) -> list[Place]:
+def _places(step: Any) -> list[TensorRef]:
     if isinstance(step, Launch):
         return [place for _, place, _ in step.places]
     if isinstance(step, Call):
-        return [a for a in (*step.args, *step.options.values()) if isinstance(a, Place)]
+        return [a for a in (*step.args, *step.options.values()) if isinstance(a, TensorRef)]
     return []
 
 
@@ -276,40 +274,40 @@ def _makes(step: Any) -> bool:
 
 def run(launcher: Callable[..., Any], args: tuple) -> Any:
     """launcher(*args), replayed from its recipe where there is one."""
-    if type(gemm._gemm_kernel) is not JITFunction or not launch.is_tritons():
+    if type(gemm._gemm_kernel) is not JITFunction or not launch.is_plain_triton():
         return launcher(*args)
-    return repeat(launcher, args)
+    return replay(launcher, args)
 
 
-def repeat(launcher: Callable[..., Any], args: tuple) -> Any:
+def replay(launcher: Callable[..., Any], args: tuple) -> Any:
     """`run` without its check that launches go to Triton itself."""
-    key, tensors = _facts(launcher, args)
-    if key is None or launch.watching.by is not None:
+    key, tensors = _cache_key(launcher, args)
+    if key is None or launch.recording.recorder is not None:
         return launcher(*args)
     recipe = _recipes.get(key)
     if type(recipe) is Recipe:
-        return recipe.repeat(tensors)
+        return recipe.replay(tensors)
     if recipe is None:
-        if len(_recipes) >= MOST:
+        if len(_recipes) >= MAX_RECIPES:
             _recipes.clear()
         _recipes[key] = _SEEN
     if recipe is not _SEEN:
         return launcher(*args)
-    result, recipe = watched(launcher, args, tensors)
+    result, recipe = record(launcher, args, tensors)
     _recipes[key] = recipe or False
     return result
 
 
-def watched(
+def record(
     launcher: Callable[..., Any], args: tuple, tensors: list[Tensor]
 ) -> tuple[Any, Recipe | None]:
     """launcher(*args) and its recipe. tensors: those among args, in order."""
-    with Watch(tensors) as watch:
+    with Recorder(tensors) as watch:
         result = launcher(*args)
     return result, watch.recipe(len(tensors), result)
 
 
-def _facts(launcher: Callable[..., Any], args: tuple) -> tuple[tuple | None, list[Any]]:
+def _cache_key(launcher: Callable[..., Any], args: tuple) -> tuple[tuple | None, list[Any]]:
     """The key of a call's recipe, None if it must not be replayed, and the call's tensors."""
     tensors: list[Any] = []
     facts: list[Any] = [launcher, args[0].device, torch.is_inference_mode_enabled()]

@@ -138,7 +138,7 @@ def run(w: Workload) -> None:
     layer_scale = vector if w.branch else None
     branch = (layer_scale, path_scale, N)
     proj, out = new(w.dim, w.dim), new(M, w.dim)
-    keeps = tuned.keeps_rows(M, w.dim, w.dtype)
+    keeps = tuned.keeps_row_statistics(M, w.dim, w.dtype)
     _, *kept = linear_residual._fwd(out, proj, vector, x, *branch, master, keeps)
     # The statistics of x's rows come from the op before, except in a model's first block.
     told: list[Any] = [(None, None), *([(*kept, None)[:2]] if keeps else [])]
@@ -279,7 +279,7 @@ _WORDS = {
     "PACKED": "packed",
     "HAS_LENGTHS": "padded",
     "NORM": "{}",
-    "JOINED": "neighbours",
+    "INTERLEAVED": "neighbours",
     "PIECES": "of {} parts",
     "WIDTH": "by {}",
     "KNOWN": "known",

@@ -25,11 +25,11 @@ class _Slot(threading.local):
 _slot = _Slot()
 
 
-def are_wanted(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+def enabled(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether to record the statistics of rows weight^T, multiplied in `dtype`."""
     if torch.compiler.is_compiling() or not library.are_plain(rows, weight):
         return False
-    return tuned.keeps_rows(len(rows), len(weight), dtype)
+    return tuned.keeps_row_statistics(len(rows), len(weight), dtype)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, keeps: bool) -> Tensor:
@@ -40,7 +40,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, keeps:
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-def room(a: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
+def allocate(a: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
     """Buffers for epilogue "residual" of gemm(a, weight^T): `gemm.parts_of` and out's copy."""
     copy = None if out.dtype == weight.dtype else weight.new_empty(out.shape)
     return gemm.parts_of(a, weight.t()), copy

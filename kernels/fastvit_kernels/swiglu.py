@@ -101,10 +101,10 @@ class SwiGluFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x2 = gemm.rows(x)
         ctx.save_for_backward(x2)
-        return library.shaped(swiglu_fwd(x2), *x.shape[:-1], x.shape[-1] // 2)
+        return library.reshaped(swiglu_fwd(x2), *x.shape[:-1], x.shape[-1] // 2)
 
     @staticmethod
-    @library.first_order
+    @library.no_double_backward
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         return swiglu_bwd(gemm.rows(dy), x).view(*dy.shape[:-1], x.shape[1])

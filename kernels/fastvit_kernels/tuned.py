@@ -40,19 +40,19 @@ Choose = TypeVar("Choose", bound=Callable)
 _forget: list[Callable[[], None]] = []
 
 
-def choice(choose: Choose) -> Choose:
+def memoized(choose: Choose) -> Choose:
     """Memoize `choose`, which every launch calls."""
     cached = functools.lru_cache(maxsize=4096)(choose)
     _forget.append(cached.cache_clear)
     return cached  # type: ignore[return-value]
 
 
-def when_forgotten(clear: Callable[[], None]) -> None:
-    """Have `forget_choices` call `clear` too: for caches that were built from choices."""
+def on_clear(clear: Callable[[], None]) -> None:
+    """Have `clear_choices` call `clear` too: for caches that were built from choices."""
     _forget.append(clear)
 
 
-def forget_choices() -> None:
+def clear_choices() -> None:
     """Clear all memoized choices; needed after a table was edited."""
     for clear in _forget:
         clear()
@@ -235,7 +235,7 @@ SWIGLU = Config(BLOCK_M=4, BLOCK_N=512, num_warps=4)
 SUM_BATCH = Config(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 
-def norm_way(M: int, N: int, compute: torch.dtype) -> str:
+def norm_placement(M: int, N: int, compute: torch.dtype) -> str:
     """Where LayerNorm of x (M, K) is applied for the product (M, N) that follows it.
 
     "fold"  in the product's epilogue (`layernorm_fold`): 2 instructions per output element; the
@@ -251,11 +251,11 @@ def norm_way(M: int, N: int, compute: torch.dtype) -> str:
     return "fold" if M >= 4 * N else "row"
 
 
-def keeps_rows(M: int, C: int, compute: torch.dtype) -> bool:
+def keeps_row_statistics(M: int, C: int, compute: torch.dtype) -> bool:
     """True if the op that writes rows (M, C) also writes their statistics (`row_statistics`): where
     a norm that follows would be folded into a product of 3 C columns, as QKV's is.
     """
-    return norm_way(M, 3 * C, compute) == "fold"
+    return norm_placement(M, 3 * C, compute) == "fold"
 
 
 def mlp_narrow(
@@ -285,7 +285,7 @@ def gemm(
     return _gemm(M, N, dtype, tma, epilogue, arch(device_index), num_sms(device_index))
 
 
-@choice
+@memoized
 def _gemm(
     M: int, N: int, dtype: torch.dtype, tma: bool, epilogue: str, arch: int, sms: int
 ) -> Config:
@@ -335,7 +335,7 @@ def gemm_dw(
     return _gemm_dw(M, N, K, dtype, tma, arch(device_index), num_sms(device_index))
 
 
-@choice
+@memoized
 def _gemm_dw(
     M: int, N: int, K: int, dtype: torch.dtype, tma: bool, arch: int, sms: int
 ) -> tuple[Config, Plan]:
@@ -365,7 +365,7 @@ def dw_columns(plan: Plan, num_n: int, device_index: int | None) -> int:
     return _dw_columns(plan, num_n, arch(device_index))
 
 
-@choice
+@memoized
 def _dw_columns(plan: Plan, num_n: int, arch: int) -> int:
     columns, whole = plan.columns(num_n), plan.tiles // plan.programs
     alone = plan.steps * max(1, num_n // plan.programs) if whole else plan.longest()
@@ -406,7 +406,7 @@ def reduce_slabs(*tile_widths: int) -> Config:
     return Config(0, BLOCK_N=1024 // width, BLOCK_K=width, num_warps=8, maxnreg=64)
 
 
-@choice
+@memoized
 def slabs(M: int, N: int, K: int, config: Config, arch: int, sms: int) -> int:
     """The number of slabs for dW that takes the least estimated time, in steps along M.
 
@@ -431,7 +431,7 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@choice
+@memoized
 def layernorm_fwd(C: int) -> Config:
     """Whole rows, about 4096 elements a program; BLOCK_N is the padded row length."""
     block_c = _power_of_two(C)

@@ -99,7 +99,7 @@ def accelerate(model: nn.Module) -> Report:
         rows = _rows(name, module, reroute)
         covered.update(row.module for row in rows if row.taken and row.part == "attention")
         if any(row.taken for row in rows) and not hasattr(type(module), "_fastvit_peer"):
-            _become(module, _subclass(type(module)))
+            _set_class(module, _subclass(type(module)))
             changed = True
         # Report the attention core only where the whole attention half was not taken.
         owners = (name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")[0], name)
@@ -121,11 +121,11 @@ def restore(model: nn.Module) -> nn.Module:
                 "parametrization; undo that before fastvit.restore"
             )
     for module in modules:
-        _become(module, peer_class(module))
+        _set_class(module, peer_class(module))
     return model
 
 
-def _become(module: nn.Module, cls: type) -> None:
+def _set_class(module: nn.Module, cls: type) -> None:
     module.__class__ = cls
     # Dynamo of torch 2.11 sees a module as unchanged until its __dict__ is written to.
     vars(module)["_fastvit"] = None

@@ -84,7 +84,7 @@ def _mine(name: str) -> Any:
     return getattr(_own, name, None) if _threaded else None
 
 
-def recomputing() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+def both_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """Contexts for a checkpointed forward and its recomputation: both on the same backend, and
     both from the input alone, without the row statistics that the previous op left.
     """

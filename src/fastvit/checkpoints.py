@@ -22,7 +22,7 @@ from fastvit.model import ViT
 from fastvit.pos_embed import Resample, resample_patches, resample_positions
 from fastvit.presets import DATA, PRESETS
 from fastvit.saving import FORMAT, VERSION
-from fastvit.shapes import check_whole, infer
+from fastvit.shapes import check_complete, infer
 from fastvit.timm_kwargs import translate
 
 State = dict[str, Tensor]
@@ -230,7 +230,7 @@ def _interpret(
     if reading.head_without_bias and "head.weight" in reading.state:
         weight = reading.state["head.weight"]
         reading.state.setdefault("head.bias", weight.new_zeros(len(weight) if weight.ndim else 0))
-    check_whole(reading.state, {k: v for k, v in reading.known.items() if k not in kwargs})
+    check_complete(reading.state, {k: v for k, v in reading.known.items() if k not in kwargs})
     wanted = {"image_size": size, "no_embed_class": kwargs.get("no_embed_class")}
     arguments, notes = infer(reading.state, {**reading.known, **hints}, wanted)
     reading.notes = [*source.notes, *reading.notes, *notes]

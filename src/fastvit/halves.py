@@ -74,9 +74,9 @@ class AttentionHalf(NamedTuple):
     """x + path * layer_scale * dropout(proj(attention(qkv(norm(x))))).
 
     qkv: one packed Linear, three Linears, or an nn.MultiheadAttention with a packed in_proj;
-    core: the module whose `training` enables attention_dropout (on the probabilities); skipped:
-    (name, module, *allowed kinds) of all other modules that the fused op bypasses; odd: a
-    peer-specific reason why not.
+    core: the module whose `training` enables attention_dropout (on the probabilities); bypassed:
+    (name, module, *allowed kinds) of all other modules that the fused op bypasses; peer_reason: why
+    this peer's half cannot be fused, or None.
     """
 
     norm: Peer
@@ -88,13 +88,13 @@ class AttentionHalf(NamedTuple):
     attention_dropout: float
     layer_scale: Peer | None
     drop_path: Peer | None
-    skipped: tuple[tuple[Any, ...], ...]
-    odd: str | None = None
+    bypassed: tuple[tuple[Any, ...], ...]
+    peer_reason: str | None = None
 
     def why_not(self, training: bool | None = None) -> str | None:
         """Return why the fused op cannot take this half, or None. training: assume all dropout on
         or off; None: use the modules' flags."""
-        reason = self.odd or _why_not_half(self, (*self.qkv, self.proj), training)
+        reason = self.peer_reason or _why_not_half(self, (*self.qkv, self.proj), training)
         if reason:
             return reason
         if reason := why_not_rate(self.attention_dropout, self.core, training):
@@ -114,7 +114,7 @@ class AttentionHalf(NamedTuple):
         weight, bias = self._in_projection()
         proj = self.proj
         qkv, x = _norm_linear(x, self.norm, weight, bias)
-        rate = rate_now(self.attention_dropout, self.core)
+        rate = active_rate(self.attention_dropout, self.core)
         o = ops.attention_qkv(qkv.unflatten(-1, (3, self.heads, -1)), self.scale, rate)
         gamma, path = _gamma(self.layer_scale), path_scale(self.drop_path, x)
         return ops.linear_residual(o.flatten(2), proj.weight, proj.bias, x, gamma, path)
@@ -141,14 +141,14 @@ class MlpHalf(NamedTuple):
     fc2: Peer
     layer_scale: Peer | None
     drop_path: Peer | None
-    skipped: tuple[tuple[Any, ...], ...]
-    odd: str | None = None
+    bypassed: tuple[tuple[Any, ...], ...]
+    peer_reason: str | None = None
 
     def why_not(self, training: bool | None = None) -> str | None:
         """Return why the fused op cannot take this half, or None. training: assume all dropout on
         or off; None: use the modules' flags."""
         reason = (
-            self.odd
+            self.peer_reason
             or _why_not_half(self, (self.fc1, self.fc2), training)
             or why_not_module("activation", self.activation, *ops.ACTIVATIONS)
         )
@@ -195,14 +195,14 @@ class GatedHalf(NamedTuple):
     fc2: Peer
     layer_scale: Peer | None
     drop_path: Peer | None
-    skipped: tuple[tuple[Any, ...], ...]
-    odd: str | None = None
+    bypassed: tuple[tuple[Any, ...], ...]
+    peer_reason: str | None = None
 
     def why_not(self, training: bool | None = None) -> str | None:
         """Return why the fused ops cannot take this half, or None. training: assume all dropout on
         or off; None: use the modules' flags."""
         reason = (
-            self.odd
+            self.peer_reason
             or _why_not_half(self, (*self.fc1, self.fc2), training)
             or why_not_module("activation", self.activation, "silu")
         )
@@ -251,26 +251,26 @@ def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) ->
         reason = reason or why_not_module("projection", m, "linear", "packed_attention")
     reason = reason or why_not_module("layer scale", half.layer_scale, "layer_scale", "identity")
     reason = reason or why_not_module("drop path", half.drop_path, "drop_path", "identity")
-    for name, module, *kinds in half.skipped:
+    for name, module, *kinds in half.bypassed:
         reason = reason or why_not_module(name, module, *kinds)
         if reason is None and "dropout" in kinds and module is not None and module.p:
-            reason = f"dropout {module.p} in training" if is_on(module, training) else None
+            reason = f"dropout {module.p} in training" if dropout_is_on(module, training) else None
     return reason
 
 
-def is_on(dropout: nn.Module, training: bool | None) -> bool:
+def dropout_is_on(dropout: nn.Module, training: bool | None) -> bool:
     """Return `training` if given, else the module's flag (Monte Carlo dropout: on in eval)."""
     return dropout.training if training is None else training
 
 
 def why_not_rate(rate: float, core: nn.Module, training: bool | None) -> str | None:
     """Return why attention dropout at `rate`, where it is on, is not supported, or None."""
-    if 0.0 <= rate < 1.0 or not is_on(core, training):
+    if 0.0 <= rate < 1.0 or not dropout_is_on(core, training):
         return None
     return f"attention dropout {rate} in training"
 
 
-def rate_now(rate: float, core: nn.Module) -> float:
+def active_rate(rate: float, core: nn.Module) -> float:
     return rate if core.training else 0.0
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvit import backend, ops, reference
-from fastvit.plain import are_bare, runs, watched, why_not_fused
+from fastvit.plain import all_plain, has_observing_hooks, uses_methods_of, why_not_fused
 from fastvit.pos_embed import Grid, Resample, resample_patches
 
 NORMS = ops.NORMS
@@ -136,9 +136,9 @@ class PatchEmbed(nn.Module):
             height, width = images.shape[2:]
             images = images[:, :, : height // p_h * p_h, : width // p_w * p_w]
         if reason := why_not_fused(proj=(self.proj, (nn.Conv2d,))):
-            ops.leave_to_modules("patch_embed", images, reason)
+            ops.record_fallback("patch_embed", images, reason)
             tokens = self.proj(images).flatten(2).transpose(1, 2)
-            return reference.place(tokens, pos, prefix)
+            return reference.add_pos_and_prefix(tokens, pos, prefix)
         return ops.patch_embed(images, self.proj.weight, self.proj.bias, pos, prefix)
 
     def resize(self, image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
@@ -248,7 +248,7 @@ class Attention(nn.Module):
         if norm is not None:
             reason = why_not_fused(norm=(norm, _NORMS), qkv=(self.qkv, _LINEAR))
         if reason:
-            ops.leave_to_modules("layernorm_linear", x, reason)
+            ops.record_fallback("layernorm_linear", x, reason)
         if norm is None or reason:
             qkv = self.qkv(x if norm is None else norm(x))
             qkv = qkv if self.q_bias is None else qkv + bias
@@ -257,15 +257,15 @@ class Attention(nn.Module):
                 x, norm.weight, norm.bias, self.qkv.weight, bias, norm.eps, norm.kind
             )
         qkv = qkv.unflatten(-1, (3, self.heads, self.dim_head))
-        if reason := self._why_norms_apart():
-            ops.leave_to_modules("qk_norm_rope", qkv, reason)
+        if reason := self._why_qk_norm_unfused():
+            ops.record_fallback("qk_norm_rope", qkv, reason)
             q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, D), as timm's norms get it
             q = q if self.q_norm is None else self.q_norm(q)
             k = k if self.k_norm is None else self.k_norm(k)
             qkv = torch.stack([q.to(v.dtype), k.to(v.dtype), v], dim=2).transpose(1, 3)
         return qkv, x
 
-    def _why_norms_apart(self) -> str | None:
+    def _why_qk_norm_unfused(self) -> str | None:
         q, k = self.q_norm, self.k_norm
         if q is None and k is None:
             return None
@@ -279,7 +279,7 @@ class Attention(nn.Module):
         `project` has applied it.
         """
         options: dict[str, Any] = {}
-        if self.q_norm is not None and self.k_norm is not None and not self._why_norms_apart():
+        if self.q_norm is not None and self.k_norm is not None and not self._why_qk_norm_unfused():
             q, k = self.q_norm, self.k_norm
             options |= {"q_weight": q.weight, "q_bias": q.bias, "eps": q.eps, "norm_kind": q.kind}
             options |= {"k_weight": k.weight, "k_bias": k.bias}
@@ -322,7 +322,7 @@ class Mlp(nn.Module):
             act=(self.act, (Activation,)),
             fc2=(fc2, _LINEAR),
         ):
-            ops.leave_to_modules("layernorm_mlp", x, reason)
+            ops.record_fallback("layernorm_mlp", x, reason)
             branch = self._branch(norm(x), dropout)
             return reference.add_branch(x, branch, layer_scale, path_scale, dropout)
         return ops.layernorm_mlp(
@@ -380,7 +380,7 @@ class SwiGlu(nn.Module):
             fused = {name: (linear, _LINEAR) for name, linear in parts.items()}
             reason = why_not_fused(norm=(norm, _NORMS), **fused)
         if reason:
-            ops.leave_to_modules("layernorm_linear", x, reason)
+            ops.record_fallback("layernorm_linear", x, reason)
         if norm is None or reason:
             y = x if norm is None else norm(x)
             return torch.cat([linear(y) for linear in linears], dim=-1), x
@@ -426,7 +426,7 @@ def _linear_residual(
 ) -> Tensor:
     branch = (layer_scale, path_scale, dropout)
     if reason := why_not_fused(**{name: (linear, _LINEAR)}):
-        ops.leave_to_modules("linear_residual", x, reason)
+        ops.record_fallback("linear_residual", x, reason)
         return reference.add_branch(residual, linear(x), *branch)
     return ops.linear_residual(x, linear.weight, linear.bias, residual, *branch)
 
@@ -478,8 +478,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: Tables | None = None, rows: int | None = None) -> Tensor:
         path = self.path_scale(x)
-        if reason := _why_apart("attn", self.attn, "ls1", self.ls1):
-            ops.leave_to_modules("layernorm_linear", x, reason)
+        if reason := _why_branch_unfused("attn", self.attn, "ls1", self.ls1):
+            ops.record_fallback("layernorm_linear", x, reason)
             y = self.norm1(x)
             y = self.attn(y) if rope is None else self.attn(y, rope=rope)
             x = _add(x, y, self.ls1, path)[:, :rows]
@@ -487,17 +487,17 @@ class Block(nn.Module):
             gamma = None if self.ls1 is None else self.ls1.gamma
             x = self.attn(x, self.norm1, gamma, path, rope, rows)
         path = self.path_scale(x)
-        if reason := _why_apart("mlp", self.mlp, "ls2", self.ls2):
-            ops.leave_to_modules("layernorm_mlp", x, reason)
+        if reason := _why_branch_unfused("mlp", self.mlp, "ls2", self.ls2):
+            ops.record_fallback("layernorm_mlp", x, reason)
             return _add(x, self.mlp(self.norm2(x)), self.ls2, path)
         return self.mlp(x, self.norm2, None if self.ls2 is None else self.ls2.gamma, path)
 
-    def why_tail_runs(self) -> str | None:
+    def why_tail_needs_all_rows(self) -> str | None:
         """Return why a module after the attention may need all vectors; None: all are plain."""
         tail = {"norm2": self.norm2, "proj": self.attn.proj, **dict(self.mlp.named_children())}
         tail |= {name: ls for name, ls in (("ls1", self.ls1), ("ls2", self.ls2)) if ls is not None}
         parts = {name: (module, _TAIL_KINDS[name]) for name, module in tail.items()}
-        return None if are_bare(*parts.values()) else why_not_fused(**parts)
+        return None if all_plain(*parts.values()) else why_not_fused(**parts)
 
     def path_scale(self, x: Tensor) -> Tensor | None:
         """Drop path's factor per sample, (B,): 0 with probability drop_path, else 1 / keep."""
@@ -561,18 +561,18 @@ def run_block(
     if checkpointing and torch.is_grad_enabled():
         # Dynamo does not support such a context_fn, and traces both passes on one backend anyway.
         if not torch.compiler.is_compiling():
-            options["context_fn"] = backend.recomputing
+            options["context_fn"] = backend.both_contexts
         return checkpoint(block, x, use_reentrant=False, **options)
     return block(x, **options)
 
 
-def _why_apart(name: str, branch: nn.Module, scale_name: str, scale: Any) -> str | None:
+def _why_branch_unfused(name: str, branch: nn.Module, scale_name: str, scale: Any) -> str | None:
     """Return why a branch must be called on the normed stream alone, as in timm; or None."""
-    if are_bare((branch, _BRANCHES)) and (scale is None or are_bare((scale, (LayerScale,)))):
+    if all_plain((branch, _BRANCHES)) and (scale is None or all_plain((scale, (LayerScale,)))):
         return None
-    if not runs(branch, _BRANCHES, "forward"):
+    if not uses_methods_of(branch, _BRANCHES, "forward"):
         return f"{name} is {type(branch).__name__} or has its forward replaced"
-    if watched(branch):
+    if has_observing_hooks(branch):
         return f"{name} has hooks"
     return None if scale is None else why_not_fused(**{scale_name: (scale, (LayerScale,))})
 

@@ -29,9 +29,9 @@ from fastvit.layers import (
     pair,
     run_block,
 )
-from fastvit.plain import runs, unwrapped, watched, why_not_plain
+from fastvit.plain import has_observing_hooks, unwrapped, uses_methods_of, why_not_plain
 from fastvit.pos_embed import Grid, Resample, resample_positions
-from fastvit.reference import place
+from fastvit.reference import add_pos_and_prefix
 from fastvit.rope import FORMS, Rope
 from fastvit.vit_pytorch import VitPytorchNames
 
@@ -294,7 +294,9 @@ class ViT(VitPytorchNames, nn.Module):
         All later layers act on each vector separately, so logits and gradients do not change.
         """
         blocks: Any = self.blocks
-        if not runs(blocks, (Blocks, nn.Sequential, nn.ModuleList), "forward") or not len(blocks):
+        if not uses_methods_of(
+            blocks, (Blocks, nn.Sequential, nn.ModuleList), "forward"
+        ) or not len(blocks):
             return False
         block: Any = blocks[-1]
         methods = ("forward_features", "forward_head", "pooled", "encode")
@@ -302,14 +304,14 @@ class ViT(VitPytorchNames, nn.Module):
         # for every vector to drop the same elements as timm from the same seed.
         return (
             self.pool == "cls"
-            and runs(self, (ViT,), *methods)
-            and runs(block, (Block,), "forward")
-            and runs(block.attn, (Attention,), "forward")
-            and runs(block.mlp, (Mlp, SwiGlu), "forward")
-            and runs(self.norm, (nn.LayerNorm, nn.RMSNorm, nn.Identity), "forward")
+            and uses_methods_of(self, (ViT,), *methods)
+            and uses_methods_of(block, (Block,), "forward")
+            and uses_methods_of(block.attn, (Attention,), "forward")
+            and uses_methods_of(block.mlp, (Mlp, SwiGlu), "forward")
+            and uses_methods_of(self.norm, (nn.LayerNorm, nn.RMSNorm, nn.Identity), "forward")
             and not (block.training and (block.attn.proj_dropout or block.mlp.dropout))
-            and not watched(blocks, block, block.attn, block.mlp, self.norm)
-            and block.why_tail_runs() is None
+            and not has_observing_hooks(blocks, block, block.attn, block.mlp, self.norm)
+            and block.why_tail_needs_all_rows() is None
         )
 
     def forward_features(
@@ -348,10 +350,10 @@ class ViT(VitPytorchNames, nn.Module):
             name = type(stem).__name__
             raise TypeError(f"patch_embed: {name} has no grid(images), which RoPE needs")
         pos, prefix = self.positions(grid)
-        if runs(stem, (PatchEmbed,), "forward") and not watched(stem):
+        if uses_methods_of(stem, (PatchEmbed,), "forward") and not has_observing_hooks(stem):
             x = self.pos_drop(stem(images, pos, prefix))
         else:  # a hooked or replaced stem returns patches only, as in timm
-            x = self.pos_drop(place(stem(images), pos, prefix))
+            x = self.pos_drop(add_pos_and_prefix(stem(images), pos, prefix))
         tables = None
         if self.rope is not None and grid is not None:
             tables = self.rope.tables(grid, x.device)
@@ -403,12 +405,12 @@ class ViT(VitPytorchNames, nn.Module):
         blocks, checkpointing = self.blocks, self.grad_checkpointing
         if isinstance(unwrapped(blocks), Blocks):
             return blocks(x, rope=rope, rows=rows, checkpointing=checkpointing)
-        plain = runs(blocks, (nn.Sequential, nn.ModuleList), "forward")
+        plain = uses_methods_of(blocks, (nn.Sequential, nn.ModuleList), "forward")
         if plain and not why_not_plain("blocks", blocks, bool(blocks._forward_hooks)):
             return Blocks.forward(blocks, x, rope, rows, checkpointing)
         return run_block(blocks, x, rope, None, checkpointing)  # custom container: one call
 
-    def _container(self) -> nn.Sequential | nn.ModuleList:
+    def _unwrapped_blocks(self) -> nn.Sequential | nn.ModuleList:
         """Return the blocks' container, without torch.compile, FSDP or checkpointing wrappers."""
         blocks = unwrapped(self.blocks)
         if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
@@ -441,12 +443,12 @@ class ViT(VitPytorchNames, nn.Module):
         _check_unmasked(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        taken = self._take("indices", indices)
+        taken = self._block_indices("indices", indices)
         grid = self.patch_embed.grid(x)
         if self.patch_dropout and self.training and output_fmt == "NCHW":
             raise ValueError("output_fmt 'NCHW' needs all patches; patch_dropout is on")
         x, rope = self.embed(x)
-        blocks: Any = self._container()
+        blocks: Any = self._unwrapped_blocks()
         # A plain container is not called, so hooks on it do not fire, as in timm; wrappers and
         # FSDP have to run.
         called = isinstance(blocks, Blocks) and type(self.blocks) is not Blocks
@@ -502,8 +504,8 @@ class ViT(VitPytorchNames, nn.Module):
         indices: as in forward_intermediates. Returns their block numbers, for which
         forward_intermediates gives the same outputs as before.
         """
-        taken = self._take("indices", indices)
-        self.blocks: Any = self._container()[: max(taken) + 1]
+        taken = self._block_indices("indices", indices)
+        self.blocks: Any = self._unwrapped_blocks()[: max(taken) + 1]
         depth, before = len(self.blocks), self.config["depth"]
         rate = self.config["drop_path"] * (depth - 1) / max(before - 1, 1)
         self.config.update(depth=depth, drop_path=rate)
@@ -516,8 +518,8 @@ class ViT(VitPytorchNames, nn.Module):
         self.config["final_norm"] = not bare
         return taken
 
-    def _take(self, name: str, indices: int | Sequence[int] | None) -> list[int]:
-        depth = len(self._container())
+    def _block_indices(self, name: str, indices: int | Sequence[int] | None) -> list[int]:
+        depth = len(self._unwrapped_blocks())
         if indices is None:
             return list(range(depth))
         if isinstance(indices, int):
@@ -649,7 +651,7 @@ class ViT(VitPytorchNames, nn.Module):
 
         rows: "cls", "all" or token indices. Only these rows of the N x N matrix are computed.
         """
-        blocks = self._container()
+        blocks = self._unwrapped_blocks()
         depth = len(blocks)
         if len(layers) == 0:
             raise UsageError("layers must name at least one block, got none")

@@ -64,7 +64,7 @@ def patch_embed(
     return reference.patch_embed(images, weight, bias, pos, prefix)
 
 
-def leave_to_modules(op: str, x: Tensor, reason: str) -> None:
+def record_fallback(op: str, x: Tensor, reason: str) -> None:
     """Record that modules run instead of `op`, for `reason`; raises under backend 'triton'."""
     choose_triton(op, x, x.dtype, reason)
 

@@ -41,7 +41,7 @@ def why_not_fused(**parts: tuple[Any, tuple[type, ...]]) -> str | None:
 
 def why_not_any() -> str | None:
     """Return why no module can be bypassed, or None: a global hook that reads activations."""
-    if _has_any_global_hook() and watched():
+    if _has_any_global_hook() and has_observing_hooks():
         return "a global module hook is registered"
     return None
 
@@ -60,7 +60,7 @@ def why_not_plain(name: str, module: nn.Module, hooked: bool) -> str | None:
     return None
 
 
-def are_bare(*parts: tuple[Any, tuple[type, ...]]) -> bool:
+def all_plain(*parts: tuple[Any, tuple[type, ...]]) -> bool:
     """Return whether each module is exactly of one of its kinds, unhooked and unpatched.
 
     This fast path for the usual case costs a tenth of `why_not_fused`.
@@ -79,7 +79,7 @@ def are_bare(*parts: tuple[Any, tuple[type, ...]]) -> bool:
 _BLIND = ("torch.utils.module_tracker", "torch.distributed.fsdp.")
 
 
-def watched(*modules: nn.Module) -> bool:
+def has_observing_hooks(*modules: nn.Module) -> bool:
     """Return whether a hook on one of the modules, or a global one, sees inputs or outputs."""
     tables = [
         torch_module._global_forward_pre_hooks,
@@ -93,7 +93,7 @@ def watched(*modules: nn.Module) -> bool:
     return not all(str(getattr(hook, "__module__", "")).startswith(_BLIND) for hook in hooks)
 
 
-def runs(module: Any, kinds: tuple[type, ...], *methods: str) -> bool:
+def uses_methods_of(module: Any, kinds: tuple[type, ...], *methods: str) -> bool:
     """Return whether module's methods are those of one of the kinds, not overridden or patched."""
     patched = any(m in vars(module) for m in methods)
     return not patched and any(

@@ -29,10 +29,10 @@ def patch_embed(
     """
     p_h, p_w = weight.shape[-2:]
     patches = rearrange(images, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p_h, pw=p_w)
-    return place(F.linear(patches, weight.flatten(1), bias), pos, prefix)
+    return add_pos_and_prefix(F.linear(patches, weight.flatten(1), bias), pos, prefix)
 
 
-def place(tokens: Tensor, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
+def add_pos_and_prefix(tokens: Tensor, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
     """[prefix; tokens + pos]. tokens: (B, m, dim); pos: (m, dim); prefix: (P, dim)."""
     if pos is not None:
         tokens = tokens + pos

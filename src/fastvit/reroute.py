@@ -19,8 +19,8 @@ from fastvit.halves import (
     AttentionHalf,
     GatedHalf,
     MlpHalf,
+    active_rate,
     is_kind,
-    rate_now,
     wants_attentions,
     why_not_kind,
     why_not_module,
@@ -72,14 +72,14 @@ def _timm_attention_half(b: Any) -> AttentionHalf:
     a = b.attn
     if reason := why_not_module("attn", a, "attention"):
         return AttentionHalf(b.norm1, (a,), a, 1, None, a, 0.0, None, None, (), reason)
-    skipped = (
+    bypassed = (
         ("attn", a, "attention"),
         ("q_norm", a.q_norm, "identity"),
         ("k_norm", a.k_norm, "identity"),
         ("attn.norm", getattr(a, "norm", None), "identity"),
         ("proj_drop", a.proj_drop, "dropout"),
     )
-    odd = None if getattr(a, "gate", None) is None else "attention is gated"
+    peer_reason = None if getattr(a, "gate", None) is None else "attention is gated"
     return AttentionHalf(
         b.norm1,
         (a.qkv,),
@@ -90,8 +90,8 @@ def _timm_attention_half(b: Any) -> AttentionHalf:
         _rate(a.attn_drop),
         b.ls1,
         b.drop_path1,
-        skipped,
-        odd or why_not_module("attn_drop", a.attn_drop, "dropout"),
+        bypassed,
+        peer_reason or why_not_module("attn_drop", a.attn_drop, "dropout"),
     )
 
 
@@ -109,17 +109,17 @@ def _timm_mlp_half(b: Any) -> MlpHalf | GatedHalf:
     m = b.mlp
     if reason := why_not_module("mlp", m, "mlp", "gated"):
         return MlpHalf(b.norm2, m, m, m, None, None, (), reason)
-    skipped = (
+    bypassed = (
         ("mlp", m, "mlp", "gated"),
         ("mlp.norm", getattr(m, "norm", None), "identity"),
         ("mlp.drop1", m.drop1, "dropout"),
         ("mlp.drop2", m.drop2, "dropout"),
     )
     if is_kind(m, "mlp"):
-        return MlpHalf(b.norm2, m.fc1, m.act, m.fc2, b.ls2, b.drop_path2, skipped)
-    odd = "the gate comes last" if getattr(m, "gate_last", False) else None
+        return MlpHalf(b.norm2, m.fc1, m.act, m.fc2, b.ls2, b.drop_path2, bypassed)
+    peer_reason = "the gate comes last" if getattr(m, "gate_last", False) else None
     fc1 = (m.fc1,) if hasattr(m, "fc1") else (m.fc1_g, m.fc1_x)
-    return GatedHalf(b.norm2, fc1, m.act, m.fc2, b.ls2, b.drop_path2, skipped, odd)
+    return GatedHalf(b.norm2, fc1, m.act, m.fc2, b.ls2, b.drop_path2, bypassed, peer_reason)
 
 
 def _timm_block(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -151,7 +151,7 @@ def _timm_attention(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if _given((*args, *kwargs.values())) or x.ndim != 3 or _timm_attention_reason(self):
         return self._fastvit_peer.forward(self, x, *args, **kwargs)
     q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-    rate = rate_now(self.attn_drop.p, _timm_dropout_switch(self))
+    rate = active_rate(self.attn_drop.p, _timm_dropout_switch(self))
     o = ops.attention(self.q_norm(q), self.k_norm(k), v, self.scale, rate).flatten(2)
     return self.proj_drop(self.proj(self.norm(o) if hasattr(self, "norm") else o))
 
@@ -183,7 +183,7 @@ def _hf_attention_half(b: Any) -> AttentionHalf:
     if reason := why_not_module("attention", a, "attention"):
         return AttentionHalf(norm, (a,), a, 1, None, a, 0.0, None, None, (), reason)
     core, proj, linears, dropout, output = _hf_core(a)
-    skipped = (
+    bypassed = (
         ("attention", a, "attention"),
         ("attention", core, "attention"),
         ("attention output", output, "output"),
@@ -200,7 +200,7 @@ def _hf_attention_half(b: Any) -> AttentionHalf:
         _hf_rate(core),
         getattr(b, "layer_scale1", None),
         getattr(b, "drop_path", None),
-        skipped,
+        bypassed,
         _hf_implementation(core),
     )
 
@@ -210,16 +210,16 @@ def _hf_mlp_half(b: Any) -> MlpHalf | GatedHalf:
     norm = b.layernorm_after if hasattr(b, "layernorm_after") else b.norm2
     if reason := why_not_module("mlp", m, "mlp", "gated"):
         return MlpHalf(norm, m, m, m, None, None, (), reason)
-    skipped = (("mlp", m, "mlp", "gated"), ("dropout", getattr(b, "dropout", None), "dropout"))
+    bypassed = (("mlp", m, "mlp", "gated"), ("dropout", getattr(b, "dropout", None), "dropout"))
     gamma, path = getattr(b, "layer_scale2", None), getattr(b, "drop_path", None)
     if is_kind(m, "gated"):
         new = hasattr(m, "gate_proj")
         fc1, fc2 = (
             ((m.gate_proj, m.up_proj), m.down_proj) if new else ((m.weights_in,), m.weights_out)
         )
-        return GatedHalf(norm, fc1, getattr(m, "act_fn", None), fc2, gamma, path, skipped)
+        return GatedHalf(norm, fc1, getattr(m, "act_fn", None), fc2, gamma, path, bypassed)
     activation = m.activation_fn if hasattr(m, "activation_fn") else m.activation
-    return MlpHalf(norm, m.fc1, activation, m.fc2, gamma, path, skipped)
+    return MlpHalf(norm, m.fc1, activation, m.fc2, gamma, path, bypassed)
 
 
 def _hf_masked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -270,7 +270,7 @@ def _hf_attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     names = ("q_proj", "k_proj", "v_proj") if new else ("query", "key", "value")
     heads = self.num_attention_heads
     q, k, v = (getattr(self, n)(hidden_states).unflatten(-1, (heads, -1)) for n in names)
-    o = ops.attention(q, k, v, self.scaling, rate_now(_hf_rate(self), self)).flatten(2)
+    o = ops.attention(q, k, v, self.scaling, active_rate(_hf_rate(self), self)).flatten(2)
     return (self.o_proj(o) if new else o), None
 
 
@@ -279,12 +279,14 @@ def _hf_attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
 
 def _tv_attention_half(b: Any) -> AttentionHalf:
     a = b.self_attention
-    skipped = (("self_attention", a, "packed_attention"), ("dropout", b.dropout, "dropout"))
-    odd = None
+    bypassed = (("self_attention", a, "packed_attention"), ("dropout", b.dropout, "dropout"))
+    peer_reason = None
     if a.in_proj_weight is None or not a.batch_first or a.bias_k is not None or a.add_zero_attn:
-        odd = "self_attention has separate projections, bias_k, add_zero_attn or no batch_first"
+        peer_reason = (
+            "self_attention has separate projections, bias_k, add_zero_attn or no batch_first"
+        )
     return AttentionHalf(
-        b.ln_1, (a,), a.out_proj, a.num_heads, None, a, a.dropout, None, None, skipped, odd
+        b.ln_1, (a,), a.out_proj, a.num_heads, None, a, a.dropout, None, None, bypassed, peer_reason
     )
 
 
@@ -292,8 +294,8 @@ def _tv_mlp_half(b: Any) -> MlpHalf:
     m = b.mlp
     if reason := why_not_module("mlp", m, "mlp"):
         return MlpHalf(b.ln_2, m, m, m, None, None, (), reason)
-    skipped = (("mlp", m, "mlp"), ("mlp.2", m[2], "dropout"), ("mlp.4", m[4], "dropout"))
-    return MlpHalf(b.ln_2, m[0], m[1], m[3], None, None, skipped)
+    bypassed = (("mlp", m, "mlp"), ("mlp.2", m[2], "dropout"), ("mlp.4", m[4], "dropout"))
+    return MlpHalf(b.ln_2, m[0], m[1], m[3], None, None, bypassed)
 
 
 def _tv_block(self: Any, input: Tensor) -> Tensor:
@@ -321,7 +323,7 @@ def _vp_attention_half(a: Any) -> AttentionHalf:
         return AttentionHalf(
             a.norm, (a.to_qkv,), a.to_qkv, a.heads, a.scale, a, 0.0, None, None, (), "no projection"
         )
-    skipped = (
+    bypassed = (
         ("attention", a, "attention"),
         ("attend", a.attend, "softmax"),
         ("to_out", out, "sequential"),
@@ -337,7 +339,7 @@ def _vp_attention_half(a: Any) -> AttentionHalf:
         _rate(a.dropout),
         None,
         None,
-        skipped,
+        bypassed,
         why_not_module("dropout", a.dropout, "dropout"),
     )
 
@@ -346,13 +348,13 @@ def _vp_mlp_half(m: Any) -> MlpHalf:
     if reason := why_not_module("feed-forward", m, "mlp"):
         return MlpHalf(m, m, m, m, None, None, (), reason)
     net = m.net
-    skipped = (
+    bypassed = (
         ("feed-forward", m, "mlp"),
         ("net", net, "sequential"),
         ("net.3", net[3], "dropout"),
         ("net.5", net[5], "dropout"),
     )
-    return MlpHalf(net[0], net[1], net[2], net[4], None, None, skipped)
+    return MlpHalf(net[0], net[1], net[2], net[4], None, None, bypassed)
 
 
 def _vp_transformer(self: Any, x: Tensor) -> Tensor:
@@ -386,7 +388,7 @@ def _vp_attention(self: Any, x: Tensor) -> Tensor:
     if x.ndim != 3 or _vp_attention_reason(self):
         return self._fastvit_peer.forward(self, x)
     qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
-    rate = rate_now(self.dropout.p, self.dropout)
+    rate = active_rate(self.dropout.p, self.dropout)
     return self.to_out(ops.attention_qkv(qkv, self.scale, rate).flatten(2))
 
 

@@ -127,7 +127,7 @@ def _unfit(tensor: Tensor) -> str | None:
     return None
 
 
-def check_whole(state: State, known: Mapping[str, Any]) -> None:
+def check_complete(state: State, known: Mapping[str, Any]) -> None:
     """Raise unless the tensors can be those of a whole ViT: those that determine its architecture
     are present, the head is complete, and so is what `known` says the model has."""
     check_tensors(state)
@@ -234,8 +234,10 @@ def _image(
         return
     shown["pos_embed"] = "learned"
     count = state["pos_embed"].shape[1]
-    covers = _covers(count, shown["registers"] + shown["class_token"], known, wanted)
-    if size is None and given is not None and _is_of(covers, _patches(given, (p_h, p_w))):
+    covers = _candidate_patch_counts(
+        count, shown["registers"] + shown["class_token"], known, wanted
+    )
+    if size is None and given is not None and _table_fits(covers, _patches(given, (p_h, p_w))):
         size = given
     if size is not None:
         patches = _patches(size, (p_h, p_w))
@@ -263,7 +265,7 @@ def _image(
     raise UsageError(f"checkpoint: {count} positions make no square grid; {hint}")
 
 
-def _covers(
+def _candidate_patch_counts(
     count: int, prefix: int, known: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> dict[int, bool]:
     """Map each number of patches that a table of `count` positions may cover, likelier first, to
@@ -277,7 +279,7 @@ def _covers(
     return dict(sorted(covers.items(), key=lambda c: c[1] != bool(wanted["no_embed_class"])))
 
 
-def _is_of(covers: Mapping[int, bool], patches: int) -> bool:
+def _table_fits(covers: Mapping[int, bool], patches: int) -> bool:
     """Return whether the table covers `patches` patches. As in timm, any grid of them will do."""
     likelier = next(iter(covers))
     return patches == likelier or (patches in covers and not _square(likelier))

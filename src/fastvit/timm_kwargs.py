@@ -49,7 +49,7 @@ _SAME = {
     "fc_norm",
     "dynamic_img_size",
 }
-_ONLY_AT = {  # arguments that fastvit does not support: the only value accepted
+_UNSUPPORTED = {  # arguments that fastvit does not support: the only value accepted
     "scale_attn_norm": False,
     "scale_mlp_norm": False,
     "pool_include_prefix": False,
@@ -91,7 +91,7 @@ _BY_VALUE = {  # the arguments of ours that each value sets; most are Eva's
     "rope_rotate_half": {True: {}, False: {}},  # _translate_eva checks it against rope
     "qkv_fused": {True: {}},
 }
-TIMM_NAMES = {*_RENAMED, *_SAME, *_ONLY_AT, *_BY_VALUE, "mlp_ratio", "proj_drop_rate"}
+TIMM_NAMES = {*_RENAMED, *_SAME, *_UNSUPPORTED, *_BY_VALUE, "mlp_ratio", "proj_drop_rate"}
 
 _OURS = inspect.signature(ViT).parameters.keys()
 
@@ -130,8 +130,8 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
     for name, value in kwargs.items():
         if name in ours or name in ("mlp_ratio", "proj_drop_rate"):
             continue
-        if name in _ONLY_AT:
-            if _name_of(value) != _ONLY_AT[name]:
+        if name in _UNSUPPORTED:
+            if _name_of(value) != _UNSUPPORTED[name]:
                 instead = _INSTEAD.get(name, "fastvit does not support it")
                 raise UsageError(f"{name}={_name_of(value)!r} is timm's alone; {instead}")
             continue
@@ -139,7 +139,7 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
             if value not in _BY_VALUE[name]:
                 raise UsageError(f"{name}={value!r} is timm's alone; fastvit does not support it")
             continue
-        _put(ours, name, _RENAMED[name], value)
+        _set_once(ours, name, _RENAMED[name], value)
     eva = preset.get("rope") is not None or preset.get("qkv_bias") == "qv" or "qkv_fused" in kwargs
     _translate_eva(ours, kwargs, preset)
     if eva:
@@ -150,11 +150,11 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
         ours.setdefault("mlp_bias", ours["proj_bias"])
     if "norm_layer" in kwargs:
         ours.setdefault("norm_eps", _norm_eps(kwargs["norm_layer"]))
-    _translate_words(ours)
+    _translate_values(ours)
     _check_gate(ours, kwargs, preset)
     if "proj_drop_rate" in kwargs:
         for mine in ("proj_dropout", "mlp_dropout"):
-            _put(ours, "proj_drop_rate", mine, kwargs["proj_drop_rate"])
+            _set_once(ours, "proj_drop_rate", mine, kwargs["proj_drop_rate"])
     if "mlp_ratio" in kwargs:
         ratio = kwargs["mlp_ratio"]
         if not (isinstance(ratio, (int, float)) and ratio > 0):
@@ -162,7 +162,7 @@ def translate(kwargs: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
         hidden = int({"dim": 768, **preset, **ours}["dim"] * ratio)
         packed = {**preset, **ours}.get("mlp") == "swiglu_packed"
         hidden = hidden // 2 if packed and not eva else hidden
-        _put(ours, "mlp_ratio", "mlp_dim", _aligned(hidden, ours, kwargs, preset))
+        _set_once(ours, "mlp_ratio", "mlp_dim", _aligned(hidden, ours, kwargs, preset))
     elif "mlp_dim" not in ours and "mlp_dim" in preset and {"dim", "mlp"} & ours.keys():
         hidden = ours.get("dim", preset["dim"]) * preset["mlp_dim"] // preset["dim"]
         ours["mlp_dim"] = _aligned(hidden, ours, kwargs, preset)
@@ -215,7 +215,7 @@ def _translate_eva_pool(
         ours.setdefault("fc_norm", preset.get("fc_norm", False))
 
 
-def _put(ours: dict[str, Any], theirs: str, name: str, value: Any) -> None:
+def _set_once(ours: dict[str, Any], theirs: str, name: str, value: Any) -> None:
     if name in ours:
         raise UsageError(f"{theirs} and {name} are the same; give one of them")
     ours[name] = value
@@ -230,7 +230,7 @@ def _check_gate(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[str, 
         raise UsageError(f"mlp_layer: timm gates with act_layer, here {act!r}; fastvit with 'silu'")
 
 
-def _translate_words(ours: dict[str, Any]) -> None:
+def _translate_values(ours: dict[str, Any]) -> None:
     pool = ours.get("pool")
     if pool is not None:
         ours["pool"] = TIMM_POOLS.get(pool, pool)
