@@ -287,7 +287,7 @@ def _worst(got: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
 def table(rows: list[dict]) -> str:
     """Markdown, one line per op or model: ours / eager."""
     lines = [
-        "| what | dtype | output | gradients (worst) | cosine (least) | top-1 as float64 |",
+        "| what | dtype | output | gradients (worst) | least cosine | top-1 agreement |",
         "|---|---|---|---|---|---|",
     ]
 

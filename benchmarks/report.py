@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- results:start -->", "<!-- results:end -->"
+MARKERS = "<!-- {0}:start -->", "<!-- {0}:end -->"
 NOTHING = (
     "No GPU has been measured yet; `python benchmarks/gpu.py` on a machine with one writes the "
     "figures that belong here."
@@ -76,7 +76,8 @@ def models_table(found: list[dict]) -> str:
             )
         elif r.get("status") not in (None, "absent"):
             lines.append([r["model"], str(r["batch"]), r["provider"], _state(r), *["-"] * 7])
-    header: str = "model,batch,provider,ms,IQR,images/s,MFU,x floor,peak MB,saved MB,J/image"
+    header = "model,batch,provider,ms,IQR,images/s,MFU,ms / floor,peak MB"
+    header += ",MB for backward,J/image"
     return table(header.split(","), lines)
 
 
@@ -90,7 +91,7 @@ def ops_table(found: list[dict]) -> str:
             lines.append(name + figures)
         elif r["status"] != "absent":
             lines.append([*name, _state(r), *["-"] * 5])
-    header: str = "op,shape,provider,ms,TFLOP/s,GB/s,x floor,launch us,peak MB"
+    header: str = "op,shape,provider,ms,TFLOP/s,GB/s,ms / floor,launch us,peak MB"
     return table(header.split(","), lines)
 
 
@@ -119,7 +120,7 @@ def peers_table(found: list[dict]) -> str:
             continue
         times = [number(own["median_ms"]), best["provider"], number(best["median_ms"])]
         lines.append([own["op"], f"{own['shape']} {own['pass']}", *times, f"{ratio:.2f}x"])
-    out = [table("op,shape,ms,fastest peer,its ms,speed".split(","), lines)]
+    out = [table("op,shape,ms,fastest peer,peer ms,speedup".split(","), lines)]
     if ratios:
         low, high = min(ratios), max(ratios)
         out.append(
@@ -177,8 +178,8 @@ def ceilings_line(result: dict) -> str:
     rates = ", ".join(f"{k} {number(v / 1e12)} TFLOP/s" for k, v in c["flops"].items())
     return (
         f"Measured in the same run: matrix products {rates}; copy {c['bandwidth'] / 1e9:.0f} GB/s. "
-        "MFU is of that rate; a floor is the longer of FLOPs at that rate and bytes at that speed; "
-        "a model's FLOPs are those of all its tokens in all its blocks, for every provider."
+        "MFU is relative to that rate. A floor is the longer of FLOPs at that rate and bytes at "
+        "that bandwidth. For every provider, FLOPs are those of all tokens in all blocks."
     )
 
 
@@ -320,7 +321,8 @@ def compile_line(report: dict) -> str:
     serial = sum(r["serial"] > 0 for r in found)
     return (
         f"Of {len(found)} launches compiled for {archs} (triton {report['triton']}), {spilled} "
-        f"spill registers; {wgmma} on sm_90 hold wgmma instructions, {serial} wait for each alone."
+        f"spill registers; {wgmma} on sm_90 hold wgmma instructions, serialized by ptxas in "
+        f"{serial}."
     )
 
 
@@ -352,8 +354,30 @@ def without_gpu(results: Path) -> list[str]:
     return out
 
 
+def headline(results: Path = RESULTS) -> str:
+    """One sentence per GPU: ours and timm eager, in inference and in a training step."""
+    out = []
+    for result in measured(results).values():
+        found = [r for r in rows(result, "infer") if "images_per_s" in r]
+        by = {(r["model"], r["batch"], r["provider"]): r for r in found}
+        lines = []
+        for (model, batch, provider), ours in by.items():
+            timm = by.get((model, batch, "timm eager (SDPA)"))
+            if provider == "fastvit" and timm:
+                rates, memory = (
+                    [number(r[key]) for r in (ours, timm)] for key in ("images_per_s", "peak_mb")
+                )
+                lines.append(
+                    f"{model} inference in bfloat16 at batch {batch}: **{rates[0]} images/s** in "
+                    f"{memory[0]} MB; timm with SDPA: {rates[1]} in {memory[1]} MB."
+                )
+        lines.append(profile_line(rows(result, "train")))
+        out.append(f"{result['environment']['device']}: {' '.join(lines)}".strip())
+    return "\n\n".join(out) or NOTHING
+
+
 def readme(results: Path = RESULTS) -> str:
-    """The text between the README's markers."""
+    """The text of the README's results section."""
     out = []
     gpus = measured(results)
     if not gpus:
@@ -384,17 +408,20 @@ def readme(results: Path = RESULTS) -> str:
     return "\n\n".join(out)
 
 
-def fill(text: str, block: str) -> str:
-    """`text` with `block` between the markers."""
-    if START not in text or END not in text:
-        raise ValueError(f"the README has no {START} ... {END}")
-    head, rest = text.split(START, 1)
-    return f"{head}{START}\n{block}\n{END}{rest.split(END, 1)[1]}"
+def fill(text: str, **blocks: str) -> str:
+    """`text` with each block between the markers of its name."""
+    for name, block in blocks.items():
+        start, end = (marker.format(name) for marker in MARKERS)
+        if start not in text or end not in text:
+            raise ValueError(f"the README has no {start} ... {end}")
+        head, rest = text.split(start, 1)
+        text = f"{head}{start}\n{block}\n{end}{rest.split(end, 1)[1]}"
+    return text
 
 
 def main() -> None:
     path = ROOT / "README.md"
-    path.write_text(fill(path.read_text(), readme()))
+    path.write_text(fill(path.read_text(), headline=headline(), results=readme()))
     exact = RESULTS / "numerics.json"
     if exact.exists():
         from benchmarks import numerics

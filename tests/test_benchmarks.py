@@ -351,13 +351,14 @@ def test_gpu_script_refuses_to_pass_off_a_dry_run() -> None:
 
 def test_readme_says_what_the_results_say() -> None:
     text = (ROOT / "README.md").read_text()
-    assert text == report.fill(text, report.readme()), "run: python benchmarks/report.py"
+    written = report.fill(text, headline=report.headline(), results=report.readme())
+    assert text == written, "run: python benchmarks/report.py"
 
 
 def test_readme_without_gpu_results_says_so(tmp_path: Path) -> None:
-    assert report.readme(tmp_path) == report.NOTHING
+    assert report.readme(tmp_path) == report.headline(tmp_path) == report.NOTHING
     with pytest.raises(ValueError, match="results:start"):
-        report.fill("no markers", "block")
+        report.fill("no markers", results="block")
 
 
 def test_import_is_light() -> None:
