@@ -119,13 +119,15 @@ def check_repeatable(op: str, args: dict[str, Any], dtype: torch.dtype, device: 
         assert torch.equal(first[name], second[name]), f"{op} {name} differs between two runs"
 
 
-def check_no_double_backward(op: str, args: dict[str, Any], device: Any) -> None:
+def check_plain_backward(op: str, args: dict[str, Any], device: Any) -> None:
     inputs = {k: _fresh(v, device) for k, v in args.items()}
     leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
     with fastvit.use_backend("triton"):
         out = getattr(ops, op)(**inputs)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(out.sum(), leaves, create_graph=True)
+        torch.autograd.grad(out.sum(), leaves, create_graph=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match="no batch of gradients"):
+        torch.autograd.grad(out, leaves, torch.stack([out, out]), is_grads_batched=True)
 
 
 def check_compiles(op: str, args: dict[str, Any], device: Any, dynamic: bool | None = None) -> None:

@@ -433,7 +433,7 @@ class AttentionFunction(torch.autograd.Function):
         return o
 
     @staticmethod
-    @library.no_double_backward
+    @library.plain_backward
     def backward(ctx: Any, do: Tensor) -> Any:
         *saved, lengths, seed = ctx.saved_tensors
         grads = attention_bwd(do, *saved, ctx.scale, lengths, None, 0, ctx.dropout, seed)
@@ -459,7 +459,7 @@ class AttentionQKVFunction(torch.autograd.Function):
         return o
 
     @staticmethod
-    @library.no_double_backward
+    @library.plain_backward
     def backward(ctx: Any, do: Tensor) -> Any:
         *saved, lengths, cu_seqlens, seed = ctx.saved_tensors
         sequences = (lengths, cu_seqlens, ctx.max_seqlen)

@@ -216,7 +216,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
         return library.reshaped(out, *x.shape[:-1], len(weight)), x
 
     @staticmethod
-    @library.no_double_backward
+    @library.plain_backward
     def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
         if dy is None:
             return dx, *(None,) * 10

@@ -299,7 +299,7 @@ class LayerNormMlpFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @library.no_double_backward
+    @library.plain_backward
     def backward(ctx: Any, dout: Tensor) -> Any:
         *saved, path_scale = ctx.saved_tensors
         needs, request = ctx.needs_input_grad[1:8], ctx.upstream_request

@@ -105,19 +105,29 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a Function's backward refuse create_graph=True: second derivatives would be wrong."""
+def plain_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a Function's backward refuse create_graph=True, whose second derivatives would be wrong,
+    and is_grads_batched=True, whose batches no kernel can read.
+    """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: torch.Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "fastvit: the Triton kernels have no second derivative (create_graph=True); "
-                "run the forward under fastvit.use_backend('reference')"
-            )
+        if not torch.compiler.is_compiling():
+            _check_plain(grads)
         return backward(ctx, *grads)
 
     return wrapper
+
+
+def _check_plain(grads: Sequence[torch.Tensor | None]) -> None:
+    what = "have no second derivative (create_graph=True)" if torch.is_grad_enabled() else None
+    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+        what = "take no batch of gradients (is_grads_batched=True, vectorize=True)"
+    if what is not None:
+        raise RuntimeError(
+            f"fastvit: the Triton kernels {what}; run the forward under "
+            "fastvit.use_backend('reference')"
+        )
 
 
 def marked(tensors: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor]:

@@ -131,7 +131,7 @@ class LinearResidualFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @library.no_double_backward
+    @library.plain_backward
     def backward(ctx: Any, dout: Tensor) -> Any:
         *saved, path_scale = ctx.saved_tensors  # checkpointing lets them be read once
         needs = [ctx.needs_input_grad[i] for i in (1, 2, 4)]

@@ -509,7 +509,7 @@ class PatchEmbedFunction(torch.autograd.Function):
         return patch_embed_fwd(images, w, bias, pos, prefix, out_dtype)
 
     @staticmethod
-    @library.no_double_backward
+    @library.plain_backward
     def backward(ctx: Any, dout: Tensor) -> Any:
         needs = ctx.needs_input_grad[:5]
         grads = patch_embed_bwd(dout.contiguous(), *ctx.saved_tensors, needs)

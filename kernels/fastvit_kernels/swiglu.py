@@ -104,7 +104,7 @@ class SwiGluFunction(torch.autograd.Function):
         return library.reshaped(swiglu_fwd(x2), *x.shape[:-1], x.shape[-1] // 2)
 
     @staticmethod
-    @library.no_double_backward
+    @library.plain_backward
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         return swiglu_bwd(gemm.rows(dy), x).view(*dy.shape[:-1], x.shape[1])
