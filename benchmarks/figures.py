@@ -42,9 +42,8 @@ def _bars(rows: list[dict], value: str, title: str, name: str) -> None:
     for axis, (group, found) in zip(axes[:, 0], groups.items(), strict=True):
         found = sorted(found, key=lambda r: r[value] or 0)
         colours = [OURS if r["provider"].startswith("fastvit") else PEER for r in found]
-        bars = axis.barh([r["provider"] for r in found], [r[value] or 0 for r in found])
-        for bar, colour in zip(bars, colours, strict=True):
-            bar.set_color(colour)
+        widths = [r[value] or 0 for r in found]
+        bars = axis.barh([r["provider"] for r in found], widths, color=colours)
         axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
         axis.set_title(group, fontsize=8, loc="left")
         axis.tick_params(labelsize=7)
@@ -74,8 +73,7 @@ def _roofline(result: dict, ops: list[dict], title: str, name: str) -> None:
 def _split(ops: list[dict], title: str, name: str) -> None:
     """Plot a block's time by op, fastvit and eager: each op's first shape, forward + backward."""
     first: dict[str, dict[str, float]] = {}
-    parts = [r["op"] for r in ops if r["op"] not in ("block", "patch_embed")]
-    for op in dict.fromkeys(parts):
+    for op in ("layernorm_linear", "attention", "linear_residual", "layernorm_mlp"):
         mine = [r for r in ops if r["op"] == op and r["pass"] == "forward+backward"]
         if mine:
             shape = mine[0]["shape"]

@@ -1,5 +1,6 @@
 """The machine: names and versions, measured ceilings, energy."""
 
+import ast
 import ctypes
 import hashlib
 import platform
@@ -67,7 +68,7 @@ def _best(call: Callable[[], Any], device: torch.device, count: int) -> float:
 
 
 def _exps_per_second(device: torch.device) -> float | None:
-    clock = _query("clocks.max.sm")
+    clock = _query("clocks.max.sm", device)
     if clock is None:
         return None
     sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -84,7 +85,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "kind": device.type,
         "threads": torch.get_num_threads(),
-        "driver": _query("driver_version"),
+        "driver": _query("driver_version", device),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -97,7 +98,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         env["capability"] = f"{properties.major}.{properties.minor}"
         env["sms"] = properties.multi_processor_count
         env["memory_gb"] = round(properties.total_memory / 1e9, 1)
-        env["power_limit"] = _query("power.limit")
+        env["power_limit"] = _query("power.limit", device)
     return env
 
 
@@ -126,13 +127,21 @@ def commit() -> str:
 
 
 def code_digest(without: str = "") -> str:
-    """A hash of the code that figures depend on, by which outdated figures are recognized."""
+    """A hash of the code that figures depend on, by which outdated figures are recognized: of the
+    syntax tree without docstrings, so that prose may change.
+    """
     digest = hashlib.sha256()
     for folder in CODE:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if path.name == without:
                 continue
-            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+            tree = ast.parse(path.read_text())
+            for node in ast.walk(tree):
+                body = getattr(node, "body", None)
+                first = body[0] if isinstance(body, list) and body else None
+                if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                    first.value.value = None
+            digest.update(path.relative_to(ROOT).as_posix().encode() + ast.dump(tree).encode())
     return digest.hexdigest()[:12]
 
 
@@ -143,8 +152,20 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _query(what: str) -> str | None:
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={what}", "--format=csv,noheader"]
+def _uuid(device: torch.device) -> str:
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+
+
+def _query(what: str, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    command = [
+        "nvidia-smi",
+        f"--id={_uuid(device)}",
+        f"--query-gpu={what}",
+        "--format=csv,noheader",
+    ]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -163,8 +184,7 @@ class Energy:
         handle = ctypes.c_void_p()
         try:
             self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            name = (uuid if uuid.startswith("GPU-") else f"GPU-{uuid}").encode()
+            name = _uuid(device).encode()
             if self._nvml.nvmlInit_v2() == 0:
                 if self._nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0:
                     self._handle = handle
