@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import library, tuned
-from fastvit_kernels.attention import strides_divisor, with_int32_offsets
+from fastvit_kernels.attention import _scale, strides_divisor, with_int32_offsets
 from fastvit_kernels.attention_tiles import dot_rows, load_tile, rows_of
 from fastvit_kernels.common import LOG2E, exp2
 from fastvit_kernels.gemm import precision
@@ -136,6 +136,6 @@ def attention_maps(
     q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float | None = None
 ) -> Tensor:
     """Rows `rows` (R,) of the probabilities: (B, H, R, N) float32. lse: from `attention_lse`."""
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _scale(q, scale)
     lse = None if lse is None else lse.detach()
     return attention_maps_fwd(q.detach(), k.detach(), lse, rows, scale)

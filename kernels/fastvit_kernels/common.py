@@ -117,22 +117,6 @@ def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _issue(INSTRUCTION: tl.constexpr):
-    """Issue a PTX instruction in every thread; memory accesses are not reordered across it. Unlike
-    tl.debug_barrier, it does not keep the loop around it from being software-pipelined.
-    """
-    if not INTERPRET:
-        tl.inline_asm_elementwise(
-            INSTRUCTION + " mov.b32 $0, $1;",
-            "=r,r,~{memory}",
-            [tl.arange(0, 32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def stagger_programs(NANOSECONDS: tl.constexpr):
     """Delay the second half of a grid's programs. Otherwise two persistent programs on one SM run
     in lockstep: both multiply, then both store.
@@ -154,4 +138,14 @@ def wait_for_wgmma():
     """Wait for the wgmmas that Triton leaves in flight into the next loop iteration (sm_90 only).
     Otherwise ptxas serializes them where the next iteration starts with new accumulators.
     """
-    _issue("wgmma.wait_group.sync.aligned 0;")
+    if not INTERPRET:
+        # Memory accesses are not reordered across it. Unlike tl.debug_barrier, it does not keep the
+        # loop around it from being software-pipelined.
+        tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;",
+            "=r,r,~{memory}",
+            [tl.arange(0, 32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

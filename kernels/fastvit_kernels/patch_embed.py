@@ -80,9 +80,6 @@ def _patch_embed_fwd_kernel(
     P_W: tl.constexpr,
     VEC: tl.constexpr,
     BY_8: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_POS: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -117,19 +114,19 @@ def _patch_embed_fwd_kernel(
         acc = dot(a.to(w.dtype), w, acc, PRECISION)
 
     mask = mask_m[:, None] & mask_n[None, :]
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         acc += bias[None, :]
     # Drop the bias in prefix rows, and the NaN of their zeros times a NaN or infinite weight.
     acc = tl.where(is_patch[:, None], acc, 0.0)
     # One load for both: each row adds a row either of pos or of prefix.
-    if HAS_POS and HAS_PREFIX:
+    if pos_ptr is not None and prefix_ptr is not None:
         added = tl.where(is_patch, pos_ptr + (token - P) * N, prefix_ptr + token * N)
         acc += tl.load(added[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    elif HAS_POS:
+    elif pos_ptr is not None:
         offs = (token - P)[:, None] * N + offs_n[None, :]
         acc += tl.load(pos_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    elif HAS_PREFIX:
+    elif prefix_ptr is not None:
         offs = token[:, None] * N + offs_n[None, :]
         is_prefix = (token < P)[:, None]
         acc += tl.load(prefix_ptr + offs, mask=is_prefix & mask, other=0.0).to(tl.float32)
@@ -211,8 +208,6 @@ def _patch_embed_dtokens_kernel(
     m,
     P,
     N,
-    HAS_POS: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -228,11 +223,11 @@ def _patch_embed_dtokens_kernel(
         dout = tl.load(dout_ptr + rows[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
         total += tl.sum(dout.to(tl.float32), axis=0)
     if token < P:
-        if HAS_PREFIX:
+        if dprefix_ptr is not None:
             dprefix = total.to(dprefix_ptr.dtype.element_ty)
             tl.store(dprefix_ptr + token * N + offs_n, dprefix, mask=mask_n)
     else:
-        if HAS_POS:
+        if dpos_ptr is not None:
             dpos = total.to(dpos_ptr.dtype.element_ty)
             tl.store(dpos_ptr + (token - P) * N + offs_n, dpos, mask=mask_n)
 
@@ -357,9 +352,6 @@ def _fwd(
         grid_w,
         *images.stride(),
         **geometry,
-        HAS_BIAS=bias is not None,
-        HAS_POS=pos is not None,
-        HAS_PREFIX=prefix is not None,
         PRECISION=gemm.precision(weight.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
@@ -444,8 +436,6 @@ def _bwd(
             m,
             P,
             N,
-            HAS_POS=dpos is not None,
-            HAS_PREFIX=dprefix is not None,
             BLOCK_B=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             num_warps=config.num_warps,

@@ -18,7 +18,7 @@ from fastvit.dialects import EVA_POOL, WRAPPER_NAMES, Reading, read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
 from fastvit.layers import check_sizes, pair
-from fastvit.model import ViT
+from fastvit.model import TIMM_POOLS, ViT
 from fastvit.pos_embed import Resample, resample_patches, resample_positions
 from fastvit.presets import DATA, PRESETS
 from fastvit.saving import FORMAT, VERSION
@@ -291,7 +291,7 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
         known["image_size"] = tuple(size[1:])
     pool = config.get("global_pool") or pretrained.get("global_pool")
     if pool and "pool" not in args:
-        known["pool"] = {"token": "cls", "avg": "mean"}.get(pool, pool)
+        known["pool"] = TIMM_POOLS.get(pool, pool)
     reading.known = known
     reading.data.update(DATA.get(architecture, {}))
     for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode", "tag", "label_names"):

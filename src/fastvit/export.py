@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvit.checkpoint_files import CONFIGS, PREPROCESSOR, SUFFIXES, WEIGHTS
 from fastvit.errors import UsageError
-from fastvit.model import ViT, pair
+from fastvit.model import TIMM_POOLS, ViT, pair
 from fastvit.pos_embed import HUGGING_FACE, Resample
 from fastvit.saving import current_architecture, json_value, replacing, replacing_folder, weights_of
 
@@ -26,7 +26,7 @@ _TAKEN = (
     "model.json",
     "state.pt",
 )  # files of a checkpoint or a run
-_TIMM_POOLS = {"cls": "token", "mean": "avg", "none": ""}
+_TIMM_POOLS = {ours: theirs for theirs, ours in TIMM_POOLS.items()}
 _TIMM_WORDS = {
     "image_size": "img_size",
     "channels": "in_chans",

@@ -181,8 +181,7 @@ class ViT(VitPytorchNames, nn.Module):
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, registers, dim)) if registers else None
-        covered = 0 if no_embed_class else self.num_prefix_tokens
-        tokens = covered + self.patch_embed.num_patches
+        tokens = self._prefix_positions + self.patch_embed.num_patches
         self.pos_embed = (
             nn.Parameter(torch.empty(1, tokens, dim)) if pos_embed == "learned" else None
         )
@@ -364,6 +363,11 @@ class ViT(VitPytorchNames, nn.Module):
             rope = (*tables, self.rope.interleaved)
         return self.norm_pre(x), rope
 
+    @property
+    def _prefix_positions(self) -> int:
+        """How many rows of the position table are those of prefix tokens."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
     def positions(self, grid: Grid | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the patches' position embeddings (m, dim) and the prefix tokens (P, dim).
 
@@ -373,7 +377,7 @@ class ViT(VitPytorchNames, nn.Module):
         prefix = torch.cat(tokens, dim=1)[0] if tokens else None
         if self.pos_embed is None:
             return None, prefix
-        covered = 0 if self.no_embed_class else self.num_prefix_tokens
+        covered = self._prefix_positions
         # Under no_grad a view of a leaf requires grad but has no grad_fn: FlopCounterMode asserts.
         pos = self.pos_embed if torch.is_grad_enabled() else self.pos_embed.detach()
         own, table = pos[0].tensor_split([covered])
@@ -598,7 +602,7 @@ class ViT(VitPytorchNames, nn.Module):
             stem.patch_size if patch_size is None else pair("patch_size", patch_size),
         )
         if self.pos_embed is not None and stem.grid_size != before:
-            covered = 0 if self.no_embed_class else self.num_prefix_tokens
+            covered = self._prefix_positions
             own, table = self.pos_embed.data[0].tensor_split([covered])
             table = resample_positions(table, before, stem.grid_size, self.resample)
             self.pos_embed = nn.Parameter(
@@ -652,13 +656,9 @@ class ViT(VitPytorchNames, nn.Module):
         rows: "cls", "all" or token indices. Only these rows of the N x N matrix are computed.
         """
         blocks = self._unwrapped_blocks()
-        depth = len(blocks)
         if len(layers) == 0:
             raise UsageError("layers must name at least one block, got none")
-        for layer in layers:
-            if not -depth <= layer < depth:
-                raise ValueError(f"layers: {layer} is out of range for depth {depth}")
-        wanted = [layer % depth for layer in layers]
+        wanted = self._block_indices("layers", layers)
         x, rope = self.embed(images)
         if isinstance(rows, str):
             if rows not in ("cls", "all"):
