@@ -143,7 +143,7 @@ print(json.dumps([[[[p.name, p.bytes] for p in step.forward],
 def test_kernels_write_what_the_count_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the launchers in the interpreter and see which arguments change."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    from fastvit_kernels import attention, swiglu, tuned
+    from fastvit_kernels import attention, layernorm_linear, swiglu, tuned
 
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
@@ -191,6 +191,14 @@ def test_kernels_write_what_the_count_says(monkeypatch: pytest.MonkeyPatch) -> N
         qkv = torch.randn(2, N, 3, 2, 16, requires_grad=True)
         attention.attention_qkv(qkv).square().sum().backward()
     swiglu.swiglu(torch.randn(5, 32, requires_grad=True)).sum().backward()
+    x, weight, frozen = (
+        torch.randn(2, 5, 32),
+        torch.ones(32, requires_grad=True),
+        torch.ones(16, 32),
+    )
+    layernorm_linear.layernorm_linear(
+        x, weight, torch.zeros(32, requires_grad=True), frozen, None, 1e-6, False, torch.float32
+    )[0].sum().backward()
     assert seen == set(traffic.WRITES)
 
 
