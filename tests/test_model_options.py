@@ -2,8 +2,9 @@
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from peers import Truth, check, close, randomize_weights, truth
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit.errors import UsageError
+from fastvit.layers import RMSNorm
 
 timm: Any = pytest.importorskip("timm")
 NARROW: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
 NARROW.update(num_classes=5, mlp_ratio=2)
+SIZES: dict[str, Any] = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_dim=48)
 EPS = functools.partial(nn.LayerNorm, eps=1e-3)
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -172,3 +175,42 @@ def test_both_forms_of_rope_against_timms_eva() -> None:
         ours.load_state_dict(state, strict=True)
         for height, width in ((32, 32), (24, 56)):
             check(ours, run(theirs, torch.randn(2, 3, height, width)))
+
+
+def test_arguments_of_other_types() -> None:
+    """Integers and numpy's scalars mean what they mean in timm."""
+    model = fastvit.ViT(**{**SIZES, "layer_scale": 1, "qkv_bias": 1})
+    assert model.config["qkv_bias"] is True
+    assert "blocks.0.attn.qkv.bias" in dict(model.named_parameters())
+    images = torch.randn(2, *model.default_cfg["input_size"])
+    assert torch.equal(
+        model.attention_maps(images, layers=-1), model.attention_maps(images, layers=[-1])
+    )
+    assert len(model.forward_intermediates(images, cast(Any, np.int64(1)))[1]) == 1
+    with pytest.raises(ValueError, match="indices must name at least one block"):
+        model.prune_intermediate_layers([])
+    with pytest.raises(ValueError, match="pool 'map' needs dim"):
+        fastvit.ViT(**{**SIZES, "heads": 3}, dim_head=16, pool="map")
+
+
+def test_a_failed_resize_changes_nothing() -> None:
+    with pytest.raises(ValueError, match="mode 'nearest' takes neither antialias"):
+        fastvit.ViT(**SIZES, resample={"mode": "nearest", "antialias": True})
+    model = fastvit.ViT(**SIZES, resample={"mode": "nearest"})
+    before = {**model.config}
+    model.patch_embed.proj = nn.Sequential(model.patch_embed.proj)  # type: ignore[assignment]
+    images = torch.randn(2, *model.default_cfg["input_size"])
+    expected = model(images)
+    for size, patch in ((SIZES["image_size"], 2), (SIZES["image_size"] + 1, None)):
+        with pytest.raises((TypeError, ValueError), match=r"not a Conv2d|not a multiple"):
+            model.set_input_size(size, patch)
+        assert model.config == before and torch.equal(model(images), expected)
+
+
+def test_rms_norm_without_eps() -> None:
+    """It takes the smallest float of its dtype in PyTorch, and no kernel."""
+    model = fastvit.ViT(**SIZES, norm="rmsnorm")
+    model.blocks[0].norm1 = RMSNorm(SIZES["dim"])
+    assert "norm has no eps" in str(
+        fastvit.backend_report(model, torch.randn(1, *model.default_cfg["input_size"]))
+    )

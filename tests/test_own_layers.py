@@ -147,6 +147,52 @@ def test_another_activation_takes_part(models: Any) -> None:
     assert_same(*(model(IMAGES) for model in models))
 
 
+@pytest.mark.parametrize("change", ["padding", "stride", "groups", "dilation"])
+def test_a_convolution_that_overlaps_or_pads_runs_itself(change: str) -> None:
+    arguments: dict[str, Any] = {"padding": {"padding": 1}, "stride": {"stride": 4}}.get(change, {})
+    arguments |= {"groups": {"groups": 3}, "dilation": {"dilation": 2}}.get(change, {})
+    images = torch.randn(2, 3, 32, 32)
+    conv = nn.Conv2d(3, 48, 8, **{"stride": 8, **arguments})
+    model = fastvit.create_model(NAME, **SMALL)
+    model.patch_embed.proj = conv
+    assert_same(conv(images).flatten(2).mT, model.patch_embed(images))
+    peer = timm.create_model(NAME, **SMALL).eval()
+    fastvit.accelerate(peer)
+    for name, value in arguments.items():  # changed after it was found fit
+        if name != "groups":
+            setattr(peer.patch_embed.proj, name, (value, value))
+    convolved = peer.patch_embed.proj(images)
+    fastvit.restore(peer)
+    assert_same(peer.patch_embed.proj(images), convolved)
+
+
+def test_attention_pooling_takes_another_mlp() -> None:
+    arguments = {**SMALL, "global_pool": "map", "class_token": False, "init_values": None}
+    models = [m.create_model(NAME, **arguments).eval() for m in (timm, fastvit)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model.attn_pool.mlp.register_forward_hook(lambda m, args, out: out * 0)
+    assert_same(*(model(IMAGES) for model in models))
+    for model in models:
+        model.attn_pool.mlp = nn.Tanh()
+    assert_same(*(model(IMAGES) for model in models))
+
+
+def test_swiglu_with_one_bias() -> None:
+    model = fastvit.ViT(image_size=8, patch_size=4, dim=16, depth=1, heads=1, mlp="swiglu").eval()
+    gate: Any = model.blocks[0].get_submodule("mlp.fc1_g")
+    gate.bias.data.zero_()
+    images = torch.randn(2, 3, 8, 8)
+    expected = model(images)
+    gate.bias = None
+    assert_same(expected, model(images))
+
+
+def test_a_layer_that_no_forward_uses(models: Any) -> None:
+    models[1].blocks[-1].mlp.extra = nn.Dropout(0.1)
+    assert_same(*(model(IMAGES) for model in models))
+
+
 @pytest.mark.parametrize("change", ["eps", "kind"])
 def test_norms_of_q_and_k_may_differ(models: Any, change: str) -> None:
     for model in models:
@@ -201,3 +247,6 @@ def test_a_projection_of_one_s_own_takes_another_size(models: Any) -> None:
     images = torch.randn(2, 3, 48, 48)
     assert_same(models[0](images), own(images))
     assert own.default_cfg["input_size"] == (3, 48, 48)
+    with pytest.raises(TypeError, match=r"patch_embed\.proj is a Sequential, not a Conv2d"):
+        own.set_input_size(96, patch_size=16)
+    assert_same(models[0](images), own(images))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peers import close, randomize_weights
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fastvit
 from fastvit.errors import UsageError
@@ -193,13 +194,15 @@ def test_no_weight_decay_and_layers(name: str) -> None:
         assert {as_timm(key, theirs): layer for key, layer in mine.items()} == layers
 
 
-@pytest.mark.parametrize("layer_decay", [None, 0.75])
+@pytest.mark.parametrize(("layer_decay", "headless"), [(None, False), (0.75, False), (0.75, True)])
 @pytest.mark.parametrize("name", MODELS.values(), ids=MODELS)
-def test_param_groups(name: str, layer_decay: float | None) -> None:
+def test_param_groups(name: str, layer_decay: float | None, headless: bool) -> None:
     """Each parameter gets timm's learning rate scale and weight decay; frozen ones are left out."""
     theirs, ours = twins(name)
     for model in (theirs, ours):
         model.blocks[1].norm1.weight.requires_grad_(False)
+        if headless:
+            model.reset_classifier(0)
     kept = theirs.no_weight_decay()
     if layer_decay is None:
         expected = param_groups_weight_decay(theirs, 0.05, no_weight_decay_list=kept)
@@ -245,6 +248,11 @@ def _compiled_block(model: Any) -> Any:
     return model
 
 
+def _checkpointed_blocks(model: Any) -> Any:
+    model.blocks = checkpoint_wrapper(model.blocks)
+    return model
+
+
 def _compiled_blocks(model: Any) -> Any:
     model.blocks = _compiled(model.blocks)
     return model
@@ -259,8 +267,9 @@ def _compiled_blocks(model: Any) -> Any:
         Mine,
         _compiled_block,
         _compiled_blocks,
+        _checkpointed_blocks,
     ],
-    ids=["compile", "ddp", "sequential", "inside", "block", "blocks"],
+    ids=["compile", "ddp", "sequential", "inside", "block", "blocks", "checkpointed"],
 )
 @pytest.mark.parametrize("layer_decay", [None, 0.75])
 def test_param_groups_of_a_wrapped_model(wrap: Any, layer_decay: float | None) -> None:

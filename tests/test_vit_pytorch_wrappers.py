@@ -88,6 +88,23 @@ def test_mae_trains_other_models_of_ours_too() -> None:
         again.load_state_dict(encoder.state_dict())
 
 
+def test_mae_recomputes_blocks_and_calls_hooks() -> None:
+    theirs, ours = twins()
+    images = torch.randn(4, 3, 32, 32)
+    calls: list[str] = []
+    ours.blocks[0].attn.register_forward_hook(lambda *_: calls.append("attn"))
+    projection = [encoder.to_patch_embedding[-1] for encoder in (theirs, ours)]
+    patches = ours.to_patch_embedding[0](images)
+    expected = projection[0](patches)
+    close("projection", projection[1](patches), expected)
+    ours.patch_embed.proj.register_forward_hook(lambda module, args, out: 2 * out)
+    close("hooked projection", projection[1](patches), 2 * expected)
+    ours.set_grad_checkpointing()
+    mae: Any = MAE(encoder=ours, decoder_dim=24, decoder_heads=2)
+    mae(images).backward()
+    assert calls == ["attn", "attn"]
+
+
 def test_extractor_takes_a_block() -> None:
     theirs, ours = twins()
     images = torch.randn(2, 3, 32, 32)

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvit import backend, ops, reference
-from fastvit.plain import all_plain, has_observing_hooks, uses_methods_of, why_not_fused
+from fastvit.plain import (
+    all_plain,
+    has_observing_hooks,
+    uses_methods_of,
+    why_not_fused,
+    why_not_patches,
+)
 from fastvit.pos_embed import Grid, Resample, resample_patches
 
 NORMS = ops.NORMS
@@ -135,7 +141,8 @@ class PatchEmbed(nn.Module):
             p_h, p_w = self.patch_size
             height, width = images.shape[2:]
             images = images[:, :, : height // p_h * p_h, : width // p_w * p_w]
-        if reason := why_not_fused(proj=(self.proj, (nn.Conv2d,))):
+        reason = why_not_fused(proj=(self.proj, (nn.Conv2d,))) or why_not_patches(self.proj)
+        if reason:
             ops.record_fallback("patch_embed", images, reason)
             tokens = self.proj(images).flatten(2).transpose(1, 2)
             return reference.add_pos_and_prefix(tokens, pos, prefix)
@@ -143,10 +150,13 @@ class PatchEmbed(nn.Module):
 
     def resize(self, image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
         """Change the image size and the patch size, resampling the kernel to the latter."""
-        before = self.patch_size
-        self._set_sizes(image_size, patch_size)
-        if patch_size != before:
+        weight = None
+        if patch_size != self.patch_size:
+            if not isinstance(self.proj, nn.Conv2d):
+                raise TypeError(f"patch_embed.proj is a {type(self.proj).__name__}, not a Conv2d")
             weight = resample_patches(self.proj.weight.detach(), patch_size, Resample())
+        self._set_sizes(image_size, patch_size)
+        if weight is not None:
             self.proj.weight = nn.Parameter(weight, self.proj.weight.requires_grad)
             self.proj.kernel_size = self.proj.stride = patch_size
 
@@ -168,7 +178,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init: float) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
@@ -211,7 +221,7 @@ class Attention(nn.Module):
         inner = heads * dim_head
         self.heads, self.dim_head = heads, dim_head
         self.dropout, self.proj_dropout = dropout, proj_dropout
-        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias is True)
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias not in (False, "qv"))
         separate = qkv_bias == "qv"
         self.q_bias = nn.Parameter(torch.zeros(inner)) if separate else None
         self.v_bias = nn.Parameter(torch.zeros(inner)) if separate else None
@@ -379,6 +389,8 @@ class SwiGlu(nn.Module):
         if norm is not None:
             fused = {name: (linear, _LINEAR) for name, linear in parts.items()}
             reason = why_not_fused(norm=(norm, _NORMS), **fused)
+            if reason is None and len({m.bias is None for m in linears}) > 1:
+                reason = "only one of fc1_g and fc1_x has a bias"
         if reason:
             ops.record_fallback("layernorm_linear", x, reason)
         if norm is None or reason:
@@ -494,7 +506,8 @@ class Block(nn.Module):
 
     def why_tail_needs_all_rows(self) -> str | None:
         """Return why a module after the attention may need all vectors; None: all are plain."""
-        tail = {"norm2": self.norm2, "proj": self.attn.proj, **dict(self.mlp.named_children())}
+        mlp = {n: m for n, m in self.mlp.named_children() if n in _TAIL_KINDS}
+        tail = {"norm2": self.norm2, "proj": self.attn.proj, **mlp}
         tail |= {name: ls for name, ls in (("ls1", self.ls1), ("ls2", self.ls2)) if ls is not None}
         parts = {name: (module, _TAIL_KINDS[name]) for name, module in tail.items()}
         return None if all_plain(*parts.values()) else why_not_fused(**parts)
@@ -601,4 +614,7 @@ class AttentionPool(nn.Module):
         q = self.q(self.latent).expand(x.shape[0], -1, -1).unflatten(-1, (self.heads, -1))
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
         o = self.proj(ops.pool_attention(q, k, v).flatten(2))
+        if reason := _why_branch_unfused("mlp", self.mlp, "", None):
+            ops.record_fallback("layernorm_mlp", o, reason)
+            return (o + self.mlp(self.norm(o)))[:, 0]
         return self.mlp(o, self.norm)[:, 0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fastvit.layers import (
     check_positive,
     check_rates,
     check_sizes,
+    grid_of,
     make_norm,
     pair,
     run_block,
@@ -142,6 +144,7 @@ class ViT(VitPytorchNames, nn.Module):
         check_choice(MLPS, mlp=mlp)
         check_choice(ops.ACTIVATIONS, activation=activation)
         check_choice((True, False, "qv"), qkv_bias=qkv_bias)
+        config["qkv_bias"] = qkv_bias = qkv_bias if qkv_bias == "qv" else bool(qkv_bias)
         check_choice((None, *FORMS), rope=rope)
         flags = dict(class_token=class_token, no_embed_class=no_embed_class, qk_norm=qk_norm)
         flags |= dict(pre_norm=pre_norm, final_norm=final_norm, crop_remainder=crop_remainder)
@@ -228,6 +231,8 @@ class ViT(VitPytorchNames, nn.Module):
         )
         self.attn_pool = None
         if pool == "map":
+            if dim % heads:
+                raise ValueError(f"pool 'map' needs dim {dim} to be a multiple of heads {heads}")
             pool_norm = make_norm(norm, dim, norm_eps)
             self.attn_pool = AttentionPool(dim, heads, mlp_dim, pool_norm, activation)
         self.head_drop = nn.Dropout(head_dropout)
@@ -379,7 +384,9 @@ class ViT(VitPytorchNames, nn.Module):
             return None, prefix
         covered = self._prefix_positions
         # Under no_grad a view of a leaf requires grad but has no grad_fn: FlopCounterMode asserts.
-        pos = self.pos_embed if torch.is_grad_enabled() else self.pos_embed.detach()
+        # A trace is the same with and without gradients.
+        keep = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
+        pos = self.pos_embed if keep else self.pos_embed.detach()
         own, table = pos[0].tensor_split([covered])
         if prefix is not None and covered:
             prefix = prefix + own
@@ -509,6 +516,8 @@ class ViT(VitPytorchNames, nn.Module):
         forward_intermediates gives the same outputs as before.
         """
         taken = self._block_indices("indices", indices)
+        if not taken:
+            raise ValueError("indices must name at least one block, got none")
         self.blocks: Any = self._unwrapped_blocks()[: max(taken) + 1]
         depth, before = len(self.blocks), self.config["depth"]
         rate = self.config["drop_path"] * (depth - 1) / max(before - 1, 1)
@@ -526,7 +535,8 @@ class ViT(VitPytorchNames, nn.Module):
         depth = len(self._unwrapped_blocks())
         if indices is None:
             return list(range(depth))
-        if isinstance(indices, int):
+        if isinstance(indices, (int, Integral)):
+            indices = int(indices)
             if not 0 < indices <= depth:
                 raise ValueError(f"{name}: the last {indices} of {depth} blocks were asked for")
             return list(range(depth - indices, depth))
@@ -596,18 +606,15 @@ class ViT(VitPytorchNames, nn.Module):
                 f"set_input_size: patch_embed is a {type(stem).__name__}; expected fastvit's own "
                 "PatchEmbed, whose kernel and sizes are known"
             )
-        before = stem.grid_size
-        stem.resize(
-            stem.img_size if img_size is None else pair("img_size", img_size),
-            stem.patch_size if patch_size is None else pair("patch_size", patch_size),
-        )
-        if self.pos_embed is not None and stem.grid_size != before:
-            covered = self._prefix_positions
-            own, table = self.pos_embed.data[0].tensor_split([covered])
-            table = resample_positions(table, before, stem.grid_size, self.resample)
-            self.pos_embed = nn.Parameter(
-                torch.cat([own, table])[None], self.pos_embed.requires_grad
-            )
+        size = stem.img_size if img_size is None else pair("img_size", img_size)
+        patch = stem.patch_size if patch_size is None else pair("patch_size", patch_size)
+        grid, pos = grid_of("img_size", size, patch, stem.crop), self.pos_embed
+        if pos is not None and grid != stem.grid_size:
+            own, table = pos.data[0].tensor_split([self._prefix_positions])
+            table = resample_positions(table, stem.grid_size, grid, self.resample)
+            pos = nn.Parameter(torch.cat([own, table])[None], pos.requires_grad)
+        stem.resize(size, patch)  # may fail, so the positions change after it
+        self.pos_embed = pos
         self.config.update(image_size=stem.img_size, patch_size=stem.patch_size)
         channels = getattr(stem.proj, "in_channels", stem.channels)
         self.default_cfg["input_size"] = (channels, *stem.img_size)
@@ -649,13 +656,17 @@ class ViT(VitPytorchNames, nn.Module):
 
     @torch.no_grad()
     def attention_maps(
-        self, images: Tensor, layers: Sequence[int] = (-1,), rows: str | Sequence[int] = "cls"
+        self,
+        images: Tensor,
+        layers: int | Sequence[int] = (-1,),
+        rows: str | Sequence[int] = "cls",
     ) -> Tensor:
         """Attention probabilities of chosen queries: (B, len(layers), heads, len(rows), N).
 
         rows: "cls", "all" or token indices. Only these rows of the N x N matrix are computed.
         """
         blocks = self._unwrapped_blocks()
+        layers = (int(layers),) if isinstance(layers, (int, Integral)) else layers
         if len(layers) == 0:
             raise UsageError("layers must name at least one block, got none")
         wanted = self._block_indices("layers", layers)

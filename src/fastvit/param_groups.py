@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from fastvit.errors import UsageError
-from fastvit.plain import WRAPPERS
+from fastvit.plain import WRAPPERS, unwrapped
 
 _WRAPPERS = (*WRAPPERS, "module")  # "module" is DDP's
 
@@ -17,10 +17,11 @@ def param_groups(
     """Groups of trainable parameters, each with `lr`, `weight_decay`, `lr_scale` and its `names`.
 
     Vectors (biases, norms, LayerScale) and the names in `model.no_weight_decay()` do not decay.
-    With layer_decay g the rate of layer i is lr * g^(depth + 1 - i): the stem is layer 0, block i
-    is layer i + 1, the final norm is in the last block's layer, the head is layer depth + 1. These
-    are the groups of timm's `param_groups_layer_decay`. model: a fastvit.ViT or a ViT of timm,
-    compiled, in DDP or FSDP, or inside another module, whose other layers are in the head's layer.
+    With layer_decay g the rate of layer i is lr * g^(last - i): the stem is layer 0, block i is
+    layer i + 1, the final norm is in the last block's layer, the head is a layer of its own, the
+    last where there is one. These are the groups of timm's `param_groups_layer_decay`. model: a
+    fastvit.ViT or a ViT of timm, compiled, in DDP or FSDP, or inside another module, whose other
+    layers are in the head's layer.
     """
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr!r}")
@@ -36,6 +37,14 @@ def param_groups(
     vit, patterns, depth = "", {}, 0
     if layer_decay is not None:
         vit, patterns, depth = _layers(model)
+    layers = {
+        name: _layer(bare.removeprefix(vit), patterns, depth)
+        if layer_decay is not None and bare.startswith(vit)
+        else depth + 1
+        for name, _ in model.named_parameters()
+        for bare in (_bare(name),)
+    }
+    last = max(layers.values(), default=0)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -46,9 +55,8 @@ def param_groups(
                 f"model holds {name!r}, many parameters in one; expected FSDP with use_orig_params"
             )
         decays = parameter.ndim > 1 and bare not in kept
-        inside = layer_decay is not None and bare.startswith(vit)
-        layer = _layer(bare.removeprefix(vit), patterns, depth) if inside else depth + 1
-        scale = 1.0 if layer_decay is None else layer_decay ** (depth + 1 - layer)
+        layer = layers[name]
+        scale = 1.0 if layer_decay is None else layer_decay ** (last - layer)
         group = groups.setdefault(
             (layer, decays),
             {
@@ -93,7 +101,8 @@ def _layers(model: nn.Module) -> tuple[str, dict[str, Any], int]:
             f"ViTs have, or one such inside; got {type(model).__name__} with {len(vits)} to train"
         )
     ((prefix, vit),) = vits.items()
-    return prefix, vit.group_matcher(), len(vit.blocks)
+    blocks: Any = unwrapped(vit.blocks)
+    return prefix, vit.group_matcher(), len(blocks)
 
 
 def _layer(name: str, patterns: dict[str, Any], depth: int) -> int:

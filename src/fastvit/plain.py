@@ -34,9 +34,19 @@ def why_not_fused(**parts: tuple[Any, tuple[type, ...]]) -> str | None:
             issubclass(cls, kind) and cls.forward is kind.forward for kind in kinds
         ):
             return f"{name} is {cls.__name__}"
+        if getattr(module, "eps", 0.0) is None:
+            return f"{name} has no eps"
         if reason := why_not_plain(name, module, bool(module._forward_hooks)):
             return reason
     return None
+
+
+def why_not_patches(conv: Any) -> str | None:
+    """Return why a Conv2d is not a projection of non-overlapping patches, or None."""
+    if conv.stride != conv.kernel_size:
+        return f"kernel {conv.kernel_size} overlaps with stride {conv.stride}"
+    plain = conv.padding in (0, (0, 0), "valid") and conv.dilation == (1, 1) and conv.groups == 1
+    return None if plain else "padded, dilated or grouped"
 
 
 def why_not_any() -> str | None:

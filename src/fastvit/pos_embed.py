@@ -38,9 +38,11 @@ class Resample:
         known = [f.name for f in fields(cls)]
         if unknown := sorted(options.keys() - set(known)):
             raise ValueError(f"resample: {unknown[0]!r} is unknown; expected {', '.join(known)}")
-        how = cls(**options)
+        how = cls(**{"antialias": options.get("mode") != "nearest", **options})
         if how.mode not in MODES:
             raise ValueError(f"resample: mode must be one of {MODES}, got {how.mode!r}")
+        if how.mode == "nearest" and (how.antialias or how.align_corners):
+            raise ValueError("resample: mode 'nearest' takes neither antialias nor align_corners")
         return how
 
 

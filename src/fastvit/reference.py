@@ -284,7 +284,8 @@ def layernorm_mlp(
     x's dtype. Dropout acts on the hidden activation and on the output, as in timm. save: what
     autograd saves for backward, 'all' or, with 'recompute', the arguments alone.
     """
-    if save == "recompute" and torch.is_grad_enabled():
+    transformed = torch._C._are_functorch_transforms_active()  # torch.func takes no saved hooks
+    if save == "recompute" and torch.is_grad_enabled() and not transformed:
         args = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         options = (layer_scale, path_scale, eps, activation, dropout, norm_kind)
         return checkpoint(layernorm_mlp, *args, *options, use_reentrant=False)

@@ -26,7 +26,7 @@ from fastvit.halves import (
     why_not_module,
     why_not_rate,
 )
-from fastvit.plain import why_not_any
+from fastvit.plain import why_not_any, why_not_patches
 
 # Implementations of softmax attention: without a mask all compute the same as ops.attention.
 _HF_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -398,10 +398,7 @@ def _vp_attention(self: Any, x: Tensor) -> Tensor:
 def _conv_reason(conv: Any, training: bool | None = None) -> str | None:
     if reason := why_not_kind("projection", conv, "conv"):
         return reason
-    if conv.stride != conv.kernel_size:
-        return f"kernel {conv.kernel_size} overlaps with stride {conv.stride}"
-    plain = conv.padding in (0, (0, 0), "valid") and conv.dilation == (1, 1) and conv.groups == 1
-    return limits.patch_embed(conv.out_channels) if plain else "padded, dilated or grouped"
+    return why_not_patches(conv) or limits.patch_embed(conv.out_channels)
 
 
 def _patch_projection(self: Any, input: Tensor) -> Tensor:
@@ -409,8 +406,8 @@ def _patch_projection(self: Any, input: Tensor) -> Tensor:
     owner's flatten and transpose undo without a copy."""
     p_h, p_w = self.kernel_size
     fits = input.ndim == 4 and input.shape[2] % p_h == 0 and input.shape[3] % p_w == 0
-    # The module's hooks still fire around this forward, so only sizes and weights are checked.
-    if not fits or type(self.weight) not in (nn.Parameter, Tensor):
+    # The module's hooks still fire around this forward, so they need no check.
+    if not fits or why_not_patches(self) or type(self.weight) not in (nn.Parameter, Tensor):
         return self._fastvit_peer.forward(self, input)
     grid = (input.shape[2] // p_h, input.shape[3] // p_w)
     return ops.patch_embed(input, self.weight, self.bias).transpose(1, 2).unflatten(2, grid)

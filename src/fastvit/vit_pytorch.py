@@ -9,11 +9,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fastvit.layers import run_block
+from fastvit.plain import why_not_fused
+
 Model = Any  # the ViT that these names belong to
 
 
 class VitPytorchNames:
-    """Properties with vit-pytorch's names, views of a `fastvit.ViT` that own no parameters."""
+    """Properties with vit-pytorch's names, views of a `fastvit.ViT` that own no parameters.
+
+    A model without a position table has no `pos_embedding`; one with RoPE, whose blocks need the
+    patches' places in the grid, has no `transformer`.
+    """
 
     @property
     def to_patch_embedding(self: Model) -> nn.Sequential:
@@ -26,7 +33,7 @@ class VitPytorchNames:
         grid = self.patch_embed.grid_size
         table, _ = self.positions(grid)
         if table is None:
-            raise AttributeError("pos_embedding: this model has pos_embed='none'")
+            raise AttributeError("pos_embedding")
         if self.pool != "cls":
             return table[None]
         own = torch.zeros_like(table[:1]) if self.no_embed_class else self.pos_embed[0, :1]
@@ -36,7 +43,7 @@ class VitPytorchNames:
     def transformer(self: Model) -> nn.Module:
         """Blocks and final norm on tokens: (B, n, dim) -> (B, n, dim)."""
         if self.rope is not None:
-            raise AttributeError("transformer: RoPE needs the patches' grid positions")
+            raise AttributeError("transformer")
         return _Transformer(self)
 
 
@@ -66,14 +73,19 @@ class _Projection(_View):
         return self.model.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
 
     def forward(self, patches: Tensor) -> Tensor:
-        return nn.functional.linear(patches, self.weight, self.model.patch_embed.proj.bias)
+        proj, (p_h, p_w) = self.model.patch_embed.proj, self.model.patch_embed.patch_size
+        if not why_not_fused(proj=(proj, (nn.Conv2d,))):
+            return nn.functional.linear(patches, self.weight, proj.bias)
+        # Hooked or replaced: it runs on one image per patch.
+        images = patches.flatten(0, 1).unflatten(1, (p_h, p_w, -1)).permute(0, 3, 1, 2)
+        return proj(images).flatten(1).unflatten(0, patches.shape[:2])
 
 
 class _Transformer(_View):
     def forward(self, x: Tensor) -> Tensor:
         x = self.model.norm_pre(x)
         for block in self.model.blocks:
-            x = block(x)
+            x = run_block(block, x, checkpointing=self.model.grad_checkpointing)
         return self.model.norm(x)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
