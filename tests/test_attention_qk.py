@@ -172,6 +172,7 @@ W, T = torch.ones(16), torch.ones(4, 8)
     ("options", "message"),
     [
         ({"q_weight": torch.ones(8), "norm_kind": "rmsnorm"}, r"q_weight must be \(16,\), got \(8"),
+        ({"q_bias": W, "norm_kind": "rmsnorm"}, "q_bias must be None: RMSNorm has no bias"),
         ({"k_weight": W}, "k_weight was given without norm_kind"),
         ({"norm_kind": "batchnorm"}, r"norm_kind 'batchnorm' is unknown; expected \('layernorm'"),
         ({"cos": T}, "cos and sin go together"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastvit
 from fastvit.errors import UsageError
+from fastvit.saving import save_checkpoint
 
 hf: Any = pytest.importorskip("transformers")
 hf.utils.logging.set_verbosity_error()
@@ -137,6 +138,36 @@ def test_exports_to_what_from_pretrained_reads(case: Case, tmp_path: Path) -> No
     assert all(twice.default_cfg[k] == ours.default_cfg[k] for k in ("mean", "std"))
     for name, tensor in ours.state_dict().items():
         assert torch.equal(twice.state_dict()[name], tensor), name
+
+
+def test_exports_after_another_size(tmp_path: Path) -> None:
+    """And what the preprocessor says of the images comes back, for its own model alone."""
+    sizes: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, image_size=16, patch_size=8)
+    model = fastvit.ViT(**sizes, num_classes=0, pool="map", class_token=False)
+    model.set_input_size(32)
+    model.default_cfg.update(interpolation="bilinear", mean=(0.1,) * 3)
+    fastvit.export_checkpoint(model, "hf", tmp_path / "hf")
+    images = torch.randn(2, 3, 32, 32)
+    theirs = hf.SiglipVisionModel.from_pretrained(tmp_path / "hf").eval()
+    close("pooled", model(images), theirs(images).pooler_output)
+    data = fastvit.load_checkpoint(tmp_path / "hf").default_cfg
+    assert data["interpolation"] == "bilinear" and data["mean"] == (0.1,) * 3
+    save_checkpoint(tmp_path / "hf" / "mine.safetensors", model, mean=[0.2] * 3)
+    assert (
+        fastvit.load_checkpoint(tmp_path / "hf" / "mine.safetensors").default_cfg["mean"][0] == 0.2
+    )
+
+
+def test_config_files_are_utf8(tmp_path: Path) -> None:
+    model = fastvit.ViT(image_size=16, patch_size=8, dim=32, depth=1, heads=2, num_classes=1)
+    model.default_cfg["label_names"] = ["K\u00e4se"]
+    fastvit.export_checkpoint(model, "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    text = json.dumps(json.loads(path.read_text()), ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert fastvit.load_checkpoint(tmp_path / "hf").default_cfg["label_names"] == ["K\u00e4se"]
+    model.reset_classifier(1)
+    assert "label_names" not in model.default_cfg
 
 
 def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> None:

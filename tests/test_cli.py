@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_data import break_one, write_fashion, write_folder
 
+import fastvit
 from fastvit.cli import main
 
 TINY = ["--dim", "32", "--depth", "1", "--heads", "2", "--device", "cpu"]
@@ -327,6 +328,24 @@ def test_predict_refuses_what_no_image_file_holds(capsys, digits_run, tmp_path):
         save_checkpoint("m.safetensors", model, classes=["a", "b"], mean=mean, std=mean)
         assert main(["predict", "m.safetensors", str(digits_run / "one.png")]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_predict_refuses_embeddings(capsys, digits_run, tmp_path):
+    model = fastvit.ViT(image_size=8, patch_size=4, dim=16, depth=1, heads=2, mlp_dim=16)
+    clip = fastvit.ViT(**{**model.config, "pre_norm": True, "num_classes": 5, "activation": "gelu"})
+    with torch.no_grad():
+        clip.get_parameter("head.bias").zero_()
+    fastvit.export_checkpoint(clip, "hf", "clip")
+    assert main(["predict", "clip", str(digits_run / "one.png")]) == 2
+    assert "its head projects to embeddings" in capsys.readouterr().err
+
+
+def test_a_state_is_a_checkpoint_of_its_run(digits_run, tmp_path):
+    assert main([*DIGITS[:-4], "--epochs", "1", "--lr", "4e-3"]) == 0
+    run = fastvit.load_checkpoint("runs/digits")
+    state = fastvit.load_checkpoint("runs/digits/state.pt")
+    for name in ("mean", "std", "label_names"):
+        assert state.default_cfg[name] == run.default_cfg[name]
 
 
 def test_predict_prints_the_top_five(capsys, digits_run):

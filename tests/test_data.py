@@ -1,6 +1,8 @@
 """Reading images: IDX files, folders with broken files, fixed splits, augmentation."""
 
 import gzip
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -268,6 +270,23 @@ def test_streaming_by_worker_processes(tmp_path):
     alone = load_folder(tmp_path, (16, 16), workers=0, memory_limit=0)
     expected, expected_labels = next(alone.train.batches(torch.tensor([1, 0]), 2))
     assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
+def test_large_batches_of_few_open_files(tmp_path):
+    """A worker sends a batch, not its images one by one: each tensor takes an open file."""
+    write_folder(tmp_path, ("a", "b"), count=100)
+    code = (
+        "import resource, sys, torch; from pathlib import Path; import fastvit.data as d\n"
+        "data = d.load_folder(Path(sys.argv[1]), (8, 8), workers=1, memory_limit=0)\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
+        "split = data.train\n"
+        "print(*(len(x) for x, y in split.batches(torch.arange(len(split)), 512)), len(split))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    count, total = done.stdout.split()
+    assert count == total and int(count) > 100, done.stderr
 
 
 def test_bad_folders(tmp_path):

@@ -178,6 +178,19 @@ def test_fork_adds_the_residuals_gradient(device: torch.device) -> None:
             torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-3)
 
 
+def test_one_row_and_its_gradient_at_stride_zero(device: torch.device) -> None:
+    ones, zeros, weight = torch.ones(16), torch.zeros(16), torch.randn(24, 16)
+    grads = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        x = torch.randn(16, device=device, requires_grad=True)
+        norm = (ones.to(device), zeros.to(device), weight.to(device))
+        with fastvit.use_backend(backend):
+            (ops.swiglu(x).sum() + ops.layernorm_linear(x, *norm).sum()).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
 @every_op
 @pytest.mark.parametrize("trained", ["", "norm", "weight", "fc1|^bias", "scale|bias"])
 def test_frozen_parameters(op: str, trained: str, device: torch.device) -> None:

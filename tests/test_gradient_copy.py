@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +136,40 @@ def test_a_hook_that_changes_the_gradient_in_place(taken: list[bool], device: to
 
     check_model(edit_output(triple), device)
     assert False in taken[1:]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_hook_that_changes_the_gradient_unseen(
+    late: bool, taken: list[bool], device: torch.device
+) -> None:
+    """As an in-place collective does: no version shows it."""
+
+    def triple(grad: Tensor) -> None:
+        grad.data.mul_(3)
+
+    seen: list[Tensor] = []
+
+    def build() -> fastvit.ViT:
+        vit = model()
+        vit.blocks[0].register_forward_hook(lambda module, args, x: seen.append(x))
+        vit.blocks[1].register_forward_hook(lambda *_: seen[-1].register_hook(triple) and None)
+        return vit
+
+    check_model(build if late else edit_output(triple), device)
+    assert False in taken[1:]
+
+
+def test_a_gradient_for_the_user_is_a_plain_tensor(device: torch.device, tmp_path: Path) -> None:
+    vit = model().to(device)
+    images = torch.randn(2, 3, 16, 16, device=device)
+    seen: list[Tensor] = []
+    vit.blocks[0].register_forward_hook(lambda module, args, x: seen.append(x))
+    with fastvit.use_backend("triton"), torch.autocast(device.type, torch.bfloat16):
+        logits = vit(images)
+    (grad,) = torch.autograd.grad(logits.float().sum(), seen)
+    assert not vars(grad)
+    torch.save(grad, tmp_path / "grad.pt")
+    assert torch.equal(torch.load(tmp_path / "grad.pt"), grad)
 
 
 def test_two_uses_add_up(device: torch.device) -> None:

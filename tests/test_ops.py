@@ -140,6 +140,14 @@ KERNEL = torch.randn(16, 3, 4, 4)
             r"fc2_weight must be \(32, 48\), got \(48, 32\)",
         ),
         (
+            lambda: ops.patch_embed(IMAGES[:, :, :0], KERNEL),
+            r"at least one patch, got \(2, 3, 0, 12",
+        ),
+        (
+            lambda: ops.layernorm_linear(X, N32, N32, W, norm_kind="rmsnorm"),
+            "norm_bias must be None: RMSNorm has no bias",
+        ),
+        (
             lambda: ops.layernorm_mlp(X, N32, N32, W, N48, W.T, N32, activation="relu"),
             r"activation 'relu' is unknown; expected",
         ),

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 import fastvit
+from fastvit.checkpoint_files import Source
+from fastvit.checkpoints import interpret
+from fastvit.errors import UsageError
 from fastvit.presets import DATA, PRESETS, TAGS
 
 timm: Any = pytest.importorskip("timm")
@@ -158,3 +161,36 @@ def test_bad_timm_arguments(kwargs: dict, message: str) -> None:
         fastvit.create_model("vit_tiny_patch16_224", **kwargs)
     with pytest.raises(ValueError, match=r"has no usual weights; name some as vit_giant.*\.TAG"):
         fastvit.create_model("vit_giant_patch14_224", pretrained=True)
+
+
+def test_a_tag_whose_data_is_unknown_is_not_claimed(caplog: pytest.LogCaptureFixture) -> None:
+    usual = TAGS["vit_small_patch16_224"]
+    model = fastvit.create_model(f"vit_small_patch16_224.{usual}", depth=1)
+    assert model.default_cfg["tag"] == usual and not caplog.records
+    other = fastvit.create_model("vit_small_patch16_224.dino", depth=1)
+    assert other.default_cfg["tag"] is None and "not those of the tag 'dino'" in caplog.text
+
+
+def test_partials_of_timms_classes() -> None:
+    name, tanh = "vit_tiny_patch16_224", functools.partial(nn.GELU, approximate="tanh")
+    model = fastvit.create_model(name, depth=1, act_layer=tanh)
+    assert model.config["activation"] == "gelu_tanh"
+    embed = functools.partial(timm.layers.PatchEmbed, norm_layer=nn.LayerNorm)
+    softplus: Any = functools.partial(nn.Softplus, beta=2.0)
+    cases: list[dict[str, Any]] = [{"embed_layer": embed}, {"act_layer": softplus}]
+    for kwargs in cases:
+        with pytest.raises(UsageError, match="is timm's alone"):
+            fastvit.create_model(name, depth=1, **kwargs)
+    with pytest.raises(UsageError, match="this model has no RoPE"):
+        fastvit.create_model(name, use_rot_pos_emb=True)
+
+
+@pytest.mark.parametrize("name", ["vit_giant_patch16_radio_v3", "test_vit2"])
+def test_heads_that_no_size_tells(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    state = {k: torch.empty_strided(v.shape, [0] * v.ndim) for k, v in model.state_dict().items()}
+    size = (3, *model.patch_embed.img_size)
+    config = {"architecture": name, "num_classes": 0, "pretrained_cfg": {"input_size": size}}
+    _, arguments = interpret(Source(name, state, config), {})
+    assert arguments["heads"] == model.blocks[0].attn.num_heads

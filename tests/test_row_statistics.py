@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from checks import check
-from fastvit_kernels import gemm, layernorm_fold, row_statistics, tuned
+from fastvit_kernels import gemm, handoff, layernorm_fold, row_statistics, tuned
 from parity import dtype_id, results
 
 import fastvit
@@ -37,7 +37,7 @@ def chain(name: str):
     module = ops if name == "triton" else reference
 
     def run(o, x, proj, fc1, fc2, linear, n1, b1, n2, b2, scale, norm_kind="layernorm", save="all"):
-        with fastvit.use_backend(name):
+        with fastvit.use_backend(name), handoff.allowed():
             x = module.linear_residual(o, proj, None, x, scale)
             x = module.layernorm_mlp(
                 x, n1, b1, fc1, None, fc2, None, scale, norm_kind=norm_kind, save=save
@@ -178,9 +178,8 @@ MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 def told(op: Callable, change: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """Whether a norm that reads change(x) gets the statistics of x, which `op` has written."""
     args = {k: v.detach().bfloat16() for k, v in arguments(1, 9, 16, 16).items()}
-    with fastvit.use_backend("triton"):
-        x = op(args)
-    return row_statistics.take(change(x), torch.bfloat16)[0] is not None
+    with fastvit.use_backend("triton"), handoff.allowed():
+        return row_statistics.take(change(op(args)), torch.bfloat16)[0] is not None
 
 
 @pytest.mark.parametrize("op", OPS, ids=["linear_residual", "layernorm_mlp"])
@@ -221,14 +220,65 @@ def test_nothing_outlives_its_tensor(folds: list[bool]) -> None:
     if torch.cuda.is_available():
         pytest.skip("the ops get tensors of the CPU here")
     args = {k: v.detach().bfloat16() for k, v in arguments(1, 9, 16, 16).items()}
+    with fastvit.use_backend("triton"), handoff.allowed():
+        x = ops.linear_residual(args["o"], args["proj"], None, args["x"])
+        kept = handoff.state.kept
+        assert kept is not None and kept[0]() is x
+        parts = weakref.ref(kept[2])
+        del x, kept
+        gc.collect()
+        assert parts() is None
+
+
+def _triple(x: torch.Tensor) -> None:
+    """Change x in a way that its version does not count, as a collective does."""
+    x.data.mul_(3)
+
+
+class Triple(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _triple(x)
+        return x
+
+
+def _hook_after(vit: fastvit.ViT) -> None:
+    vit.blocks[0].register_forward_hook(lambda module, args, x: _triple(x))
+
+
+def _hook_before(vit: fastvit.ViT) -> None:
+    vit.blocks[1].register_forward_pre_hook(lambda module, args: _triple(args[0]))
+
+
+def _insert(vit: fastvit.ViT) -> None:
+    vit.blocks.insert(1, Triple())
+
+
+@pytest.mark.parametrize("edit", [None, _hook_after, _hook_before, _insert])
+def test_statistics_pass_from_block_to_block_alone(
+    edit: Callable[[fastvit.ViT], None] | None, folds: list[bool], device: torch.device
+) -> None:
+    """Not past code of others, even if no version shows what it changed."""
+    vit = fastvit.ViT(
+        image_size=16, patch_size=4, dim=16, depth=3, heads=1, mlp_dim=32, pool="mean"
+    )
+    vit = vit.to(device).eval()
+    if edit is not None:
+        edit(vit)
+    images, logits = torch.randn(12, 3, 16, 16, device=device), []
+    for backend in ("triton", "reference"):
+        with fastvit.use_backend(backend), torch.no_grad():
+            with torch.autocast(device.type, torch.bfloat16):
+                logits.append(vit(images).float())
+    assert (logits[0] - logits[1]).norm() <= 0.05 * logits[1].norm()
+    # Two norms per block; no op before the first block knows its rows.
+    assert folds == [False, True, edit is None, True, edit is not _hook_before, True]
+
+
+def test_ops_alone_pass_on_nothing(folds: list[bool]) -> None:
+    args = {k: v.detach().bfloat16() for k, v in arguments(1, 9, 16, 16).items()}
     with fastvit.use_backend("triton"):
         x = ops.linear_residual(args["o"], args["proj"], None, args["x"])
-    kept = row_statistics._slot.kept
-    assert kept is not None and kept[0]() is x
-    parts = weakref.ref(kept[2])
-    del x, kept
-    gc.collect()
-    assert parts() is None
+    assert row_statistics.take(x, torch.bfloat16) == (None, None)
 
 
 def test_few_rows_are_not_told_of() -> None:

@@ -73,6 +73,13 @@ def test_modules_that_no_arguments_make(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_norms_that_no_arguments_make(tmp_path):
+    model = tiny()
+    model.blocks[0].norm2.eps = 0.5  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match=r"blocks\.0\.norm2 is LayerNorm\(.*eps=0\.5"):
+        save_checkpoint(tmp_path / "m.safetensors", model)
+
+
 def test_a_run_folder_is_a_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "model.safetensors", tiny())
     assert load_checkpoint(tmp_path).num_classes == 3

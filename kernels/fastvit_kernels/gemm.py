@@ -386,7 +386,7 @@ def precision(dtype: torch.dtype) -> str:
 
 def rows(x: Tensor) -> Tensor:
     """x as a matrix of rows; copied unless rows have one stride and columns stride 1."""
-    return x.reshape(-1, x.shape[-1]) if x.stride(-1) == 1 else x.contiguous().flatten(0, -2)
+    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
 
 
 def vectors(*given: Tensor | None) -> list[Tensor | None]:

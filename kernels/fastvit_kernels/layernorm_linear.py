@@ -211,7 +211,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
         )
         w = weight if weight.dtype == dtype else w
         ctx.save_for_backward(x2, mean, rstd, norm_weight, norm_bias, w, weight, bias)
-        ctx.rms, ctx.upstream_request = rms, gradient_copy.find_request(x, dtype)
+        ctx.rms, ctx.upstream = rms, gradient_copy.find_request(x, dtype)
         ctx.set_materialize_grads(False)
         return library.reshaped(out, *x.shape[:-1], len(weight)), x
 
@@ -222,7 +222,8 @@ class LayerNormLinearFunction(torch.autograd.Function):
             return dx, *(None,) * 10
         saved = ctx.saved_tensors
         residual = None if dx is None else gemm.rows(dx).contiguous()
-        needs, request = ctx.needs_input_grad[1:5], ctx.upstream_request
+        needs = ctx.needs_input_grad[1:5]
+        request = gradient_copy.current_request(ctx.upstream)
         copy = (request is not None, None if request is None else request.path_scale)
         dx2, *grads = layernorm_linear_bwd(gemm.rows(dy), residual, *saved, ctx.rms, needs, *copy)
         dx2 = dx2.view(*dy.shape[:-1], saved[0].shape[1])

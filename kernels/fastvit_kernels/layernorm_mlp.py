@@ -291,7 +291,7 @@ class LayerNormMlpFunction(torch.autograd.Function):
         w1, w2 = (p if p.dtype == dtype else w for p, w in ((fc1_weight, w1), (fc2_weight, w2)))
         fc1, fc2 = (w1, fc1_weight, fc1_bias), (w2, fc2_weight, fc2_bias)
         ctx.save_for_backward(x2, u, mean, rstd, *norm, *fc1, *fc2, *branch)
-        ctx.options, ctx.upstream_request = options, gradient_copy.find_request(x, dtype)
+        ctx.options, ctx.upstream = options, gradient_copy.find_request(x, dtype)
         ctx.copy_request = gradient_copy.make_request(out, dtype, path_scale)
         out = library.reshaped(out, *x.shape)
         if statistics:
@@ -302,7 +302,8 @@ class LayerNormMlpFunction(torch.autograd.Function):
     @library.plain_backward
     def backward(ctx: Any, dout: Tensor) -> Any:
         *saved, path_scale = ctx.saved_tensors
-        needs, request = ctx.needs_input_grad[1:8], ctx.upstream_request
+        needs = ctx.needs_input_grad[1:8]
+        request = gradient_copy.current_request(ctx.upstream)
         g = gradient_copy.branch_gradient(dout, ctx.copy_request, saved[6].dtype, path_scale)
         dout2 = gemm.rows(dout).contiguous()
         g = dout2 if g is dout else gemm.rows(g).contiguous()

@@ -469,6 +469,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=traffic.PARTS, default="H100")
     args = parser.parse_args(argv)
     if args.traffic:
+        try:
+            s = traffic.sizes(args.traffic, args.batch, args.autocast)
+        except ValueError as error:
+            parser.error(str(error))
+        if args.batch < 1 or s.image < s.patch:
+            parser.error("--traffic needs a batch, and images of at least one patch")
         part = traffic.PARTS[args.part]
         print(traffic.table(args.traffic, args.batch, args.autocast, part))
         return 0

@@ -8,26 +8,20 @@ tensor that was written: another tensor, a view or an in-place change finds noth
 torch.compile nothing is kept.
 """
 
-import threading
 import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, library, tuned
-
-
-class _Slot(threading.local):
-    kept: tuple[weakref.ref, int, Tensor, Tensor | None] | None = None
-
-
-_slot = _Slot()
+from fastvit_kernels import gemm, handoff, library, tuned
 
 
 def enabled(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether to record the statistics of rows weight^T, multiplied in `dtype`."""
-    if torch.compiler.is_compiling() or not library.are_plain(rows, weight):
+    if torch.compiler.is_compiling() or not handoff.state.depth:
+        return False
+    if not library.are_plain(rows, weight):
         return False
     return tuned.keeps_row_statistics(len(rows), len(weight), dtype)
 
@@ -50,21 +44,17 @@ def keep(x: Tensor, parts: Tensor, copy: Tensor | None = None) -> None:
     """Hold parts and copy of x until x is read or freed, or the next rows are kept."""
 
     def end(ref: weakref.ref) -> None:
-        if _slot.kept is not None and _slot.kept[0] is ref:
-            _slot.kept = None
+        if handoff.state.kept is not None and handoff.state.kept[0] is ref:
+            handoff.state.kept = None
 
-    _slot.kept = weakref.ref(x, end), x._version, parts, copy
+    handoff.state.kept = weakref.ref(x, end), x._version, parts, copy
 
 
 def take(x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """Take x's parts and, unless x is of `dtype`, its copy in `dtype`; None if not held."""
-    kept, _slot.kept = _slot.kept, None
+    kept, handoff.state.kept = handoff.state.kept, None
     if kept is None or kept[0]() is not x or kept[1] != x._version:
         return None, None
     copy = kept[3]
     known = x.dtype == dtype if copy is None else copy.dtype == dtype
     return (kept[2], copy) if known else (None, None)
-
-
-def forget() -> None:
-    _slot.kept = None

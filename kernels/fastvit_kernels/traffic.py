@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from fastvit_kernels import (
     aot,
     attention,
+    handoff,
     layernorm_linear,
     layernorm_mlp,
     library,
@@ -312,10 +313,10 @@ def count(
         ends.append(len(counter.passes))
         return out
 
-    def mark(_: Tensor) -> None:
+    def mark(_: tuple[Tensor, ...]) -> None:
         ends.append(len(counter.passes))
 
-    with aot.intercept(arch, counter.on_launch), counter:
+    with aot.intercept(arch, counter.on_launch), counter, handoff.allowed():
         if "x" not in shapes:
             out = run(new_tensors())
             forward, saved = counter.passes[:], sum(kept.values())
@@ -326,7 +327,8 @@ def count(
         saved = sum(kept.values())
         third = run(new_tensors() | {"x": second})
         for t in (first, second):
-            t.register_hook(mark)
+            assert t.grad_fn is not None
+            t.grad_fn.register_prehook(mark)  # a hook on t would get no copy of its gradient
         torch.autograd.grad(third, wanted, torch.empty_like(third))
     after_first, after_second, _, begin, end = ends
     return Step(counter.passes[after_first:after_second], counter.passes[begin:end], saved)

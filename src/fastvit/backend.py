@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from fastvit_kernels import limits
+from fastvit_kernels import handoff, limits
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -94,9 +94,7 @@ def both_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.Abstr
 
 @contextlib.contextmanager
 def _from_input_alone(name: str) -> Iterator[None]:
-    rows = sys.modules.get("fastvit_kernels.row_statistics")
-    if rows is not None:
-        rows.forget()
+    handoff.forget()
     with use_backend(name):
         yield
 

@@ -71,7 +71,7 @@ def read_source(source: str | Path | Mapping[str, Any]) -> Source:
             )
         config, notes = _sidecar_config(path.with_suffix(".json"))
         config = config or _config_in(path.parent, path)
-        preprocessor = _json(path.parent / PREPROCESSOR)
+        preprocessor = _json(path.parent / PREPROCESSOR) if _is_standard(path) else {}
         return Source(str(path), read_file(path), config, preprocessor, notes)
     name = str(source).removeprefix("hf-hub:").removeprefix("hf_hub:")
     if _HUB.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
@@ -187,9 +187,13 @@ def _shards(index: Path) -> list[str]:
 
 def _config_in(folder: Path, weights: Path) -> dict[str, Any]:
     """The config in `folder` if the weights file has a standard name, else {}."""
-    if weights.name not in WEIGHTS and not weights.name.startswith("model"):
+    if not _is_standard(weights):
         return {}
     return next((found for name in CONFIGS if (found := _json(folder / name))), {})
+
+
+def _is_standard(weights: Path) -> bool:
+    return weights.name in WEIGHTS or weights.name.startswith("model")
 
 
 # A JSON object with one of these keys is a config, ours or another library's.
@@ -202,7 +206,7 @@ def _sidecar_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     a log. A truncated config of ours raises."""
     if not path.is_file():
         return {}, []
-    text = path.read_text(errors="replace")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     if _OUR_CONFIG_START.startswith(text[: len(_OUR_CONFIG_START)]):
         return _json(path), []
     try:
@@ -218,7 +222,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UsageError(f"checkpoint: {path} is truncated or not JSON ({error})") from error
     return value if isinstance(value, dict) else {}

@@ -27,6 +27,8 @@ from fastvit.timm_kwargs import translate
 
 State = dict[str, Tensor]
 # timm models that are not presets but plain ViTs, so that tensor shapes give the architecture.
+# Heads of those among them whose sizes suggest another number.
+_HEADS_OF = {"vit_giant_patch16_radio_v3": 24, "test_vit": 2, "test_vit2": 2}
 # Other timm models use the same tensor names but compute something else (post-norm, other RoPE).
 PLAIN = (
     *("flexivit_*", "vit_*_gap_*", "vit_*_clip_*", "vit_*_plus_???", "vit_*_miil", "vit_*_36x1_*"),
@@ -67,6 +69,7 @@ class LoadReport:
     adapted: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    projection: bool = False  # the head gives embeddings, as in CLIP, and no classes
 
     def __str__(self) -> str:
         lines = [f"{self.source}: read as {self.dialect}"]
@@ -209,9 +212,8 @@ def _interpret(
         _timm_config(reading, config)
     if isinstance(names := config.get("id2label"), Mapping):
         reading.data["label_names"] = [names[i] for i in sorted(names, key=int)]
-    for theirs, name in (("image_mean", "mean"), ("image_std", "std")):
-        if isinstance(source.preprocessor.get(theirs), list):
-            reading.data[name] = tuple(source.preprocessor[theirs])
+    if not ours and not timm:
+        _read_preprocessing(reading, source.preprocessor, config.get("preprocess_cfg") or {})
     heads = kwargs.get("heads", kwargs.get("num_heads"))
     hints = {} if heads is None else {"heads": heads}
     size = kwargs.get("image_size", kwargs.get("img_size"))
@@ -237,13 +239,29 @@ def _interpret(
     return reading, arguments
 
 
+def _read_preprocessing(
+    reading: Reading, preprocessor: Mapping[str, Any], open_clip: Mapping[str, Any]
+) -> None:
+    """Take mean, std and interpolation from transformers' or open_clip's config, if given."""
+    resample = {2: "bilinear", 3: "bicubic"}.get(preprocessor.get("resample", 0))  # Pillow's
+    found = {
+        "mean": preprocessor.get("image_mean", open_clip.get("mean")),
+        "std": preprocessor.get("image_std", open_clip.get("std")),
+        "interpolation": resample or open_clip.get("interpolation"),
+    }
+    for name, value in found.items():
+        if isinstance(value, (list, str)):
+            reading.data[name] = tuple(value) if isinstance(value, list) else value
+
+
 def _settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
     """The config in a state.pt of `fastvit train`, which holds the run's settings, or {}."""
     settings = state.get("settings")
     model = settings.get("model") if isinstance(settings, Mapping) else None
     if not isinstance(model, Mapping) or not model.keys() <= _SIGNATURE.keys():
         return {}
-    return {"format": FORMAT, "version": VERSION, "model": dict(model)}
+    details = {k: state[k] for k in ("classes", "mean", "std") if k in state}
+    return {"format": FORMAT, "version": VERSION, "model": dict(model), **details}
 
 
 def _with_defaults(known: dict[str, Any]) -> dict[str, Any]:
@@ -266,6 +284,8 @@ def _timm_config(reading: Reading, config: Mapping[str, Any]) -> None:
                 "ViT, pass its state dict alone"
             )
         reading.notes.append(f"{architecture!r} is no preset of fastvit; taken from the shapes")
+        if architecture in _HEADS_OF:
+            reading.known["heads"] = _HEADS_OF[architecture]
     given = config.get("model_args") or {}
     try:
         args = translate({k: v for k, v in given.items() if v is not None}, preset)
@@ -316,6 +336,7 @@ def _fit(
     checkpoint did not fill.
     """
     report = LoadReport(name, reading.dialect, [], reading.dropped, reading.notes)
+    report.projection = reading.head_without_bias and "head.weight" in reading.state
     expected = _tensors(model)
     state = adapt(reading.state, model, arguments, report.adapted)
     lacking = expected.keys() - state.keys()

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,31 +112,41 @@ class ImageFiles(Dataset):
             self,
             batch_sampler=[part.tolist() for part in order.split(batch_size)],
             num_workers=self.workers,
-            collate_fn=list,
+            collate_fn=self._collate,
             generator=torch.Generator(),  # else it draws from the global one
         )
-        for items in loader:
-            batch = self._readable(items)
+        for collated in loader:
+            batch = self._readable(*collated)
             if len(batch):
                 yield batch.images, batch.labels
 
     def load(self) -> Images:
         """Read all readable images into memory."""
         with ThreadPoolExecutor(max(self.workers, 1)) as pool:
-            return self._readable(list(pool.map(self.__getitem__, range(len(self)))))
+            return self._readable(*self._collate(pool.map(self.__getitem__, range(len(self)))))
 
-    def _readable(self, items: Sequence[tuple[Tensor | None, int, str]]) -> Images:
-        for image, index, reason in items:
-            if image is not None or self.paths[index] in self.skipped:
+    def _collate(
+        self, items: Iterable[tuple[Tensor | None, int, str]]
+    ) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
+        """Stack the readable images: a worker sends one tensor, since each takes an open file.
+        Returns them, their indices, and index and reason of the others.
+        """
+        items = list(items)
+        images = [image for image, _, _ in items if image is not None]
+        chosen = [index for image, index, _ in items if image is not None]
+        empty = torch.empty((0, 3, *self.size), dtype=torch.uint8)
+        failed = [(index, reason) for image, index, reason in items if image is None]
+        return torch.stack(images) if images else empty, chosen, failed
+
+    def _readable(self, images: Tensor, chosen: list[int], failed: list[tuple[int, str]]) -> Images:
+        for index, reason in failed:
+            if self.paths[index] in self.skipped:
                 continue
             if self.strict:
                 raise UsageError(f"{reason} (--strict)")
             self.skipped.add(self.paths[index])
             print(f"skipped: {reason}", file=sys.stderr)
-        images = [image for image, _, _ in items if image is not None]
-        chosen = [index for image, index, _ in items if image is not None]
-        empty = torch.empty((0, 3, *self.size), dtype=torch.uint8)
-        return Images(torch.stack(images) if images else empty, self.labels[chosen])
+        return Images(images, self.labels[chosen])
 
 
 Split = Images | ImageFiles

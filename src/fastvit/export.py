@@ -178,6 +178,8 @@ def _timm_config(model: ViT) -> dict[str, Any]:
     args["attn_drop_rate"], args["proj_drop_rate"] = (
         c["dropout"] if c[k] is None else c[k] for k in ("attn_dropout", "proj_dropout")
     )
+    if args["proj_drop_rate"] != (c["dropout"] if c["mlp_dropout"] is None else c["mlp_dropout"]):
+        log.warning("export: timm has one proj_drop_rate; mlp_dropout is lost")
     double = 2 if packed and not eva else 1
     args["mlp_ratio"] = c["mlp_dim"] * double / c["dim"]
     while int(c["dim"] * args["mlp_ratio"]) < c["mlp_dim"] * double:
@@ -260,7 +262,7 @@ def _to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
         _refuse("transformers", f"dim_head {c['dim_head']} other than dim / heads")
     _fit_patch_bias("transformers", state, c["pre_norm"])
     state = _unpack_qkv(state)
-    height, width = model.patch_embed.img_size
+    (height, width), (p_h, p_w) = model.patch_embed.img_size, model.patch_embed.patch_size
     config = {
         "hidden_size": c["dim"],
         "num_hidden_layers": c["depth"],
@@ -270,7 +272,7 @@ def _to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
         "layer_norm_eps": c["norm_eps"],
         "image_size": height if height == width else [height, width],
         "num_channels": c["channels"],
-        "patch_size": c["patch_size"],
+        "patch_size": p_h if p_h == p_w else [p_h, p_w],
     }
     if model.num_classes:
         names = class_names(model) or [f"LABEL_{i}" for i in range(model.num_classes)]

@@ -7,10 +7,12 @@ as in timm: on the normed stream alone, returning the term to add.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from numbers import Integral, Real
 from typing import Any
 
 import torch
+from fastvit_kernels import handoff
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +20,7 @@ from fastvit import backend, ops, reference
 from fastvit.plain import (
     all_plain,
     has_observing_hooks,
+    unwrapped,
     uses_methods_of,
     why_not_fused,
     why_not_patches,
@@ -489,6 +492,10 @@ class Block(nn.Module):
         self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor, rope: Tables | None = None, rows: int | None = None) -> Tensor:
+        with _handoff():
+            return self._forward(x, rope, rows)
+
+    def _forward(self, x: Tensor, rope: Tables | None, rows: int | None) -> Tensor:
         path = self.path_scale(x)
         if reason := _why_branch_unfused("attn", self.attn, "ls1", self.ls1):
             ops.record_fallback("layernorm_linear", x, reason)
@@ -548,13 +555,32 @@ class Blocks(nn.Sequential):
         """
         last = len(self) - 1
         kept = []
-        for i, block in enumerate(self):
-            if wanted is not None and i == len(wanted):
-                break
-            x = run_block(block, x, rope, rows if i == last else None, checkpointing)
-            if wanted is not None and wanted[i]:
-                kept.append(x)
+        with _handoff():
+            for i, block in enumerate(self):
+                if wanted is not None and i == len(wanted):
+                    break
+                other = _runs_other_code(block)
+                if other:
+                    handoff.forget()
+                x = run_block(block, x, rope, rows if i == last else None, checkpointing)
+                if other:
+                    handoff.forget()
+                if wanted is not None and wanted[i]:
+                    kept.append(x)
         return x if wanted is None else (x, kept)
+
+
+def _handoff() -> Any:
+    """Where ops may pass on what they know of the residual stream; torch.compile knows of none."""
+    return nullcontext() if torch.compiler.is_compiling() else handoff.allowed()
+
+
+def _runs_other_code(block: nn.Module) -> bool:
+    """Return whether code other than `Block`'s, as a hook, may change the residual stream."""
+    if torch.compiler.is_compiling():
+        return False
+    inner = unwrapped(block)
+    return type(inner) is not Block or has_observing_hooks(block, inner)
 
 
 def run_block(

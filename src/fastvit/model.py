@@ -566,6 +566,7 @@ class ViT(VitPytorchNames, nn.Module):
         self.pool, self.num_classes = pool, num_classes
         self.config.update(pool=pool, num_classes=num_classes, fc_norm=after, head_hidden_dim=None)
         self.default_cfg["num_classes"] = num_classes
+        self.default_cfg.pop("label_names", None)  # of the old head
         # Any floating-point parameter: the stem may be replaced, quantized weights are integers.
         like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         self.head = self._make_head(num_classes, None).to(like.device, like.dtype)

@@ -49,6 +49,8 @@ def patch_embed(
         raise ValueError(
             f"{op}: image size {height}x{width} is not a multiple of patch size {p_h}x{p_w}"
         )
+    if not height or not width:
+        raise UsageError(f"{op}: images must hold at least one patch, got {_shape(images)}")
     m = (height // p_h) * (width // p_w)
     _optional(op, "bias", bias, (dim,), device)
     _optional(op, "pos", pos, (m, dim), device)
@@ -110,7 +112,8 @@ def layernorm_linear_fork(
     if choose_triton(op, x, dtype, limits.linear(in_features, out_features)):
         from fastvit_kernels.layernorm_linear import layernorm_linear as kernel
 
-        return kernel(x, norm_weight, norm_bias, weight, bias, eps, norm_kind == "rmsnorm", dtype)
+        rms = norm_kind == "rmsnorm"
+        return kernel(x, norm_weight, norm_bias, weight, bias, float(eps), rms, dtype)
     args = (x, norm_weight, norm_bias, weight, bias, eps, norm_kind)
     return reference.layernorm_linear_fork(*args)
 
@@ -163,7 +166,7 @@ def attention(
     _shaped(op, "k", k, tuple(q.shape), device)
     _shaped(op, "v", v, tuple(q.shape), device)
     _integers(op, "key_padding", key_padding, q.shape[0], device)
-    _rate(op, dropout)
+    dropout = _rate(op, dropout)
     dtype = _compute_dtype(op, "q", q, k=k, v=v)
     unsupported = limits.attention(q.shape[-1], scale, _batch(q))
     if choose_triton(op, q, dtype, unsupported):
@@ -199,10 +202,10 @@ def attention_qkv(
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
     _integers(op, "key_padding", key_padding, qkv.shape[0], device)
-    _rate(op, dropout)
+    dropout = _rate(op, dropout)
     _check_qk(op, qkv, device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     dtype = _compute_dtype(op, "qkv", qkv)
-    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, float(eps), norm_kind, interleaved)
     unsupported = limits.attention(qkv.shape[-1], scale, _batch(qkv))
     unsupported = unsupported or _no_gradient("cos and sin", cos, sin)
     if choose_triton(op, qkv, dtype, unsupported):
@@ -251,12 +254,13 @@ def attention_packed(
     _integers(op, "cu_seqlens", cu_seqlens, len(cu_seqlens), device)
     if max_seqlen < 1:
         raise ValueError(f"{op}: max_seqlen must be at least 1, got {max_seqlen}")
-    _rate(op, dropout)
+    max_seqlen = int(max_seqlen)
+    dropout = _rate(op, dropout)
     _check_qk(op, qkv[None], device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     _optional(op, "cos", cos, (len(qkv), qkv.shape[-1] // 2), device)
     _check_bounds(op, cu_seqlens, len(qkv), max_seqlen)
     dtype = _compute_dtype(op, "qkv", qkv)
-    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, float(eps), norm_kind, interleaved)
     unsupported = limits.attention(qkv.shape[-1], scale, _batch(cu_seqlens))
     unsupported = unsupported or _no_gradient("cos and sin", cos, sin)
     if choose_triton(op, qkv, dtype, unsupported):
@@ -293,7 +297,7 @@ def qk_norm_rope(
         raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
     _check_qk(op, qkv, device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     dtype = _compute_dtype(op, "qkv", qkv)
-    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, float(eps), norm_kind, interleaved)
     if choose_triton(op, qkv, dtype, limits.attention(qkv.shape[-1])):
         from fastvit_kernels.attention_qk import qk_norm_rope as kernel
 
@@ -367,7 +371,7 @@ def linear_residual(
     """
     op = "linear_residual"
     device = _operand(op, "x", x)
-    _rate(op, dropout)
+    dropout = _rate(op, dropout)
     _rank(op, "weight", weight, 2, device)
     out_features, in_features = weight.shape
     _rank(op, "x", x, 3, device)
@@ -410,7 +414,7 @@ def layernorm_mlp(
     """
     op = "layernorm_mlp"
     device = _operand(op, "x", x)
-    _rate(op, dropout)
+    dropout = _rate(op, dropout)
     if save not in SAVES:
         raise ValueError(f"{op}: save {save!r} is unknown; expected {SAVES}")
     _norm_kind(op, norm_kind)
@@ -443,7 +447,7 @@ def layernorm_mlp(
         from fastvit_kernels.layernorm_mlp import layernorm_mlp as kernel
 
         rms = norm_kind == "rmsnorm"
-        options = (eps, rms, activation, save == "recompute", dtype)
+        options = (float(eps), rms, activation, save == "recompute", dtype)
         return kernel(*args, layer_scale, path_scale, *options)
     return reference.layernorm_mlp(
         *args, layer_scale, path_scale, eps, activation, dropout, norm_kind, save
@@ -455,9 +459,10 @@ def _norm_kind(op: str, kind: str) -> None:
         raise ValueError(f"{op}: norm {kind!r} is unknown; expected {NORMS}")
 
 
-def _rate(op: str, dropout: float) -> None:
+def _rate(op: str, dropout: float) -> float:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{op}: dropout must be in [0, 1), got {dropout}")
+    return float(dropout)  # Triton takes no numpy scalars
 
 
 def _check_qk(
@@ -510,6 +515,8 @@ def _norm(
         raise _misplaced(op, name, t, device)
     if t.shape != (dim,):
         raise ValueError(f"{op}: {name} must be {(dim,)}, got {_shape(t)}")
+    if kind == "rmsnorm" and name.endswith("_bias"):
+        raise UsageError(f"{op}: {name} must be None: RMSNorm has no bias")
     if t.dtype != x.dtype and kind == "layernorm":
         _norm_dtype(op, name, t.dtype, x)
 

@@ -19,6 +19,8 @@ def _check(model: ViT) -> None:
         raise UsageError(f"checkpoint: it takes images of {channels} channels; files have 1 or 3")
     if model.num_classes == 0:
         raise UsageError("checkpoint: it has no classifier")
+    if getattr(model.load_report, "projection", False):
+        raise UsageError("checkpoint: it has no classifier; its head projects to embeddings")
     if model.pool == "none":
         raise UsageError("checkpoint: with pool 'none' it classifies each patch, not the image")
 

@@ -6,6 +6,7 @@
 
 import difflib
 import fnmatch
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from fastvit.errors import UsageError
 from fastvit.model import ViT
 from fastvit.timm_kwargs import translate
+
+log = logging.getLogger("fastvit")
 
 _INCEPTION = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 _IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -338,8 +341,16 @@ def create_model(
     else:
         preset = PRESETS[architecture]
         model = ViT(**{**preset, **translate(kwargs, preset)})
-        model.default_cfg.update(architecture=architecture, tag=tag or None)
-        if model.patch_embed.proj.in_channels == 3:
+        usual = not tag or tag == TAGS.get(architecture)
+        model.default_cfg.update(architecture=architecture, tag=tag if tag and usual else None)
+        if not usual:
+            log.warning(
+                "create_model: %s: number of classes and preprocessing are fastvit's defaults, not "
+                "those of the tag %r",
+                name,
+                tag,
+            )
+        elif model.patch_embed.proj.in_channels == 3:
             model.default_cfg.update(DATA[architecture])
     if checkpoint_path:
         model.load_weights(checkpoint_path)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from fastvit.dialects import WRAPPER_NAMES
 from fastvit.errors import UsageError
@@ -149,11 +150,13 @@ def current_architecture(model: ViT, weights: dict[str, torch.Tensor]) -> ViT:
 
 
 def _parts(model: ViT, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What arguments must reproduce: the shapes of the tensors, and the activations."""
-    named = model.named_modules(remove_duplicate=False)
-    modules = {WRAPPER_NAMES.sub("", name): str(m) for name, m in named}
-    acts = {name: text for name, text in modules.items() if name.endswith("mlp.act")}
-    return {**{k: tuple(v.shape) for k, v in weights.items()}, **acts}
+    """What arguments must reproduce: the shapes of the tensors, the activations and the norms."""
+    shown = {
+        WRAPPER_NAMES.sub("", name): str(m)
+        for name, m in model.named_modules(remove_duplicate=False)
+        if name.endswith("mlp.act") or isinstance(m, (nn.LayerNorm, nn.RMSNorm))
+    }
+    return {**{k: tuple(v.shape) for k, v in weights.items()}, **shown}
 
 
 def save_checkpoint(path: Path | str, model: ViT, **details: Any) -> Path:

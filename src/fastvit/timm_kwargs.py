@@ -189,6 +189,8 @@ def _translate_eva(ours: dict[str, Any], kwargs: dict[str, Any], preset: dict[st
     if kwargs.get("use_rot_pos_emb") is False:
         ours["rope"] = None
     rope = ours.get("rope", preset.get("rope"))
+    if kwargs.get("use_rot_pos_emb") and rope is None:
+        raise UsageError("use_rot_pos_emb=True: this model has no RoPE; pass rope_type")
     told = kwargs.get("rope_rotate_half", halves)
     if {"rope_type", "rope_rotate_half"} & kwargs.keys() and rope and told != (rope == "dinov3"):
         raise UsageError(
@@ -264,9 +266,16 @@ def _norm_eps(layer: Any) -> float:
 def _name_of(value: Callable[..., Any] | Any) -> Any:
     """The name of a class or of a partial of one (timm's packed SwiGLU), else the value itself."""
     if isinstance(value, functools.partial):
+        harmless = ("eps", "inplace")  # `_norm_eps` reads eps
+        said = {k: v for k, v in value.keywords.items() if k not in harmless}
         inner = _name_of(value.func)
-        gate_first = value.keywords.get("gate_last") is False
-        return "SwiGLUPacked" if inner == "GluMlp" and gate_first else inner
+        if inner == "GluMlp" and said.get("gate_last") is False:
+            return "SwiGLUPacked"
+        if inner == "GELU" and said == {"approximate": "tanh"}:
+            return "GELUTanh"
+        if said:
+            raise UsageError(f"{inner} with {said} is timm's alone; fastvit does not support it")
+        return inner
     if isinstance(value, type) and issubclass(value, nn.Module):
         return value.__name__
     return value

@@ -298,6 +298,8 @@ class Run:
             "compile": self.compile,
             "data": self.data.describe(),
             "classes": list(self.data.classes),
+            "mean": list(self.data.mean),
+            "std": list(self.data.std),
             "files": self.data.files,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

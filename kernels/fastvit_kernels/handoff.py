@@ -1,0 +1,32 @@
+"""When an op may pass on to the next op what it knows of the residual stream. No Triton here.
+
+`row_statistics` are wrong as soon as their tensor changes. A change in place usually shows in the
+tensor's version, but not one by a collective, through `.data` or by a user's own kernel. So they
+are passed on only inside `allowed()`, which our blocks enter where no other code can run between.
+"""
+
+import threading
+from typing import Any
+
+
+class _State(threading.local):
+    depth = 0
+    kept: Any = None  # of `row_statistics`
+
+
+state = _State()
+
+
+class allowed:
+    def __enter__(self) -> None:
+        state.depth += 1
+
+    def __exit__(self, *error: Any) -> None:
+        state.depth -= 1
+        if not state.depth:
+            forget()
+
+
+def forget() -> None:
+    """Drop what the last op left: other code may have changed its output since."""
+    state.kept = None
