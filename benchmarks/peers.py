@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastvit_kernels import handoff
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -274,9 +275,10 @@ def chain(room: Any) -> Callable[..., Tensor]:
 
     def block(x: Tensor, *parameters: Tensor) -> Tensor:
         nw, nb, w, b, proj, proj_b, *mlp = parameters
-        qkv = room.layernorm_linear(x, nw, nb, w, b).unflatten(-1, (3, -1, 64))
-        x = room.linear_residual(room.attention_qkv(qkv).flatten(2), proj, proj_b, x)
-        return room.layernorm_mlp(x, *mlp)
+        with handoff.allowed():  # as in `fastvit.layers.Block`
+            qkv = room.layernorm_linear(x, nw, nb, w, b).unflatten(-1, (3, -1, 64))
+            x = room.linear_residual(room.attention_qkv(qkv).flatten(2), proj, proj_b, x)
+            return room.layernorm_mlp(x, *mlp)
 
     return block
 

@@ -7,7 +7,6 @@ as in timm: on the normed stream alone, returning the term to add.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from numbers import Integral, Real
 from typing import Any
 
@@ -492,7 +491,7 @@ class Block(nn.Module):
         self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor, rope: Tables | None = None, rows: int | None = None) -> Tensor:
-        with _handoff():
+        with handoff.allowed():
             return self._forward(x, rope, rows)
 
     def _forward(self, x: Tensor, rope: Tables | None, rows: int | None) -> Tensor:
@@ -555,7 +554,7 @@ class Blocks(nn.Sequential):
         """
         last = len(self) - 1
         kept = []
-        with _handoff():
+        with handoff.allowed():
             for i, block in enumerate(self):
                 if wanted is not None and i == len(wanted):
                     break
@@ -568,11 +567,6 @@ class Blocks(nn.Sequential):
                 if wanted is not None and wanted[i]:
                     kept.append(x)
         return x if wanted is None else (x, kept)
-
-
-def _handoff() -> Any:
-    """Where ops may pass on what they know of the residual stream; torch.compile knows of none."""
-    return nullcontext() if torch.compiler.is_compiling() else handoff.allowed()
 
 
 def _runs_other_code(block: nn.Module) -> bool:

@@ -7,11 +7,9 @@ attention itself replaced, then the peer's own forward.
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from fastvit_kernels import handoff, limits
 from torch import Tensor, nn
 
@@ -73,7 +71,7 @@ def _both_halves(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        with nullcontext() if torch.compiler.is_compiling() else handoff.allowed():
+        with handoff.allowed():
             return forward(self, *args, **kwargs)
 
     return wrapped
