@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastvit.checkpoint_files import Source, read_source
-from fastvit.dialects import EVA_POOL, WRAPPER_NAMES, Reading, read
+from fastvit.dialect_rules import EVA_POOL, WRAPPER_NAMES, Reading
+from fastvit.dialects import read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
 from fastvit.layers import check_sizes, pair

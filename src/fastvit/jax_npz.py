@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvit.dialects import INCEPTION, Reading, tensor_of
+from fastvit.dialect_rules import INCEPTION, Reading, tensor_of
 from fastvit.errors import UsageError
 from fastvit.pos_embed import JAX
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from fastvit.dialects import WRAPPER_NAMES
+from fastvit.dialect_rules import WRAPPER_NAMES
 from fastvit.errors import UsageError
 from fastvit.model import ViT
 from fastvit.pos_embed import Resample
