@@ -5,7 +5,9 @@ tensor's version, but not one by a collective, through `.data` or by a user's ow
 are passed on only inside `allowed()`, which our blocks enter where no other code can run between.
 """
 
+import functools
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,6 +35,19 @@ class _Allowed:
 def allowed() -> Any:
     """A context in which ops pass on statistics; empty under torch.compile, which has none."""
     return nullcontext() if torch.compiler.is_compiling() else _Allowed()
+
+
+def within(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a module's forward inside `allowed()`."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # Dynamo takes no context inside a checkpointed block
+            return forward(*args, **kwargs)
+        with _Allowed():
+            return forward(*args, **kwargs)
+
+    return wrapped
 
 
 def forget() -> None:

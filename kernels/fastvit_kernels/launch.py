@@ -81,6 +81,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         elif kind is TensorDescriptor:
             key.append(arg.base.dtype)
         elif kind is not float:
+            if isinstance(arg, float):  # numpy's, which Triton takes for no number
+                plain = (float(a) if isinstance(a, float) else a for a in args)
+                return launch(kernel, grid, *plain, **constants)
             key.append(arg.dtype)
             addresses |= arg.data_ptr()
     if addresses % 16:

@@ -490,11 +490,8 @@ class Block(nn.Module):
             self.mlp = SwiGlu(dim, mlp_dim, mlp_dropout, mlp_bias, packed=mlp == "swiglu_packed")
         self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
 
+    @handoff.within
     def forward(self, x: Tensor, rope: Tables | None = None, rows: int | None = None) -> Tensor:
-        with handoff.allowed():
-            return self._forward(x, rope, rows)
-
-    def _forward(self, x: Tensor, rope: Tables | None, rows: int | None) -> Tensor:
         path = self.path_scale(x)
         if reason := _why_branch_unfused("attn", self.attn, "ls1", self.ls1):
             ops.record_fallback("layernorm_linear", x, reason)
@@ -539,6 +536,7 @@ _TAIL_KINDS: dict[str, tuple[type, ...]] = {
 class Blocks(nn.Sequential):
     """The encoder's blocks in sequence, as one module: hooks, wrappers and FSDP on it work."""
 
+    @handoff.within
     def forward(  # type: ignore[override]
         self,
         x: Tensor,
@@ -554,18 +552,17 @@ class Blocks(nn.Sequential):
         """
         last = len(self) - 1
         kept = []
-        with handoff.allowed():
-            for i, block in enumerate(self):
-                if wanted is not None and i == len(wanted):
-                    break
-                other = _runs_other_code(block)
-                if other:
-                    handoff.forget()
-                x = run_block(block, x, rope, rows if i == last else None, checkpointing)
-                if other:
-                    handoff.forget()
-                if wanted is not None and wanted[i]:
-                    kept.append(x)
+        for i, block in enumerate(self):
+            if wanted is not None and i == len(wanted):
+                break
+            other = _runs_other_code(block)
+            if other:
+                handoff.forget()
+            x = run_block(block, x, rope, rows if i == last else None, checkpointing)
+            if other:
+                handoff.forget()
+            if wanted is not None and wanted[i]:
+                kept.append(x)
         return x if wanted is None else (x, kept)
 
 
@@ -574,7 +571,8 @@ def _runs_other_code(block: nn.Module) -> bool:
     if torch.compiler.is_compiling():
         return False
     inner = unwrapped(block)
-    return type(inner) is not Block or has_observing_hooks(block, inner)
+    ours = uses_methods_of(inner, (Block,), "forward")  # also in FSDP's subclass
+    return not ours or has_observing_hooks(block, inner)
 
 
 def run_block(

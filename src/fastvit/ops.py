@@ -112,8 +112,7 @@ def layernorm_linear_fork(
     if choose_triton(op, x, dtype, limits.linear(in_features, out_features)):
         from fastvit_kernels.layernorm_linear import layernorm_linear as kernel
 
-        rms = norm_kind == "rmsnorm"
-        return kernel(x, norm_weight, norm_bias, weight, bias, float(eps), rms, dtype)
+        return kernel(x, norm_weight, norm_bias, weight, bias, eps, norm_kind == "rmsnorm", dtype)
     args = (x, norm_weight, norm_bias, weight, bias, eps, norm_kind)
     return reference.layernorm_linear_fork(*args)
 
@@ -166,7 +165,7 @@ def attention(
     _shaped(op, "k", k, tuple(q.shape), device)
     _shaped(op, "v", v, tuple(q.shape), device)
     _integers(op, "key_padding", key_padding, q.shape[0], device)
-    dropout = _rate(op, dropout)
+    _rate(op, dropout)
     dtype = _compute_dtype(op, "q", q, k=k, v=v)
     unsupported = limits.attention(q.shape[-1], scale, _batch(q))
     if choose_triton(op, q, dtype, unsupported):
@@ -202,10 +201,10 @@ def attention_qkv(
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
     _integers(op, "key_padding", key_padding, qkv.shape[0], device)
-    dropout = _rate(op, dropout)
+    _rate(op, dropout)
     _check_qk(op, qkv, device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     dtype = _compute_dtype(op, "qkv", qkv)
-    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, float(eps), norm_kind, interleaved)
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
     unsupported = limits.attention(qkv.shape[-1], scale, _batch(qkv))
     unsupported = unsupported or _no_gradient("cos and sin", cos, sin)
     if choose_triton(op, qkv, dtype, unsupported):
@@ -254,13 +253,14 @@ def attention_packed(
     _integers(op, "cu_seqlens", cu_seqlens, len(cu_seqlens), device)
     if max_seqlen < 1:
         raise ValueError(f"{op}: max_seqlen must be at least 1, got {max_seqlen}")
-    max_seqlen = int(max_seqlen)
-    dropout = _rate(op, dropout)
+    if not isinstance(max_seqlen, (int, torch.SymInt)):
+        max_seqlen = int(max_seqlen)  # numpy's
+    _rate(op, dropout)
     _check_qk(op, qkv[None], device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     _optional(op, "cos", cos, (len(qkv), qkv.shape[-1] // 2), device)
     _check_bounds(op, cu_seqlens, len(qkv), max_seqlen)
     dtype = _compute_dtype(op, "qkv", qkv)
-    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, float(eps), norm_kind, interleaved)
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
     unsupported = limits.attention(qkv.shape[-1], scale, _batch(cu_seqlens))
     unsupported = unsupported or _no_gradient("cos and sin", cos, sin)
     if choose_triton(op, qkv, dtype, unsupported):
@@ -297,7 +297,7 @@ def qk_norm_rope(
         raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
     _check_qk(op, qkv, device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
     dtype = _compute_dtype(op, "qkv", qkv)
-    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, float(eps), norm_kind, interleaved)
+    params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
     if choose_triton(op, qkv, dtype, limits.attention(qkv.shape[-1])):
         from fastvit_kernels.attention_qk import qk_norm_rope as kernel
 
@@ -371,7 +371,7 @@ def linear_residual(
     """
     op = "linear_residual"
     device = _operand(op, "x", x)
-    dropout = _rate(op, dropout)
+    _rate(op, dropout)
     _rank(op, "weight", weight, 2, device)
     out_features, in_features = weight.shape
     _rank(op, "x", x, 3, device)
@@ -414,7 +414,7 @@ def layernorm_mlp(
     """
     op = "layernorm_mlp"
     device = _operand(op, "x", x)
-    dropout = _rate(op, dropout)
+    _rate(op, dropout)
     if save not in SAVES:
         raise ValueError(f"{op}: save {save!r} is unknown; expected {SAVES}")
     _norm_kind(op, norm_kind)
@@ -447,7 +447,7 @@ def layernorm_mlp(
         from fastvit_kernels.layernorm_mlp import layernorm_mlp as kernel
 
         rms = norm_kind == "rmsnorm"
-        options = (float(eps), rms, activation, save == "recompute", dtype)
+        options = (eps, rms, activation, save == "recompute", dtype)
         return kernel(*args, layer_scale, path_scale, *options)
     return reference.layernorm_mlp(
         *args, layer_scale, path_scale, eps, activation, dropout, norm_kind, save
@@ -459,10 +459,9 @@ def _norm_kind(op: str, kind: str) -> None:
         raise ValueError(f"{op}: norm {kind!r} is unknown; expected {NORMS}")
 
 
-def _rate(op: str, dropout: float) -> float:
+def _rate(op: str, dropout: float) -> None:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{op}: dropout must be in [0, 1), got {dropout}")
-    return float(dropout)  # Triton takes no numpy scalars
 
 
 def _check_qk(

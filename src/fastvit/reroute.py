@@ -5,7 +5,6 @@ never imported. Each forward falls back in steps: the fused half, then the peer'
 attention itself replaced, then the peer's own forward.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,17 +65,6 @@ def _block(
     return parts
 
 
-def _both_halves(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A block's forward that runs no other code between its halves: see `handoff`."""
-
-    @functools.wraps(forward)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        with handoff.allowed():
-            return forward(self, *args, **kwargs)
-
-    return wrapped
-
-
 # --- timm
 
 
@@ -134,7 +122,7 @@ def _timm_mlp_half(b: Any) -> MlpHalf | GatedHalf:
     return GatedHalf(b.norm2, fc1, m.act, m.fc2, b.ls2, b.drop_path2, bypassed, peer_reason)
 
 
-@_both_halves
+@handoff.within
 def _timm_block(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     half = _timm_attention_half(self)
     if not _given((*args, *kwargs.values())) and x.ndim == 3 and half.why_not() is None:
@@ -239,7 +227,7 @@ def _hf_masked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return _given((*args, *(kwargs.get(name) for name in _HF_MASKS)))
 
 
-@_both_halves
+@handoff.within
 def _hf_layer(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     x = hidden_states
     half = _hf_attention_half(self)
@@ -312,7 +300,7 @@ def _tv_mlp_half(b: Any) -> MlpHalf:
     return MlpHalf(b.ln_2, m[0], m[1], m[3], None, None, bypassed)
 
 
-@_both_halves
+@handoff.within
 def _tv_block(self: Any, input: Tensor) -> Tensor:
     x = input
     if x.ndim != 3:
