@@ -372,7 +372,7 @@ def headline(results: Path = RESULTS) -> str:
                     f"{memory[0]} MB; timm with SDPA: {rates[1]} in {memory[1]} MB."
                 )
         lines.append(profile_line(rows(result, "train")))
-        out.append(f"{result['environment']['device']}: {' '.join(lines)}".strip())
+        out.append(f"{provenance(result)}: {' '.join(lines)}".strip())
     return "\n\n".join(out) or NOTHING
 
 

@@ -42,7 +42,7 @@ def _load_pairs(
 ):
     """Load rows of D channels as two float32 (rows, PAIRS): first and second of each pair.
 
-    JOINED: pairs are neighbours, 2 i and 2 i + 1; else i and i + D / 2.
+    INTERLEAVED: pairs are neighbours, 2 i and 2 i + 1; else i and i + D / 2.
     """
     if INTERLEAVED:
         offs_d = tl.arange(0, 2 * PAIRS)

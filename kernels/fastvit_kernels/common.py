@@ -19,7 +19,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def multiple_of_8(n, BY_8: tl.constexpr):
-    """n; with EIGHTS, as a value that the compiler knows to be a multiple of 8. Triton detects only
+    """n; with BY_8, as a value that the compiler knows to be a multiple of 8. Triton detects only
     multiples of 16 itself, and else loads and stores rows element by element.
     """
     if BY_8:

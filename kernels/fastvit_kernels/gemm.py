@@ -226,11 +226,7 @@ def _gemm_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):
-    N, K, stride_am = (
-        multiple_of_8(N, BY_8),
-        multiple_of_8(K, BY_8),
-        multiple_of_8(stride_am, BY_8),
-    )
+    N, K, stride_am = multiple_of_8(N, BY_8), multiple_of_8(K, BY_8), multiple_of_8(stride_am, BY_8)
     if B_TRANSPOSED:
         stride_bn = multiple_of_8(stride_bn, BY_8)
     else:

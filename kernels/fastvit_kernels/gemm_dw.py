@@ -127,10 +127,7 @@ def _gemm_dw_kernel(
     BLOCK_K: tl.constexpr,
 ):
     N, K = multiple_of_8(N, BY_8), multiple_of_8(K, BY_8)
-    strides = (
-        multiple_of_8(stride_gm, BY_8),
-        multiple_of_8(stride_xm, BY_8),
-    )
+    strides = multiple_of_8(stride_gm, BY_8), multiple_of_8(stride_xm, BY_8)
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     for i in range(num_segments(pid, tiles, steps, programs, chunks, share, chunks2)):
         tile, first, end, slab = segment(pid, i, tiles, steps, programs, chunks, share, chunks2)
@@ -333,11 +330,7 @@ def _reduce_slabs_kernel(
     dlayer_scale = <W, G> + b sum(g).
     """
     pid = tl.program_id(0)
-    K, K2, C = (
-        multiple_of_8(K, BY_8),
-        multiple_of_8(K2, BY_8),
-        multiple_of_8(C, BY_8),
-    )
+    K, K2, C = multiple_of_8(K, BY_8), multiple_of_8(K2, BY_8), multiple_of_8(C, BY_8)
     blocks, blocks2 = tl.cdiv(N, BLOCK_N), 0
     if slabs2_ptr is not None:
         blocks2 = tl.cdiv(N2, BLOCK_N)

@@ -65,10 +65,7 @@ def _layernorm_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    C, stride_xm = (
-        multiple_of_8(C, BY_8),
-        multiple_of_8(stride_xm, BY_8),
-    )
+    C, stride_xm = multiple_of_8(C, BY_8), multiple_of_8(stride_xm, BY_8)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
     mask_m, mask_c = offs_m < M, offs_c < C
@@ -110,10 +107,7 @@ def _layernorm_bwd_kernel(
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    C, stride_xm = (
-        multiple_of_8(C, BY_8),
-        multiple_of_8(stride_xm, BY_8),
-    )
+    C, stride_xm = multiple_of_8(C, BY_8), multiple_of_8(stride_xm, BY_8)
     pid = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C

@@ -274,10 +274,7 @@ def _layernorm_fold_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """The first programs fold rows of the weight, the next ones cast, the others take rows of x."""
-    C, stride_xm = (
-        multiple_of_8(C, BY_8),
-        multiple_of_8(stride_xm, BY_8),
-    )
+    C, stride_xm = multiple_of_8(C, BY_8), multiple_of_8(stride_xm, BY_8)
     stride_wn = multiple_of_8(stride_wn, BY_8)
     pid, num_n = tl.program_id(0), tl.cdiv(N, BLOCK_M)
     BLOCK: tl.constexpr = BLOCK_M * BLOCK_C

@@ -380,43 +380,47 @@ def _tensors(model: ViT) -> State:
     return {WRAPPER_NAMES.sub("", k): v for k, v in model.state_dict().items()}
 
 
-def adapt(state: State, model: ViT, arguments: Mapping[str, Any], said: list[str]) -> State:
+def adapt(state: State, model: ViT, arguments: Mapping[str, Any], changes: list[str]) -> State:
     """Adapt the tensors of a ViT of `arguments` to `model`, as timm does.
 
     Channels are summed or repeated, the patch kernel and the position table resampled, a head for
-    other classes left out, the final norm put before or after the pooling. said: the list that
+    other classes left out, the final norm put before or after the pooling. changes: the list that
     gets a line for each change.
     """
     out = dict(state)
     stem = model.patch_embed
     kernel = out["patch_embed.proj.weight"]
     if kernel.shape[1] != stem.proj.in_channels:
-        said.append(f"channels: {kernel.shape[1]} to {stem.proj.in_channels}")
+        changes.append(f"channels: {kernel.shape[1]} to {stem.proj.in_channels}")
         kernel = adapt_channels(_at_least_float32(kernel), stem.proj.in_channels)
     if tuple(kernel.shape[-2:]) != stem.patch_size:
-        said.append(f"patch_size: {tuple(kernel.shape[-2:])} to {stem.patch_size}")
+        changes.append(f"patch_size: {tuple(kernel.shape[-2:])} to {stem.patch_size}")
         kernel = resample_patches(_at_least_float32(kernel), stem.patch_size, Resample())
     out["patch_embed.proj.weight"] = kernel
     if "pos_embed" in out and model.pos_embed is not None:
-        _adapt_positions(out, model, arguments, said)
+        _adapt_positions(out, model, arguments, changes)
     own = _tensors(model)
     for name in ("head.weight", "head.0.weight", "head.2.weight"):
         if name in out and (name not in own or len(out[name]) != len(own[name])):
-            said.append(f"head: the checkpoint's, for {arguments['num_classes']} classes, left out")
+            changes.append(
+                f"head: the checkpoint's, for {arguments['num_classes']} classes, left out"
+            )
             out = {k: v for k, v in out.items() if not k.startswith("head.")}
     for have, want in (("norm", "fc_norm"), ("fc_norm", "norm")):
         if f"{want}.weight" in own and f"{want}.weight" not in out and f"{have}.weight" in out:
-            said.append(f"{have} taken for {want}")
+            changes.append(f"{have} taken for {want}")
             for kind in ("weight", "bias"):
                 if f"{have}.{kind}" in out:
                     out[f"{want}.{kind}"] = out.pop(f"{have}.{kind}")
     if model.attn_pool is None and "attn_pool.latent" in out:
-        said.append(f"attention pooling left out, for pool {model.pool!r}")
+        changes.append(f"attention pooling left out, for pool {model.pool!r}")
         out = {k: v for k, v in out.items() if not k.startswith("attn_pool.")}
     return out
 
 
-def _adapt_positions(out: State, model: ViT, arguments: Mapping[str, Any], said: list[str]) -> None:
+def _adapt_positions(
+    out: State, model: ViT, arguments: Mapping[str, Any], changes: list[str]
+) -> None:
     sizes = (arguments["image_size"], arguments["patch_size"])
     size, patch = ((s, s) if isinstance(s, int) else tuple(s) for s in sizes)
     old, new = (size[0] // patch[0], size[1] // patch[1]), model.patch_embed.grid_size
@@ -424,7 +428,7 @@ def _adapt_positions(out: State, model: ViT, arguments: Mapping[str, Any], said:
     prefix = 0 if alone else arguments["registers"] + bool(arguments["class_token"])
     own, table = out["pos_embed"][0].tensor_split([prefix])
     if old != new:
-        said.append(f"positions: grid {old} to {new} ({model.resample})")
+        changes.append(f"positions: grid {old} to {new} ({model.resample})")
         own, table = _at_least_float32(own), _at_least_float32(table)
         table = resample_positions(table, old, new, model.resample)
     if model.no_embed_class and prefix:

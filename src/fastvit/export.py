@@ -19,13 +19,8 @@ from fastvit.saving import current_architecture, json_value, replacing, replacin
 State = dict[str, Tensor]
 log = logging.getLogger("fastvit")
 DIALECTS = ("timm", "hf")
-_TAKEN = (
-    *WEIGHTS,
-    *CONFIGS,
-    PREPROCESSOR,
-    "model.json",
-    "state.pt",
-)  # files of a checkpoint or a run
+# Files of a checkpoint or a run.
+_TAKEN = (*WEIGHTS, *CONFIGS, PREPROCESSOR, "model.json", "state.pt")
 _TIMM_POOLS = {ours: theirs for theirs, ours in TIMM_POOLS.items()}
 _TIMM_WORDS = {
     "image_size": "img_size",

@@ -597,7 +597,9 @@ def run_block(
     return block(x, **options)
 
 
-def _why_branch_unfused(name: str, branch: nn.Module, scale_name: str, scale: Any) -> str | None:
+def _why_branch_unfused(
+    name: str, branch: nn.Module, scale_name: str = "", scale: Any = None
+) -> str | None:
     """Return why a branch must be called on the normed stream alone, as in timm; or None."""
     if all_plain((branch, _BRANCHES)) and (scale is None or all_plain((scale, (LayerScale,)))):
         return None
@@ -632,7 +634,7 @@ class AttentionPool(nn.Module):
         q = self.q(self.latent).expand(x.shape[0], -1, -1).unflatten(-1, (self.heads, -1))
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
         o = self.proj(ops.pool_attention(q, k, v).flatten(2))
-        if reason := _why_branch_unfused("mlp", self.mlp, "", None):
+        if reason := _why_branch_unfused("mlp", self.mlp):
             ops.record_fallback("layernorm_mlp", o, reason)
             return (o + self.mlp(self.norm(o)))[:, 0]
         return self.mlp(o, self.norm)[:, 0]
