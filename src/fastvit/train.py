@@ -387,7 +387,8 @@ def choose_device(name: str) -> torch.device:
     """'auto' is the GPU if there is one. Raises UsageError for 'cuda' without a GPU."""
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device must be auto, cpu or cuda, got {name!r}")
-    with warnings.catch_warnings(action="ignore"):  # e.g. of an old driver; 'cuda' raises below
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # e.g. of an old driver; 'cuda' raises below
         available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UsageError("--device cuda was asked for, but PyTorch finds no NVIDIA GPU here")
