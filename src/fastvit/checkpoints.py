@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvit.arguments import check_sizes, pair
 from fastvit.checkpoint_files import Source, read_source
 from fastvit.dialect_rules import EVA_POOL, WRAPPER_NAMES, Reading
 from fastvit.dialects import read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
-from fastvit.layers import check_sizes, pair
 from fastvit.model import TIMM_POOLS, ViT
 from fastvit.pos_embed import Resample, resample_patches, resample_positions
 from fastvit.presets import DATA, PRESETS

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from fastvit.arguments import pair
 from fastvit.backend import versions
 from fastvit.checkpoints import load_checkpoint
 from fastvit.cli_checkpoints import add_convert, add_info
 from fastvit.data import absolute, load_data
 from fastvit.errors import UsageError, need
-from fastvit.model import pair
 from fastvit.presets import PRESETS
 from fastvit.saving import lock_folder, remove_stale_temporaries
 from fastvit.train import (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvit.checkpoint_files import CONFIGS, PREPROCESSOR, SUFFIXES, WEIGHTS
 from fastvit.errors import UsageError
-from fastvit.model import TIMM_POOLS, ViT, pair
+from fastvit.model import TIMM_POOLS, ViT
 from fastvit.pos_embed import HUGGING_FACE, Resample
 from fastvit.saving import current_architecture, json_value, replacing, replacing_folder, weights_of
 
@@ -242,7 +242,7 @@ def _eva_args(model: ViT, args: dict[str, Any]) -> tuple[str, float]:
         dinov3 = c["rope"] == "dinov3"
         args.update(rope_type="dinov3" if dinov3 else "cat", rope_rotate_half=dinov3)
         args["rope_temperature"] = model.rope.theta
-        args["ref_feat_shape"] = None if c["rope_grid"] is None else pair("", c["rope_grid"])
+        args["ref_feat_shape"] = model.rope.reference_grid
     if c["norm_eps"] == 1e-5:
         return "vit_small_patch16_dinov3", 1e-5
     return "eva02_small_patch14_224", 1e-6

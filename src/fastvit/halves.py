@@ -15,6 +15,7 @@ from fastvit_kernels import limits
 from torch import Tensor, nn
 
 from fastvit import ops
+from fastvit.op_checks import NORMS
 from fastvit.plain import why_not_any, why_not_plain
 
 _CAPTURE = "transformers.utils.output_capturing"
@@ -242,7 +243,7 @@ def _joined(linears: tuple[Peer, ...]) -> tuple[Tensor, Tensor | None]:
 
 
 def _why_not_half(half: Half, linears: Iterable[Peer], training: bool | None) -> str | None:
-    reason = why_not_any() or why_not_module("norm", half.norm, *ops.NORMS)
+    reason = why_not_any() or why_not_module("norm", half.norm, *NORMS)
     if reason is None and len(half.norm.normalized_shape) != 1:
         reason = f"norm is over {half.norm.normalized_shape}"
     if reason is None and half.norm.eps is None:

@@ -6,8 +6,7 @@ add in the epilogue of its last. A branch that has hooks or was replaced by anot
 as in timm: on the normed stream alone, returning the term to add.
 """
 
-from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvit import backend, ops, reference
+from fastvit.arguments import grid_of
 from fastvit.plain import (
     all_plain,
     has_observing_hooks,
@@ -26,49 +26,7 @@ from fastvit.plain import (
 )
 from fastvit.pos_embed import Grid, Resample, resample_patches
 
-NORMS = ops.NORMS
-MLPS = ("mlp", "swiglu", "swiglu_packed")
 Tables = tuple[Tensor, Tensor, bool]  # RoPE's cos, sin and interleaved (see Rope)
-
-
-def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """An int or a (height, width) pair as a pair of positive ints."""
-    sizes = (value, value) if not isinstance(value, Iterable) else tuple(value)
-    if len(sizes) != 2 or not all(_is_int(s) and s > 0 for s in sizes):
-        raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
-    return int(sizes[0]), int(sizes[1])
-
-
-def check_sizes(least: int, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if not _is_int(size) or size < least:
-            raise ValueError(f"{name} must be an int >= {least}, got {size!r}")
-
-
-def check_rates(**rates: float) -> None:
-    for name, rate in rates.items():
-        if not _is_real(rate) or not 0.0 <= rate < 1.0:
-            raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
-
-
-def check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not _is_real(value) or not 0.0 < value < float("inf"):
-            raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def check_choice(choices: tuple[Any, ...], **values: Any) -> None:
-    for name, value in values.items():
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -161,18 +119,6 @@ class PatchEmbed(nn.Module):
         if weight is not None:
             self.proj.weight = nn.Parameter(weight, self.proj.weight.requires_grad)
             self.proj.kernel_size = self.proj.stride = patch_size
-
-
-def grid_of(
-    name: str, size: tuple[int, int], patch_size: tuple[int, int], crop: bool = False
-) -> Grid:
-    """Return the patches per side; raise if there is a remainder that `crop` does not allow."""
-    for side, word in enumerate(("height", "width")):
-        if size[side] % patch_size[side] and not (crop and size[side] > patch_size[side]):
-            raise ValueError(
-                f"{name} {size} is not a multiple of patch_size {patch_size} in {word}"
-            )
-    return size[0] // patch_size[0], size[1] // patch_size[1]
 
 
 class LayerScale(nn.Module):

@@ -1,18 +1,24 @@
 """The Vision Transformer: stem, pre-norm encoder, head. State-dict names and shapes are timm's."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from numbers import Integral
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvit import ops
+from fastvit.arguments import (
+    HEAD_ACTIVATIONS,
+    POOLS,
+    check_arguments,
+    check_choice,
+    check_sizes,
+    check_unmasked,
+    grid_of,
+    pair,
+)
 from fastvit.errors import UsageError
+from fastvit.features import Features
 from fastvit.layers import (
-    MLPS,
-    NORMS,
     Attention,
     AttentionPool,
     Block,
@@ -22,27 +28,17 @@ from fastvit.layers import (
     PatchEmbed,
     SwiGlu,
     Tables,
-    check_choice,
-    check_positive,
-    check_rates,
-    check_sizes,
-    grid_of,
     make_norm,
-    pair,
     run_block,
 )
 from fastvit.plain import has_observing_hooks, unwrapped, uses_methods_of, why_not_plain
 from fastvit.pos_embed import Grid, Resample, resample_positions
 from fastvit.reference import add_pos_and_prefix
-from fastvit.rope import FORMS, Rope
+from fastvit.rope import Rope
 from fastvit.vit_pytorch import VitPytorchNames
 
-POOLS = ("cls", "mean", "max", "avgmax", "cls_mean", "map", "none")
-POS_EMBEDS = ("learned", "none")
-HEAD_ACTIVATIONS = {"gelu": nn.GELU, "tanh": nn.Tanh}
 
-
-class ViT(VitPytorchNames, nn.Module):
+class ViT(Features, VitPytorchNames, nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929).
 
     Defaults are ViT-B/16. `image_size` and `patch_size` are ints or (height, width). `dim_head`
@@ -130,36 +126,9 @@ class ViT(VitPytorchNames, nn.Module):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.config: dict[str, Any] = config
-        sizes = {"dim": dim, "depth": depth, "heads": heads, "mlp_dim": mlp_dim}
-        check_sizes(1, channels=channels, **sizes)
-        check_sizes(0, num_classes=num_classes, registers=registers)
-        check_rates(dropout=dropout, emb_dropout=emb_dropout, drop_path=drop_path)
-        check_rates(head_dropout=head_dropout, patch_dropout=patch_dropout)
-        own_rates = dict(attn_dropout=attn_dropout, proj_dropout=proj_dropout)
-        own_rates["mlp_dropout"] = mlp_dropout
-        check_rates(**{k: v for k, v in own_rates.items() if v is not None})
-        check_choice(POOLS, pool=pool)
-        check_choice(POS_EMBEDS, pos_embed=pos_embed)
-        check_choice(NORMS, norm=norm)
-        check_choice(MLPS, mlp=mlp)
-        check_choice(ops.ACTIVATIONS, activation=activation)
-        check_choice((True, False, "qv"), qkv_bias=qkv_bias)
+        check_arguments(config)
         config["qkv_bias"] = qkv_bias = qkv_bias if qkv_bias == "qv" else bool(qkv_bias)
-        check_choice((None, *FORMS), rope=rope)
-        flags = dict(class_token=class_token, no_embed_class=no_embed_class, qk_norm=qk_norm)
-        flags |= dict(pre_norm=pre_norm, final_norm=final_norm, crop_remainder=crop_remainder)
-        flags |= dict(proj_bias=proj_bias, mlp_bias=mlp_bias, dynamic_img_size=dynamic_img_size)
-        check_choice((True, False), **flags)
-        check_choice((True, False, None), fc_norm=fc_norm, patch_bias=patch_bias)
-        optional = dict(layer_scale=layer_scale, rope_theta=rope_theta)
-        check_positive(norm_eps=norm_eps, **{k: v for k, v in optional.items() if v is not None})
-        check_choice(tuple(HEAD_ACTIVATIONS), head_activation=head_activation)
-        if not class_token and pool in ("cls", "cls_mean"):
-            raise ValueError(f"pool {pool!r} needs class_token=True")
-        if dim_head is None and dim % heads:
-            raise ValueError(f"dim {dim} is not a multiple of heads {heads}; pass dim_head")
         dim_head = dim // heads if dim_head is None else dim_head
-        check_sizes(1, dim_head=dim_head)
 
         self.pool = pool
         self.num_classes = num_classes
@@ -231,8 +200,6 @@ class ViT(VitPytorchNames, nn.Module):
         )
         self.attn_pool = None
         if pool == "map":
-            if dim % heads:
-                raise ValueError(f"pool 'map' needs dim {dim} to be a multiple of heads {heads}")
             pool_norm = make_norm(norm, dim, norm_eps)
             self.attn_pool = AttentionPool(dim, heads, mlp_dim, pool_norm, activation)
         self.head_drop = nn.Dropout(head_dropout)
@@ -287,7 +254,7 @@ class ViT(VitPytorchNames, nn.Module):
         If only <cls> is read, the last block's output projection and MLP and the final norm run
         on <cls> only. attn_mask, is_causal: for timm's signature; setting one raises UsageError.
         """
-        _check_unmasked(attn_mask, is_causal)
+        check_unmasked(attn_mask, is_causal)
         if self._reads_cls_alone():
             return self.forward_head(self.norm(self.encode(images, rows=1)))
         return self.forward_head(self.forward_features(images))
@@ -322,7 +289,7 @@ class ViT(VitPytorchNames, nn.Module):
         self, images: Tensor, attn_mask: None = None, is_causal: bool = False
     ) -> Tensor:
         """All vectors after the final norm: (B, channels, H, W) -> (B, N, dim), N = prefix + m."""
-        _check_unmasked(attn_mask, is_causal)
+        check_unmasked(attn_mask, is_causal)
         return self.norm(self.encode(images))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -421,130 +388,6 @@ class ViT(VitPytorchNames, nn.Module):
             return Blocks.forward(blocks, x, rope, rows, checkpointing)
         return run_block(blocks, x, rope, None, checkpointing)  # custom container: one call
 
-    def _unwrapped_blocks(self) -> nn.Sequential | nn.ModuleList:
-        """Return the blocks' container, without torch.compile, FSDP or checkpointing wrappers."""
-        blocks = unwrapped(self.blocks)
-        if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
-            raise UsageError(
-                f"blocks is a {type(blocks).__name__}; expected nn.Sequential or nn.ModuleList, "
-                "whose blocks run one by one"
-            )
-        return blocks
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: None = None,
-        is_causal: bool = False,
-    ) -> Any:
-        """As in timm: return the final vectors and the patch vectors after chosen blocks.
-
-        indices: an int for the last n blocks, or block indices; None: all. norm: apply the final
-        norm to each. output_fmt: "NCHW" for maps (B, dim, h, w), "NLC" for (B, m, dim).
-        Returns (final, [maps]), or [maps] with intermediates_only; each entry is a pair
-        (map, prefix) with return_prefix_tokens; a dict with output_dict.
-        """
-        _check_unmasked(attn_mask, is_causal)
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        taken = self._block_indices("indices", indices)
-        grid = self.patch_embed.grid(x)
-        if self.patch_dropout and self.training and output_fmt == "NCHW":
-            raise ValueError("output_fmt 'NCHW' needs all patches; patch_dropout is on")
-        x, rope = self.embed(x)
-        blocks: Any = self._unwrapped_blocks()
-        # A plain container is not called, so hooks on it do not fire, as in timm; wrappers and
-        # FSDP have to run.
-        called = isinstance(blocks, Blocks) and type(self.blocks) is not Blocks
-        run = self.blocks if called else partial(Blocks.forward, blocks)
-        # Flags rather than indices: Dynamo makes indices symbolic, and finds none in a list.
-        wanted = [False] * len(blocks)
-        for i in taken:
-            wanted[i] = True
-        wanted = wanted[: max(taken) + 1] if stop_early else wanted
-        x, kept = run(x, rope=rope, checkpointing=self.grad_checkpointing, wanted=wanted)
-        kept = [self.norm(t) for t in kept] if norm else kept
-        prefix = [t[:, : self.num_prefix_tokens] for t in kept]
-        maps = [t[:, self.num_prefix_tokens :] for t in kept]
-        if output_fmt == "NCHW":
-            maps = [t.mT.unflatten(2, grid).contiguous() for t in maps]
-        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
-        if output_dict:
-            out: dict[str, Any] = {"image_intermediates": maps}
-            if with_prefix:
-                out["image_intermediates_prefix"] = prefix
-            return out if intermediates_only else {**out, "image_features": self.norm(x)}
-        result = list(zip(maps, prefix, strict=True)) if with_prefix else maps
-        return result if intermediates_only else (self.norm(x), result)
-
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        attn_mask: None = None,
-    ) -> list[Any]:
-        """Return the patch vectors after the last n blocks, or after the blocks with indices n."""
-        return self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens,
-            norm,
-            output_fmt="NCHW" if reshape else "NLC",
-            intermediates_only=True,
-            attn_mask=attn_mask,
-        )
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] | None = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """As in timm: drop the blocks after the last of `indices`, optionally also norm and head.
-
-        indices: as in forward_intermediates. Returns their block numbers, for which
-        forward_intermediates gives the same outputs as before.
-        """
-        taken = self._block_indices("indices", indices)
-        if not taken:
-            raise ValueError("indices must name at least one block, got none")
-        self.blocks: Any = self._unwrapped_blocks()[: max(taken) + 1]
-        depth, before = len(self.blocks), self.config["depth"]
-        rate = self.config["drop_path"] * (depth - 1) / max(before - 1, 1)
-        self.config.update(depth=depth, drop_path=rate)
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.fc_norm = nn.Identity()
-            self.reset_classifier(0, "")
-        bare = isinstance(self.norm, nn.Identity) and isinstance(self.fc_norm, nn.Identity)
-        self.config["final_norm"] = not bare
-        return taken
-
-    def _block_indices(self, name: str, indices: int | Sequence[int] | None) -> list[int]:
-        depth = len(self._unwrapped_blocks())
-        if indices is None:
-            return list(range(depth))
-        if isinstance(indices, (int, Integral)):
-            indices = int(indices)
-            if not 0 < indices <= depth:
-                raise ValueError(f"{name}: the last {indices} of {depth} blocks were asked for")
-            return list(range(depth - indices, depth))
-        for i in indices:
-            if not -depth <= i < depth:
-                raise ValueError(f"{name}: {i} is out of range for depth {depth}")
-        return [i % depth for i in indices]
-
     def get_classifier(self) -> nn.Module:
         return self.head
 
@@ -585,7 +428,6 @@ class ViT(VitPytorchNames, nn.Module):
             return nn.Identity()
         if hidden_dim is None:
             return nn.Linear(dim, num_classes)
-        check_sizes(1, head_hidden_dim=hidden_dim)
         activation = HEAD_ACTIVATIONS[self.config["head_activation"]]
         return nn.Sequential(
             nn.Linear(dim, hidden_dim), activation(), nn.Linear(hidden_dim, num_classes)
@@ -655,58 +497,8 @@ class ViT(VitPytorchNames, nn.Module):
 
         return load_weights(self, source, strict)
 
-    @torch.no_grad()
-    def attention_maps(
-        self,
-        images: Tensor,
-        layers: int | Sequence[int] = (-1,),
-        rows: str | Sequence[int] = "cls",
-    ) -> Tensor:
-        """Attention probabilities of chosen queries: (B, len(layers), heads, len(rows), N).
-
-        rows: "cls", "all" or token indices. Only these rows of the N x N matrix are computed.
-        """
-        blocks = self._unwrapped_blocks()
-        layers = (int(layers),) if isinstance(layers, (int, Integral)) else layers
-        if len(layers) == 0:
-            raise UsageError("layers must name at least one block, got none")
-        wanted = self._block_indices("layers", layers)
-        x, rope = self.embed(images)
-        if isinstance(rows, str):
-            if rows not in ("cls", "all"):
-                raise ValueError(f"rows must be 'cls', 'all' or indices, got {rows!r}")
-            if rows == "cls" and not self.has_class_token:
-                raise ValueError("rows 'cls' needs a class token; this model has none")
-            rows = (0,) if rows == "cls" else range(x.shape[1])
-        maps = {}
-        for i, block in enumerate(list(blocks)[: max(wanted) + 1]):
-            if i in wanted:
-                inner: Any = unwrapped(block)
-                attn = unwrapped(inner.attn) if isinstance(inner, Block) else inner
-                if not isinstance(attn, Attention):
-                    raise UsageError(
-                        f"layers: block {i} runs a {type(attn).__name__}; expected fastvit's own "
-                        "Block and Attention, whose maps are known"
-                    )
-                qkv, _ = attn.project(x, inner.norm1)
-                options = attn.qk_options(rope)
-                q, k = ops.qk_norm_rope(qkv, **options) if options else qkv.unbind(2)[:2]
-                maps[i] = ops.attention_maps(q, k, rows=rows)
-            if i < max(wanted):
-                x = run_block(block, x, rope)
-        return torch.stack([maps[i] for i in wanted], dim=1)
-
 
 TIMM_POOLS = {"token": "cls", "avg": "mean", "": "none"}
-
-
-def _check_unmasked(attn_mask: Any, is_causal: Any) -> None:
-    if attn_mask is not None:
-        raise UsageError(
-            f"attn_mask must be None, got {type(attn_mask).__name__}; attention is unmasked"
-        )
-    if is_causal:
-        raise UsageError(f"is_causal must be False, got {is_causal!r}; attention is unmasked")
 
 
 def _init_linear(module: nn.Linear) -> None:

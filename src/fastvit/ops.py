@@ -5,7 +5,6 @@ Kernels are imported on first use, so that `import fastvit` is light and works w
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from fastvit_kernels import limits
@@ -14,9 +13,26 @@ from torch import Tensor
 from fastvit import reference
 from fastvit.backend import choose_triton
 from fastvit.errors import UsageError
+from fastvit.op_checks import (
+    batch_of,
+    check_bounds,
+    check_device,
+    check_integers,
+    check_last,
+    check_norm,
+    check_norm_kind,
+    check_operand,
+    check_optional,
+    check_qk,
+    check_rank,
+    check_rate,
+    check_shape,
+    compute_dtype,
+    no_gradient,
+    shape_of,
+)
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
-NORMS = ("layernorm", "rmsnorm")
 SAVES = ("all", "recompute")
 _NO_DROPOUT = "dropout inside the op is not in the kernel"
 _NO_KERNEL = "the op has no kernel yet"
@@ -35,30 +51,30 @@ def patch_embed(
     The output has the promoted dtype of the product, pos and prefix, as in eager.
     """
     op = "patch_embed"
-    device = _operand(op, "images", images)
-    _rank(op, "weight", weight, 4, device)
+    device = check_operand(op, "images", images)
+    check_rank(op, "weight", weight, 4, device)
     dim, channels, p_h, p_w = weight.shape
     if not p_h or not p_w:
         raise UsageError(
-            f"{op}: weight must be (dim, C, p_h, p_w) of sizes >= 1, got {_shape(weight)}"
+            f"{op}: weight must be (dim, C, p_h, p_w) of sizes >= 1, got {shape_of(weight)}"
         )
     if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"{op}: images must be (B, {channels}, H, W), got {_shape(images)}")
+        raise ValueError(f"{op}: images must be (B, {channels}, H, W), got {shape_of(images)}")
     height, width = images.shape[2:]
     if height % p_h or width % p_w:
         raise ValueError(
             f"{op}: image size {height}x{width} is not a multiple of patch size {p_h}x{p_w}"
         )
     if not height or not width:
-        raise UsageError(f"{op}: images must hold at least one patch, got {_shape(images)}")
+        raise UsageError(f"{op}: images must hold at least one patch, got {shape_of(images)}")
     m = (height // p_h) * (width // p_w)
-    _optional(op, "bias", bias, (dim,), device)
-    _optional(op, "pos", pos, (m, dim), device)
+    check_optional(op, "bias", bias, (dim,), device)
+    check_optional(op, "pos", pos, (m, dim), device)
     if prefix is not None:
-        _on(op, "prefix", prefix, device)
+        check_device(op, "prefix", prefix, device)
         if prefix.ndim != 2 or prefix.shape[1] != dim:
-            raise ValueError(f"{op}: prefix must be (P, {dim}), got {_shape(prefix)}")
-    dtype = _compute_dtype(op, "images", images, weight=weight, bias=bias)
+            raise ValueError(f"{op}: prefix must be (P, {dim}), got {shape_of(prefix)}")
+    dtype = compute_dtype(op, "images", images, weight=weight, bias=bias)
     if choose_triton(op, images, dtype, limits.patch_embed(dim)):
         from fastvit_kernels.patch_embed import patch_embed as kernel
 
@@ -100,15 +116,15 @@ def layernorm_linear_fork(
     the residual's gradient as it writes dx, which saves a separate pass.
     """
     op = "layernorm_linear"
-    device = _operand(op, "x", x)
-    _norm_kind(op, norm_kind)
-    _rank(op, "weight", weight, 2, device)
+    device = check_operand(op, "x", x)
+    check_norm_kind(op, norm_kind)
+    check_rank(op, "weight", weight, 2, device)
     out_features, in_features = weight.shape
-    _last(op, "x", x, in_features)
-    _norm(op, "norm_weight", norm_weight, in_features, x, norm_kind, device)
-    _norm(op, "norm_bias", norm_bias, in_features, x, norm_kind, device)
-    _optional(op, "bias", bias, (out_features,), device)
-    dtype = _compute_dtype(op, "x", x, weight=weight, bias=bias)
+    check_last(op, "x", x, in_features)
+    check_norm(op, "norm_weight", norm_weight, in_features, x, norm_kind, device)
+    check_norm(op, "norm_bias", norm_bias, in_features, x, norm_kind, device)
+    check_optional(op, "bias", bias, (out_features,), device)
+    dtype = compute_dtype(op, "x", x, weight=weight, bias=bias)
     if choose_triton(op, x, dtype, limits.linear(in_features, out_features)):
         from fastvit_kernels.layernorm_linear import layernorm_linear as kernel
 
@@ -120,9 +136,9 @@ def layernorm_linear_fork(
 def swiglu(x: Tensor) -> Tensor:
     """SiLU(x[..., :F]) * x[..., F:]. x: (..., 2 F) -> (..., F)."""
     op = "swiglu"
-    _operand(op, "x", x)
+    check_operand(op, "x", x)
     if x.ndim < 1 or x.shape[-1] % 2 or not x.shape[-1]:
-        raise UsageError(f"{op}: x must end in an even size >= 2, got {_shape(x)}")
+        raise UsageError(f"{op}: x must end in an even size >= 2, got {shape_of(x)}")
     if choose_triton(op, x, x.dtype, None):
         from fastvit_kernels.swiglu import swiglu as kernel
 
@@ -136,13 +152,13 @@ def pool_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v: (B, N, H, D), as in attention pooling, where one learned query reads all tokens.
     """
     op = "pool_attention"
-    device = _operand(op, "q", q)
-    _rank(op, "q", q, 4, device)
-    _rank(op, "k", k, 4, device)
+    device = check_operand(op, "q", q)
+    check_rank(op, "q", q, 4, device)
+    check_rank(op, "k", k, 4, device)
     if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(f"{op}: q {_shape(q)} and k {_shape(k)} may differ only in tokens")
-    _shaped(op, "v", v, _shape(k), device)
-    choose_triton(op, k, _compute_dtype(op, "q", q, k=k, v=v), _NO_KERNEL)
+        raise ValueError(f"{op}: q {shape_of(q)} and k {shape_of(k)} may differ only in tokens")
+    check_shape(op, "v", v, shape_of(k), device)
+    choose_triton(op, k, compute_dtype(op, "q", q, k=k, v=v), _NO_KERNEL)
     return reference.pool_attention(q, k, v)
 
 
@@ -160,14 +176,14 @@ def attention(
     a sample without valid keys gives zeros.
     """
     op = "attention"
-    device = _operand(op, "q", q)
-    _rank(op, "q", q, 4, device)
-    _shaped(op, "k", k, tuple(q.shape), device)
-    _shaped(op, "v", v, tuple(q.shape), device)
-    _integers(op, "key_padding", key_padding, q.shape[0], device)
-    _rate(op, dropout)
-    dtype = _compute_dtype(op, "q", q, k=k, v=v)
-    unsupported = limits.attention(q.shape[-1], scale, _batch(q))
+    device = check_operand(op, "q", q)
+    check_rank(op, "q", q, 4, device)
+    check_shape(op, "k", k, tuple(q.shape), device)
+    check_shape(op, "v", v, tuple(q.shape), device)
+    check_integers(op, "key_padding", key_padding, q.shape[0], device)
+    check_rate(op, dropout)
+    dtype = compute_dtype(op, "q", q, k=k, v=v)
+    unsupported = limits.attention(q.shape[-1], scale, batch_of(q))
     if choose_triton(op, q, dtype, unsupported):
         from fastvit_kernels.attention import attention as kernel
 
@@ -197,16 +213,16 @@ def attention_qkv(
     channel pairs (i, i + D / 2), or (2 i, 2 i + 1) if interleaved.
     """
     op = "attention"
-    device = _operand(op, "qkv", qkv)
+    device = check_operand(op, "qkv", qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
-    _integers(op, "key_padding", key_padding, qkv.shape[0], device)
-    _rate(op, dropout)
-    _check_qk(op, qkv, device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
-    dtype = _compute_dtype(op, "qkv", qkv)
+        raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {shape_of(qkv)}")
+    check_integers(op, "key_padding", key_padding, qkv.shape[0], device)
+    check_rate(op, dropout)
+    check_qk(op, qkv, device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
+    dtype = compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
-    unsupported = limits.attention(qkv.shape[-1], scale, _batch(qkv))
-    unsupported = unsupported or _no_gradient("cos and sin", cos, sin)
+    unsupported = limits.attention(qkv.shape[-1], scale, batch_of(qkv))
+    unsupported = unsupported or no_gradient("cos and sin", cos, sin)
     if choose_triton(op, qkv, dtype, unsupported):
         if norm_kind is not None or cos is not None:
             from fastvit_kernels.attention_qk import attention_qk as kernel
@@ -244,25 +260,25 @@ def attention_packed(
     wrong bounds go unnoticed and the result is undefined.
     """
     op = "attention"
-    device = _operand(op, "qkv", qkv)
+    device = check_operand(op, "qkv", qkv)
     if qkv.ndim != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"{op}: qkv must be (total, 3, H, D), got {_shape(qkv)}")
-    _rank(op, "cu_seqlens", cu_seqlens, 1, device)
+        raise ValueError(f"{op}: qkv must be (total, 3, H, D), got {shape_of(qkv)}")
+    check_rank(op, "cu_seqlens", cu_seqlens, 1, device)
     if len(cu_seqlens) < 1:
-        raise ValueError(f"{op}: cu_seqlens must be (B + 1,), got {_shape(cu_seqlens)}")
-    _integers(op, "cu_seqlens", cu_seqlens, len(cu_seqlens), device)
+        raise ValueError(f"{op}: cu_seqlens must be (B + 1,), got {shape_of(cu_seqlens)}")
+    check_integers(op, "cu_seqlens", cu_seqlens, len(cu_seqlens), device)
     if max_seqlen < 1:
         raise ValueError(f"{op}: max_seqlen must be at least 1, got {max_seqlen}")
     if not isinstance(max_seqlen, (int, torch.SymInt)):
         max_seqlen = int(max_seqlen)  # numpy's
-    _rate(op, dropout)
-    _check_qk(op, qkv[None], device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
-    _optional(op, "cos", cos, (len(qkv), qkv.shape[-1] // 2), device)
-    _check_bounds(op, cu_seqlens, len(qkv), max_seqlen)
-    dtype = _compute_dtype(op, "qkv", qkv)
+    check_rate(op, dropout)
+    check_qk(op, qkv[None], device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
+    check_optional(op, "cos", cos, (len(qkv), qkv.shape[-1] // 2), device)
+    check_bounds(op, cu_seqlens, len(qkv), max_seqlen)
+    dtype = compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
-    unsupported = limits.attention(qkv.shape[-1], scale, _batch(cu_seqlens))
-    unsupported = unsupported or _no_gradient("cos and sin", cos, sin)
+    unsupported = limits.attention(qkv.shape[-1], scale, batch_of(cu_seqlens))
+    unsupported = unsupported or no_gradient("cos and sin", cos, sin)
     if choose_triton(op, qkv, dtype, unsupported):
         if norm_kind is not None or cos is not None:
             from fastvit_kernels.attention_qk import attention_qk
@@ -292,11 +308,11 @@ def qk_norm_rope(
     qkv: (B, N, 3, H, D) -> two (B, N, H, D), inputs of `attention_maps`.
     """
     op = "qk_norm_rope"
-    device = _operand(op, "qkv", qkv)
+    device = check_operand(op, "qkv", qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
-    _check_qk(op, qkv, device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
-    dtype = _compute_dtype(op, "qkv", qkv)
+        raise ValueError(f"{op}: qkv must be (B, N, 3, H, D), got {shape_of(qkv)}")
+    check_qk(op, qkv, device, q_weight, q_bias, k_weight, k_bias, cos, sin, norm_kind)
+    dtype = compute_dtype(op, "qkv", qkv)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm_kind, interleaved)
     if choose_triton(op, qkv, dtype, limits.attention(qkv.shape[-1])):
         from fastvit_kernels.attention_qk import qk_norm_rope as kernel
@@ -313,12 +329,12 @@ def attention_lse(
 ) -> Tensor:
     """Log-sum-exp of each row of q k^T * scale, no gradient. q, k: (B, N, H, D) -> (B, H, N)."""
     op = "attention"
-    device = _operand(op, "q", q)
-    _rank(op, "q", q, 4, device)
-    _shaped(op, "k", k, tuple(q.shape), device)
-    _integers(op, "key_padding", key_padding, q.shape[0], device)
-    dtype = _compute_dtype(op, "q", q, k=k)
-    if choose_triton(op, q, dtype, limits.attention(q.shape[-1], scale, _batch(q))):
+    device = check_operand(op, "q", q)
+    check_rank(op, "q", q, 4, device)
+    check_shape(op, "k", k, tuple(q.shape), device)
+    check_integers(op, "key_padding", key_padding, q.shape[0], device)
+    dtype = compute_dtype(op, "q", q, k=k)
+    if choose_triton(op, q, dtype, limits.attention(q.shape[-1], scale, batch_of(q))):
         from fastvit_kernels.attention import attention_lse as kernel
 
         return kernel(q.to(dtype), k.to(dtype), scale, key_padding)
@@ -338,16 +354,16 @@ def attention_maps(
     negative ones from the end. Returns (B, H, len(rows), N) float32.
     """
     op = "attention_maps"
-    device = _operand(op, "q", q)
-    _rank(op, "q", q, 4, device)
-    _shaped(op, "k", k, tuple(q.shape), device)
+    device = check_operand(op, "q", q)
+    check_rank(op, "q", q, 4, device)
+    check_shape(op, "k", k, tuple(q.shape), device)
     B, N, H, D = q.shape
     wrong = [row for row in rows if not -N <= row < N]
     if wrong:
         raise ValueError(f"{op}: rows {wrong} are out of range for {N} tokens")
     rows = [row % N for row in rows]
-    _optional(op, "lse", lse, (B, H, N), device)
-    dtype = _compute_dtype(op, "q", q, k=k)
+    check_optional(op, "lse", lse, (B, H, N), device)
+    dtype = compute_dtype(op, "q", q, k=k)
     if choose_triton(op, q, dtype, limits.attention(D, scale)):
         from fastvit_kernels.attention_maps import attention_maps as kernel
 
@@ -370,19 +386,19 @@ def linear_residual(
     x: (B, N, K); weight: (C, K); residual: (B, N, C); layer_scale: (C,); path_scale: (B,).
     """
     op = "linear_residual"
-    device = _operand(op, "x", x)
-    _rate(op, dropout)
-    _rank(op, "weight", weight, 2, device)
+    device = check_operand(op, "x", x)
+    check_rate(op, dropout)
+    check_rank(op, "weight", weight, 2, device)
     out_features, in_features = weight.shape
-    _rank(op, "x", x, 3, device)
-    _last(op, "x", x, in_features)
-    _optional(op, "bias", bias, (out_features,), device)
-    _shaped(op, "residual", residual, (*x.shape[:-1], out_features), device)
-    _optional(op, "layer_scale", layer_scale, (out_features,), device)
-    _optional(op, "path_scale", path_scale, (x.shape[0],), device)
-    dtype = _compute_dtype(op, "x", x, weight=weight, bias=bias)
+    check_rank(op, "x", x, 3, device)
+    check_last(op, "x", x, in_features)
+    check_optional(op, "bias", bias, (out_features,), device)
+    check_shape(op, "residual", residual, (*x.shape[:-1], out_features), device)
+    check_optional(op, "layer_scale", layer_scale, (out_features,), device)
+    check_optional(op, "path_scale", path_scale, (x.shape[0],), device)
+    dtype = compute_dtype(op, "x", x, weight=weight, bias=bias)
     unsupported = limits.linear(in_features, out_features) or (_NO_DROPOUT if dropout else None)
-    unsupported = unsupported or _no_gradient("path_scale", path_scale)
+    unsupported = unsupported or no_gradient("path_scale", path_scale)
     if choose_triton(op, x, dtype, unsupported):
         from fastvit_kernels.linear_residual import linear_residual as kernel
 
@@ -413,25 +429,25 @@ def layernorm_mlp(
     activation and runs fc1 again in backward (a sixth more arithmetic).
     """
     op = "layernorm_mlp"
-    device = _operand(op, "x", x)
-    _rate(op, dropout)
+    device = check_operand(op, "x", x)
+    check_rate(op, dropout)
     if save not in SAVES:
         raise ValueError(f"{op}: save {save!r} is unknown; expected {SAVES}")
-    _norm_kind(op, norm_kind)
+    check_norm_kind(op, norm_kind)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation {activation!r} is unknown; expected {ACTIVATIONS}")
-    _rank(op, "x", x, 3, device)
-    _rank(op, "fc1_weight", fc1_weight, 2, device)
+    check_rank(op, "x", x, 3, device)
+    check_rank(op, "fc1_weight", fc1_weight, 2, device)
     hidden, dim = fc1_weight.shape
-    _last(op, "x", x, dim)
-    _norm(op, "norm_weight", norm_weight, dim, x, norm_kind, device)
-    _norm(op, "norm_bias", norm_bias, dim, x, norm_kind, device)
-    _optional(op, "fc1_bias", fc1_bias, (hidden,), device)
-    _shaped(op, "fc2_weight", fc2_weight, (dim, hidden), device)
-    _optional(op, "fc2_bias", fc2_bias, (dim,), device)
-    _optional(op, "layer_scale", layer_scale, (dim,), device)
-    _optional(op, "path_scale", path_scale, (x.shape[0],), device)
-    dtype = _compute_dtype(
+    check_last(op, "x", x, dim)
+    check_norm(op, "norm_weight", norm_weight, dim, x, norm_kind, device)
+    check_norm(op, "norm_bias", norm_bias, dim, x, norm_kind, device)
+    check_optional(op, "fc1_bias", fc1_bias, (hidden,), device)
+    check_shape(op, "fc2_weight", fc2_weight, (dim, hidden), device)
+    check_optional(op, "fc2_bias", fc2_bias, (dim,), device)
+    check_optional(op, "layer_scale", layer_scale, (dim,), device)
+    check_optional(op, "path_scale", path_scale, (x.shape[0],), device)
+    dtype = compute_dtype(
         op,
         "x",
         x,
@@ -441,7 +457,7 @@ def layernorm_mlp(
         fc2_bias=fc2_bias,
     )
     unsupported = limits.linear(dim, hidden) or (_NO_DROPOUT if dropout else None)
-    unsupported = unsupported or _no_gradient("path_scale", path_scale)
+    unsupported = unsupported or no_gradient("path_scale", path_scale)
     args = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if choose_triton(op, x, dtype, unsupported):
         from fastvit_kernels.layernorm_mlp import layernorm_mlp as kernel
@@ -452,194 +468,3 @@ def layernorm_mlp(
     return reference.layernorm_mlp(
         *args, layer_scale, path_scale, eps, activation, dropout, norm_kind, save
     )
-
-
-def _norm_kind(op: str, kind: str) -> None:
-    if kind not in NORMS:
-        raise ValueError(f"{op}: norm {kind!r} is unknown; expected {NORMS}")
-
-
-def _rate(op: str, dropout: float) -> None:
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{op}: dropout must be in [0, 1), got {dropout}")
-
-
-def _check_qk(
-    op: str,
-    qkv: Tensor,
-    device: torch.device,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    norm_kind: str | None,
-) -> None:
-    """Check the arguments of QK-norm and RoPE for qkv, (B, N, 3, H, D)."""
-    B, N, _, _, D = qkv.shape
-    if norm_kind not in (None, *NORMS):
-        raise ValueError(f"{op}: norm_kind {norm_kind!r} is unknown; expected {NORMS}")
-    params = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
-    for name, param in params.items():
-        _norm(op, name, param, D, qkv, norm_kind, device)
-        if param is not None and norm_kind is None:
-            raise ValueError(f"{op}: {name} was given without norm_kind")
-    if (cos is None) != (sin is None):
-        raise ValueError(f"{op}: cos and sin go together")
-    if cos is not None:
-        _on(op, "cos", cos, device)
-        m = cos.shape[-2] if cos.ndim >= 2 else 0
-        # Size by size: a compiler with dynamic shapes does not find tuples of sizes equal.
-        batched = cos.ndim == 3 and cos.shape[0] == B
-        if D % 2 or not (cos.ndim == 2 or batched) or cos.shape[-1] != D // 2 or m > N:
-            expected = f"(m, {D // 2}) or ({B}, m, {D // 2}) with m <= {N}"
-            raise ValueError(f"{op}: cos must be {expected}, got {_shape(cos)}")
-        _optional(op, "sin", sin, _shape(cos), device)
-
-
-def _norm(
-    op: str,
-    name: str,
-    t: Tensor | None,
-    dim: int,
-    x: Tensor,
-    kind: str | None,
-    device: torch.device,
-) -> None:
-    """Check a norm's parameter: (dim,), in x's dtype, or in float32 for a 16-bit x."""
-    if t is None:
-        return
-    if getattr(t, "device", None) != device:
-        raise _misplaced(op, name, t, device)
-    if t.shape != (dim,):
-        raise ValueError(f"{op}: {name} must be {(dim,)}, got {_shape(t)}")
-    if kind == "rmsnorm" and name.endswith("_bias"):
-        raise UsageError(f"{op}: {name} must be None: RMSNorm has no bias")
-    if t.dtype != x.dtype and kind == "layernorm":
-        _norm_dtype(op, name, t.dtype, x)
-
-
-def _norm_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> None:
-    """Check the dtype of a LayerNorm parameter, which is not x's."""
-    wide = x.dtype in (torch.float32, torch.float64)
-    # Under autocast on a GPU, eager casts both.
-    if (wide or dtype != torch.float32) and not (x.is_cuda and torch.is_autocast_enabled("cuda")):
-        also = "" if wide else " or torch.float32"
-        raise UsageError(f"{op}: {name} is {dtype}; expected x's {x.dtype}{also}")
-
-
-def _check_bounds(op: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    """Check that cu_seqlens rises from 0 to total in steps of at most max_seqlen."""
-    if len(cu_seqlens) == 1 and total:
-        raise UsageError(f"{op}: cu_seqlens holds no sequence, but qkv has {total} rows")
-    if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
-        return  # reading from a GPU would synchronize; a compiler has no values
-    bounds = cu_seqlens.tolist()
-    lengths = [b - a for a, b in pairwise(bounds)]
-    if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
-        raise UsageError(f"{op}: cu_seqlens must rise from 0 to {total}, got {_brief(bounds)}")
-    if max(lengths, default=0) > max_seqlen:
-        raise UsageError(
-            f"{op}: max_seqlen is {max_seqlen}, but a sequence has {max(lengths)} rows"
-        )
-
-
-def _brief(numbers: list[int]) -> str:
-    """All of a short list, the two ends of a long one."""
-    if len(numbers) <= 8:
-        return str(numbers)
-    return f"[{str(numbers[:4])[1:-1]}, ..., {str(numbers[-3:])[1:-1]}]"
-
-
-def _operand(op: str, name: str, x: Tensor) -> torch.device:
-    """Check that x is a floating-point tensor, and return its device."""
-    if not isinstance(x, Tensor):
-        raise UsageError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if not x.dtype.is_floating_point:
-        raise UsageError(
-            f"{op}: {name} is {x.dtype}; expected floating point: convert it by {name}.float()"
-        )
-    return x.device
-
-
-def _compute_dtype(op: str, name: str, x: Tensor, **others: Tensor | None) -> torch.dtype:
-    """The dtype the op multiplies in: autocast's, else the one that all operands must share."""
-    dtype = x.dtype
-    # Autocast does not know the meta device, where only shapes matter.
-    if dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        for other, tensor in others.items():
-            if tensor is not None:
-                _operand(op, other, tensor)
-        return torch.get_autocast_dtype(x.device.type)
-    for other, tensor in others.items():
-        if tensor is not None and tensor.dtype != dtype:
-            raise TypeError(
-                f"{op}: {name} is {dtype} but {other} is {tensor.dtype}; "
-                "expected one dtype, or torch.autocast"
-            )
-    return dtype
-
-
-def _no_gradient(names: str, *tensors: Tensor | None) -> str | None:
-    """The reason against a kernel that takes `tensors` as constants: one needs a gradient."""
-    for t in tensors:
-        if t is not None and t.requires_grad and torch.is_grad_enabled():
-            return f"the kernel has no gradient of {names}"
-    return None
-
-
-def _batch(t: Tensor) -> int:
-    """t's batch size; 1 under a compiler, where checking it would add a guard."""
-    return 1 if torch.compiler.is_compiling() else len(t)
-
-
-def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
-
-
-def _misplaced(op: str, name: str, t: Tensor, device: torch.device) -> UsageError:
-    """The error for t, which is not a tensor or is on another device."""
-    if not isinstance(t, Tensor):
-        return UsageError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
-    return UsageError(f"{op}: {name} is on {t.device}, expected {device}")
-
-
-# These run for every argument of every call; one comparison also catches what is not a tensor.
-def _on(op: str, name: str, t: Tensor, device: torch.device) -> None:
-    if getattr(t, "device", None) != device:
-        raise _misplaced(op, name, t, device)
-
-
-def _rank(op: str, name: str, t: Tensor, rank: int, device: torch.device) -> None:
-    if getattr(t, "device", None) != device:
-        raise _misplaced(op, name, t, device)
-    if t.ndim != rank:
-        raise ValueError(f"{op}: {name} must have {rank} dimensions, got {_shape(t)}")
-
-
-def _last(op: str, name: str, t: Tensor, size: int) -> None:
-    if t.ndim < 1 or t.shape[-1] != size:
-        raise ValueError(f"{op}: {name} must end in {size}, got {_shape(t)}")
-
-
-def _integers(op: str, name: str, t: Tensor | None, size: int, device: torch.device) -> None:
-    if t is None:
-        return
-    _shaped(op, name, t, (size,), device)
-    if t.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: {name} must be int32 or int64, got {t.dtype}")
-
-
-def _optional(
-    op: str, name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device
-) -> None:
-    if t is not None:
-        _shaped(op, name, t, shape, device)
-
-
-def _shaped(op: str, name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if getattr(t, "device", None) != device:
-        raise _misplaced(op, name, t, device)
-    if t.shape != shape:
-        raise ValueError(f"{op}: {name} must be {shape}, got {_shape(t)}")
