@@ -262,7 +262,8 @@ def test_train_on_fashion_mnist_and_on_a_folder(tmp_path, capsys):
 def test_test_accuracy_is_of_what_was_used(tmp_path, capsys, monkeypatch):
     """A streamed folder finds broken files while it reads; accuracy is over the readable ones."""
     from fastvit import cli
-    from fastvit.data import ImageFiles, load_folder
+    from fastvit.dataset import ImageFiles
+    from fastvit.image_folder import load_folder
 
     def streamed(spec, *sizes):
         return load_folder(tmp_path / "images", (16, 16), memory_limit=0, workers=0)
@@ -284,7 +285,8 @@ def test_test_accuracy_is_of_what_was_used(tmp_path, capsys, monkeypatch):
 def test_the_attention_figure_shows_images_that_can_be_read(tmp_path, capsys, monkeypatch):
     """Of a streamed folder, whose broken files only the test finds."""
     from fastvit import cli
-    from fastvit.data import ImageFiles, load_folder
+    from fastvit.dataset import ImageFiles
+    from fastvit.image_folder import load_folder
 
     def streamed(spec, *sizes):
         return load_folder(tmp_path / "images", (16, 16), memory_limit=0, workers=0)

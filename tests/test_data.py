@@ -10,17 +10,11 @@ import torch
 from PIL import Image
 
 from fastvit.augment import Augment
-from fastvit.data import (
-    ImageFiles,
-    Images,
-    load_data,
-    load_folder,
-    read_idx,
-    read_image,
-    split_indices,
-    statistics,
-)
+from fastvit.data import load_data, read_idx
+from fastvit.dataset import ImageFiles, Images, split_indices, statistics
 from fastvit.errors import UsageError, need
+from fastvit.image_folder import load_folder
+from fastvit.read_image import read_image
 
 
 def idx_bytes(values: np.ndarray) -> bytes:
@@ -276,7 +270,7 @@ def test_large_batches_of_few_open_files(tmp_path):
     """A worker sends a batch, not its images one by one: each tensor takes an open file."""
     write_folder(tmp_path, ("a", "b"), count=100)
     code = (
-        "import resource, sys, torch; from pathlib import Path; import fastvit.data as d\n"
+        "import resource, sys, torch; from pathlib import Path; import fastvit.image_folder as d\n"
         "data = d.load_folder(Path(sys.argv[1]), (8, 8), workers=1, memory_limit=0)\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"

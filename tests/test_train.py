@@ -116,10 +116,6 @@ def test_resume_takes_up_amp_and_compile(tmp_path, monkeypatch):
     assert again.forward is again.model
     again.fit(tmp_path)
     assert torch.equal(weights(again), weights(whole))
-    old = {k: v for k, v in state.items() if k not in ("amp", "compile")}
-    again = start(epochs=2)
-    again.resume(old)
-    assert not again.amp and not again.compile
 
 
 def test_resume_refuses_other_data_and_damaged_state(tmp_path):
@@ -135,7 +131,11 @@ def test_resume_refuses_other_data_and_damaged_state(tmp_path):
     run.data = dataclasses.replace(run.data, classes=tuple("abcd"), files="of other names")
     with pytest.raises(UsageError, match="the files of digits have other names"):
         run.resume(state)
-    run.resume({k: v for k, v in state.items() if k not in ("classes", "files")})  # an old state
+    del state["files"]
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(UsageError, match="damaged or not a run's state: 'files'"):
+        load_state(tmp_path)
+    run.fit(tmp_path)
     raw = (tmp_path / "state.pt").read_bytes()
     for keep in (0, 100, len(raw) - 50):
         (tmp_path / "state.pt").write_bytes(raw[:keep])
@@ -181,7 +181,7 @@ def test_learning_rate_warms_up_then_falls_to_zero():
 
 def test_optimizer_decays_matrices_alone():
     run = start()
-    decayed, spared = make_optimizer(run.model, run.settings).param_groups
+    spared, decayed = make_optimizer(run.model, run.settings).param_groups
     names = {id(p): name for name, p in run.model.named_parameters()}
     assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0.0
     assert all(names[id(p)].endswith("weight") for p in decayed["params"])

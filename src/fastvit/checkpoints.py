@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fastvit.arguments import check_sizes, pair
 from fastvit.checkpoint_files import Source, read_source
-from fastvit.dialect_rules import EVA_POOL, WRAPPER_NAMES, Reading
+from fastvit.dialect_rules import EVA_POOL, Reading
 from fastvit.dialects import read
 from fastvit.errors import UsageError
 from fastvit.jax_npz import is_jax, read_jax
 from fastvit.model import TIMM_POOLS, ViT
+from fastvit.plain import bare_name
 from fastvit.pos_embed import Resample, resample_patches, resample_positions
 from fastvit.presets import DATA, PRESETS
 from fastvit.saving import FORMAT, VERSION
@@ -377,7 +378,7 @@ def _fit(
 
 def _tensors(model: ViT) -> State:
     """The model's tensors, without the names that wrappers insert, such as `_orig_mod`."""
-    return {WRAPPER_NAMES.sub("", k): v for k, v in model.state_dict().items()}
+    return {bare_name(k): v for k, v in model.state_dict().items()}
 
 
 def adapt(state: State, model: ViT, arguments: Mapping[str, Any], changes: list[str]) -> State:
@@ -421,8 +422,7 @@ def adapt(state: State, model: ViT, arguments: Mapping[str, Any], changes: list[
 def _adapt_positions(
     out: State, model: ViT, arguments: Mapping[str, Any], changes: list[str]
 ) -> None:
-    sizes = (arguments["image_size"], arguments["patch_size"])
-    size, patch = ((s, s) if isinstance(s, int) else tuple(s) for s in sizes)
+    size, patch = (pair(name, arguments[name]) for name in ("image_size", "patch_size"))
     old, new = (size[0] // patch[0], size[1] // patch[1]), model.patch_embed.grid_size
     alone = bool(arguments.get("no_embed_class"))
     prefix = 0 if alone else arguments["registers"] + bool(arguments["class_token"])

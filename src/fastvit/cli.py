@@ -16,7 +16,7 @@ import torch
 from fastvit.arguments import pair
 from fastvit.backend import versions
 from fastvit.checkpoints import load_checkpoint
-from fastvit.cli_checkpoints import add_convert, add_info
+from fastvit.cli_checkpoints import add_convert, add_info, parse_size
 from fastvit.data import absolute, load_data
 from fastvit.errors import UsageError, need
 from fastvit.presets import PRESETS
@@ -33,7 +33,6 @@ from fastvit.train import (
 
 MODEL_OPTIONS = ("dim", "depth", "heads", "mlp_dim", "patch_size", "image_size", "drop_path")
 RUN_OPTIONS = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "seed", "strict")
-STATE_OPTIONS = ("amp", "compile")
 PICTURES = ("curves.png", "attention.png")
 FILES = (STATE, "model.safetensors", "model.json", *PICTURES)  # what a run writes
 
@@ -45,10 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=versions())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_train, add_predict):
+    for add in (add_train, add_predict, add_convert, add_info):
         add(commands)
-    for add in (add_convert, add_info):
-        add(commands, _size)
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # to print file names that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -93,7 +90,7 @@ def add_train(commands: Any) -> None:
     for name in ("dim", "depth", "heads", "mlp-dim"):
         model.add_argument(f"--{name}", type=int, metavar="N")
     for name in ("patch-size", "image-size"):
-        model.add_argument(f"--{name}", type=_size, metavar="N|HxW")
+        model.add_argument(f"--{name}", type=parse_size, metavar="N|HxW")
     model.add_argument("--drop-path", type=float, metavar="RATE")
 
     recipe = parser.add_argument_group("training (defaults depend on the data)")
@@ -197,8 +194,7 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, dict[str, Any] | None
     given, chosen = ({k: v for k, v in d.items() if v is not None} for d in (given, chosen))
     if args.resume is not None:
         settings, state = load_state(args.resume)
-        kept = [name for name in STATE_OPTIONS if name in state]
-        others = ("data", "model", "out", *kept)
+        others = ("data", "model", "out", "amp", "compile")
         fixed = [*given, *chosen, *(name for name in others if getattr(args, name) is not None)]
         if fixed:
             option = fixed[0].replace("_", "-")
@@ -340,12 +336,3 @@ def predict(args: argparse.Namespace) -> int:
         for name, probability in answer:
             print(f"  {probability:6.1%}  {name}")
     return status
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    """Parse '8' or '32x64' (height x width)."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise argparse.ArgumentTypeError(f"expected N or HEIGHTxWIDTH, got {text!r}")
-    sizes = [int(p) for p in parts]
-    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])

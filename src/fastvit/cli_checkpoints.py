@@ -10,6 +10,7 @@ from fastvit.checkpoints import load_checkpoint
 from fastvit.errors import UsageError
 from fastvit.export import DIALECTS, export_checkpoint
 from fastvit.model import ViT
+from fastvit.ops import ACTIVATIONS
 from fastvit.presets import PRESETS
 
 OVERRIDES = ("heads", "image_size", "activation")
@@ -17,8 +18,8 @@ _DEFAULTS = {k: p.default for k, p in inspect.signature(ViT).parameters.items()}
 _IMAGE = ("image_size", "num_classes", "dynamic_img_size", "crop_remainder", "channels")
 
 
-def add_convert(commands: Any, size: Any) -> None:
-    """Declare `fastvit convert`. size: parses 'N' or 'HxW'."""
+def add_convert(commands: Any) -> None:
+    """Declare `fastvit convert`."""
     parser = commands.add_parser(
         "convert",
         help="rewrite a checkpoint of any library for timm or transformers",
@@ -26,14 +27,14 @@ def add_convert(commands: Any, size: Any) -> None:
         "III, CLIP, vit_jax, big_vision or fastvit, and write it for timm or transformers.",
     )
     parser.set_defaults(run=convert)
-    _add_input(parser, size)
+    _add_input(parser)
     parser.add_argument(
         "out", type=Path, help="a new folder, with its config, or a new .safetensors file"
     )
     parser.add_argument("--to", required=True, choices=DIALECTS)
 
 
-def add_info(commands: Any, size: Any) -> None:
+def add_info(commands: Any) -> None:
     """Declare `fastvit info`."""
     parser = commands.add_parser(
         "info",
@@ -41,15 +42,15 @@ def add_info(commands: Any, size: Any) -> None:
         description="Print the dialect, the architecture and the preprocessing of a checkpoint.",
     )
     parser.set_defaults(run=info)
-    _add_input(parser, size)
+    _add_input(parser)
 
 
-def _add_input(parser: argparse.ArgumentParser, size: Any) -> None:
+def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a file, a folder, or a hub id such as owner/name")
     group = parser.add_argument_group("where neither keys nor config say it")
     group.add_argument("--heads", type=int, metavar="N")
-    group.add_argument("--image-size", type=size, metavar="N|HxW")
-    group.add_argument("--activation", choices=("gelu", "gelu_tanh", "quick_gelu"))
+    group.add_argument("--image-size", type=parse_size, metavar="N|HxW")
+    group.add_argument("--activation", choices=ACTIVATIONS)
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -120,3 +121,12 @@ def _load(args: argparse.Namespace) -> ViT:
 def _size(model: ViT) -> str:
     height, width = model.patch_embed.img_size
     return f"{model.patch_embed.proj.in_channels} x {height} x {width}"
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """Parse '8' or '32x64' (height x width)."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(f"expected N or HEIGHTxWIDTH, got {text!r}")
+    sizes = [int(p) for p in parts]
+    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastvit.errors import UsageError
-from fastvit.plain import WRAPPERS
 from fastvit.pos_embed import Resample
 from fastvit.shapes import check_tensors
 
@@ -18,12 +17,6 @@ State = dict[str, Tensor]
 Config = Mapping[str, Any]
 Rules = list[tuple[str, str | None]]
 Ranks = dict[str, tuple[int, ...]]
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-CLIP = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-}
 EVA_POOL = (
     "the attention pooling of timm's Eva reads <cls> and registers too, fastvit's the patches alone"
 )
@@ -57,10 +50,6 @@ def refuse_distilled(state: State, token: str) -> None:
             f"checkpoint: a distilled DeiT (key {token!r}) has two heads, which "
             "fastvit.ViT does not hold"
         )
-
-
-# Name parts that torch.compile, activation checkpointing and FSDP insert for wrapped modules.
-WRAPPER_NAMES = re.compile(rf"\b({'|'.join(WRAPPERS)})\.")
 
 
 def finish(
@@ -98,6 +87,14 @@ def finish(
         raise UsageError(f"checkpoint: read as {dialect}, but it lacks {', '.join(lacking)}")
     check_tensors(reading.state, always)
     return reading
+
+
+def adopt_head(reading: Reading, outside: State, name: str) -> None:
+    """Take the Linear `name` outside the backbone, if it is there, as the head."""
+    for kind in ("weight", "bias"):
+        if f"{name}.{kind}" in outside:
+            reading.state[f"head.{kind}"] = outside[f"{name}.{kind}"]
+            reading.dropped.remove(f"{name}.{kind}")
 
 
 def is_bare(config: Config) -> bool:

@@ -18,16 +18,14 @@ from fastvit.dialect_rules import (
     ALWAYS,
     BIASED,
     BLOCK,
-    CLIP,
     EVA_POOL,
-    IMAGENET,
     PARAM,
-    WRAPPER_NAMES,
     Config,
     Ranks,
     Reading,
     Rules,
     State,
+    adopt_head,
     finish,
     fold_prefix,
     is_bare,
@@ -36,7 +34,9 @@ from fastvit.dialect_rules import (
     tensor_of,
 )
 from fastvit.errors import UsageError
+from fastvit.plain import bare_name
 from fastvit.pos_embed import DINOV2, TORCHVISION, Resample
+from fastvit.presets import CLIP, IMAGENET
 
 _OURS: Rules = [
     (r"(cls_token|pos_embed|reg_token)", r"\1"),
@@ -106,11 +106,7 @@ def _read_dinov2(state: State, outside: State, config: Config) -> Reading:
     known: dict[str, Any] = dict(dynamic_img_size=True, no_embed_class=False)
     known["resample"] = options_of(Resample() if registers else DINOV2)
     reading = finish("dinov2", state, outside, rules, known, IMAGENET, ALWAYS)
-    for name in ("weight", "bias"):
-        head = outside.get(f"linear_head.{name}")
-        if head is not None:
-            reading.state[f"head.{name}"] = head
-            reading.dropped.remove(f"linear_head.{name}")
+    adopt_head(reading, outside, "linear_head")
     fold_prefix(reading, registers)
     return reading
 
@@ -290,7 +286,7 @@ def read(state: Mapping[str, Any], config: Config | None = None) -> Reading:
     state, within = unwrap(state)
     if not any(isinstance(v, Tensor) for v in state.values()):
         state = {k: tensor_of(k, v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
-    tensors = {WRAPPER_NAMES.sub("", k): v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {bare_name(k): v for k, v in state.items() if isinstance(v, Tensor)}
     for anchor, holds, reader in _FAMILIES:
         found = [k for k in tensors if k == anchor or k.endswith("." + anchor)]
         vits = {}

@@ -7,14 +7,12 @@ import torch
 
 from fastvit.dialect_rules import (
     ALWAYS,
-    CLIP,
-    IMAGENET,
-    INCEPTION,
     PARAM,
     Config,
     Ranks,
     Reading,
     State,
+    adopt_head,
     concat_parts,
     finish,
     fold_prefix,
@@ -24,6 +22,7 @@ from fastvit.dialect_rules import (
 )
 from fastvit.errors import UsageError
 from fastvit.pos_embed import HUGGING_FACE, NAFLEX, Resample
+from fastvit.presets import CLIP, IMAGENET, INCEPTION
 
 _LAYER = r"(?:encoder\.)?(?:model\.)?layers?\.(\d+)\."
 
@@ -70,7 +69,7 @@ def read_vit(state: State, outside: State, config: Config) -> Reading:
     name = "hf dinov2 with registers" if registers else "hf dinov2" if dinov2 else "hf vit"
     data = IMAGENET if dinov2 else INCEPTION
     reading = finish(name, state, outside, rules, known, data, always)
-    _adopt_classifier(reading, outside)
+    adopt_head(reading, outside, "classifier")
     if is_bare(config):
         reading.notes.append(f"no config: norm_eps {known['norm_eps']:g}, transformers' default")
     if any(k.startswith("pooler.") for k in reading.dropped):
@@ -141,7 +140,7 @@ def read_siglip_or_clip(state: State, outside: State, config: Config) -> Reading
     always: Ranks = {"pos_embed": (2,), "patch_embed.proj.weight": (4,) if clip else (2, 4)}
     always |= {"cls_token": (1,)} if clip else {"patch_embed.proj.bias": (1,)}
     reading = finish(name, state, outside, rules, known, CLIP if clip else INCEPTION, always)
-    _adopt_classifier(reading, outside)
+    adopt_head(reading, outside, "classifier")
     ours = reading.state
     concat_parts(ours, ("q", "k", "v"), "attn.qkv", "attn.")
     ours["pos_embed"] = ours["pos_embed"][None]
@@ -218,10 +217,3 @@ def _hf_known(config: Config, default_eps: float) -> dict[str, Any]:
             raise UsageError(f"checkpoint: hidden_act {activation!r} is not one of {list(names)}")
         known["activation"] = names[activation]
     return known
-
-
-def _adopt_classifier(reading: Reading, outside: State) -> None:
-    for name in ("weight", "bias"):
-        if f"classifier.{name}" in outside:
-            reading.state[f"head.{name}"] = outside[f"classifier.{name}"]
-            reading.dropped.remove(f"classifier.{name}")

@@ -225,6 +225,16 @@ class GatedHalf(NamedTuple):
 Half = AttentionHalf | MlpHalf | GatedHalf
 
 
+def refused_attention(norm: Peer, module: Peer, reason: str) -> AttentionHalf:
+    """The half of a `module` whose parts are unknown; `why_not` gives the reason."""
+    return AttentionHalf(norm, (module,), module, 1, None, module, 0.0, None, None, (), reason)
+
+
+def refused_mlp(norm: Peer, module: Peer, reason: str) -> MlpHalf:
+    """The half of a `module` whose parts are unknown; `why_not` gives the reason."""
+    return MlpHalf(norm, module, module, module, None, None, (), reason)
+
+
 def _norm_linear(
     x: Tensor, norm: Peer, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvit.dialect_rules import INCEPTION, Reading, tensor_of
+from fastvit.dialect_rules import Reading, tensor_of
 from fastvit.errors import UsageError
 from fastvit.pos_embed import JAX
+from fastvit.presets import INCEPTION
 
 PREFIXES = ("params/img/", "opt/target/", "params/", "")
 Arrays = Mapping[str, np.ndarray]

@@ -165,7 +165,7 @@ class ViT(Features, VitPytorchNames, nn.Module):
         self.pos_drop = nn.Dropout(emb_dropout)
         self.norm_pre = make_norm(norm, dim, norm_eps) if pre_norm else nn.Identity()
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = Blocks(
+        self.blocks: Any = Blocks(
             *(
                 Block(
                     dim,

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from fastvit.errors import UsageError
-from fastvit.plain import WRAPPERS, unwrapped
+from fastvit.plain import WRAPPERS, bare_name, unwrapped
 
 _WRAPPERS = (*WRAPPERS, "module")  # "module" is DDP's
 
@@ -74,7 +74,7 @@ def param_groups(
 
 def _bare(name: str) -> str:
     """The parameter name without the parts that wrappers insert."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return bare_name(name, _WRAPPERS)
 
 
 def _outermost(model: nn.Module, *attributes: str) -> dict[str, Any]:

@@ -21,6 +21,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module if inner is None else unwrapped(inner)
 
 
+def bare_name(name: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
+    """A dotted name of a module or tensor without the parts that these wrappers insert."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
 def why_not_fused(**parts: tuple[Any, tuple[type, ...]]) -> str | None:
     """Return why a fused op cannot replace these modules, or None.
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvit.data import read_image
 from fastvit.errors import UsageError
-from fastvit.export import class_names
+from fastvit.export_rules import class_names
 from fastvit.model import ViT
+from fastvit.read_image import read_image
 
 
 def _check(model: ViT) -> None:

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 
-from fastvit.errors import UsageError
 from fastvit.model import ViT
 from fastvit.timm_kwargs import translate
 
 log = logging.getLogger("fastvit")
 
-_INCEPTION = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-_IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-_CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+INCEPTION = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
 # name: width, depth, heads, MLP width
 _SIZES = {
@@ -93,7 +92,7 @@ def _add_plain() -> None:
                 "vit_giant_patch14_224": None,
                 "vit_gigantic_patch14_224": None,
             }.get(name, "augreg_in21k_ft_in1k")
-            data = _IMAGENET if name == "vit_small_patch8_224" else _INCEPTION
+            data = IMAGENET if name == "vit_small_patch8_224" else INCEPTION
             headless = {"num_classes": 0} if tag in ("dino", "orig_in21k") else {}
             args = dict(patch_size=patch, image_size=image, **headless)
             _add(name, tag, data, crop, **_size(size), **args)
@@ -111,7 +110,7 @@ def _add_pooled() -> None:
         args = dict(fc_norm=False, qkv_bias=False, layer_scale=1e-6, image_size=image)
         headless = {"num_classes": 11821} if tag == "sw_in12k" else {}
         name, crop = f"vit_{size}_patch16_gap_{image}", 0.95
-        _add(name, tag, _INCEPTION, crop, **_size(size), **free, **args, **headless)
+        _add(name, tag, INCEPTION, crop, **_size(size), **free, **args, **headless)
     registers = dict(free, no_embed_class=True, layer_scale=1e-5)
     for size, count, image, tag in (
         ("wee", 1, 256, "sbb_in1k"),
@@ -131,25 +130,25 @@ def _add_pooled() -> None:
         if size == "base":
             args["layer_scale"], crop = None, 0.9
         name = f"vit_{size}_patch16_reg{count}_gap_{image}"
-        _add(name, tag, _INCEPTION, crop, **_size(size), **args)
+        _add(name, tag, INCEPTION, crop, **_size(size), **args)
     for image in (256, 384):
         args = dict(free, fc_norm=False, registers=4, image_size=image)
         tag, crop = "sbb_e250_in12k_ft_in1k", 1.0 if image == 384 else 0.95
         _add(
-            f"vit_so150m_patch16_reg4_gap_{image}", tag, _INCEPTION, crop, **_size("so150m"), **args
+            f"vit_so150m_patch16_reg4_gap_{image}", tag, INCEPTION, crop, **_size("so150m"), **args
         )
     for image in (256, 384, 448):
         args = dict(free, qkv_bias=False, layer_scale=1e-5, registers=1, image_size=image)
         name, tag = f"vit_so150m2_patch16_reg1_gap_{image}", "sbb_e200_in12k_ft_in1k"
-        _add(name, tag, _INCEPTION, 1.0, **_size("so150m2"), **args)
+        _add(name, tag, INCEPTION, 1.0, **_size("so150m2"), **args)
 
 
 def _add_deit() -> None:
     for size in ("tiny", "small", "base"):
         args = dict(patch_size=16, image_size=224)
-        _add(f"deit_{size}_patch16_224", "fb_in1k", _IMAGENET, 0.9, **_size(size), **args)
+        _add(f"deit_{size}_patch16_224", "fb_in1k", IMAGENET, 0.9, **_size(size), **args)
     args = dict(patch_size=16, image_size=384)
-    _add("deit_base_patch16_384", "fb_in1k", _IMAGENET, 1.0, **_size("base"), **args)
+    _add("deit_base_patch16_384", "fb_in1k", IMAGENET, 1.0, **_size("base"), **args)
     for size, patch, images in (
         ("small", 16, (224, 384)),
         ("medium", 16, (224,)),
@@ -160,7 +159,7 @@ def _add_deit() -> None:
         for image in images:
             args = dict(no_embed_class=True, layer_scale=1e-6, patch_size=patch, image_size=image)
             name, crop = f"deit3_{size}_patch{patch}_{image}", 1.0 if image == 384 else 0.9
-            _add(name, "fb_in1k", _IMAGENET, crop, **_size(size), **args)
+            _add(name, "fb_in1k", IMAGENET, crop, **_size(size), **args)
 
 
 def _add_dinov2() -> None:
@@ -168,10 +167,10 @@ def _add_dinov2() -> None:
     sizes = {size: _size(size) for size in ("small", "base", "large")}
     sizes["giant"] = dict(dim=1536, depth=40, heads=24, mlp_dim=4096, mlp="swiglu_packed")
     for size, args in sizes.items():
-        _add(f"vit_{size}_patch14_dinov2", "lvd142m", _IMAGENET, 1.0, **args, **shared)
+        _add(f"vit_{size}_patch14_dinov2", "lvd142m", IMAGENET, 1.0, **args, **shared)
         more = dict(registers=4, no_embed_class=True)
         name = f"vit_{size}_patch14_reg4_dinov2"
-        _add(name, "lvd142m", _IMAGENET, 1.0, **args, **shared, **more)
+        _add(name, "lvd142m", IMAGENET, 1.0, **args, **shared, **more)
 
 
 def _add_dinov3() -> None:
@@ -199,7 +198,7 @@ def _add_dinov3() -> None:
                 continue
             name = f"vit_{size}_patch16_dinov3{suffix}"
             tag = "eupe_lvd1689m" if size == "tiny" else "lvd1689m"
-            _add(name, tag, _IMAGENET, 1.0, **args, **shared, qkv_bias=bias)
+            _add(name, tag, IMAGENET, 1.0, **args, **shared, qkv_bias=bias)
 
 
 def _add_siglip() -> None:
@@ -225,7 +224,7 @@ def _add_siglip() -> None:
         _add(
             f"vit_{size}_patch{patch}_siglip{end}",
             tag,
-            _INCEPTION,
+            INCEPTION,
             0.9,
             **_size(size),
             **args,
@@ -233,9 +232,7 @@ def _add_siglip() -> None:
         )
         crop = 1.0 if (patch, image) == (14, 384) else 0.9
         gap = dict(args, pool="mean", fc_norm=False)
-        _add(
-            f"vit_{size}_patch{patch}_siglip_gap{end}", tag, _INCEPTION, crop, **_size(size), **gap
-        )
+        _add(f"vit_{size}_patch{patch}_siglip_gap{end}", tag, INCEPTION, crop, **_size(size), **gap)
 
 
 def _add_clip() -> None:
@@ -269,7 +266,7 @@ def _add_clip() -> None:
         if "quickgelu" in name:
             args["activation"] = "quick_gelu"
         half = size == "large" and tag == laion
-        data = _INCEPTION if half else _CLIP
+        data = INCEPTION if half else CLIP
         _add(f"vit_{name}", tag, data, crop, **_size(size), **shared, **args)
 
 
@@ -280,7 +277,7 @@ def _add_eva02() -> None:
             _add(
                 f"eva02_{size}_patch14_{image}",
                 tag,
-                _CLIP,
+                CLIP,
                 0.9 if image == 224 else 1.0,
                 dim=dim,
                 depth=12,
@@ -315,7 +312,6 @@ def create_model(
     pretrained: bool = False,
     *,
     checkpoint_path: str | Path | None = None,
-    cache_dir: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **kwargs: Any,
@@ -336,11 +332,12 @@ def create_model(
             f"unknown model {name!r}; expected one of fastvit.list_models(){near}. A hub id goes "
             "to fastvit.load_checkpoint"
         )
+    preset = PRESETS[architecture]
+    overrides = translate(kwargs, preset)  # before a download, which a bad argument would waste
     if pretrained:
-        model = _pretrained(architecture, tag, cache_dir, kwargs)
+        model = _pretrained(architecture, tag, kwargs)
     else:
-        preset = PRESETS[architecture]
-        model = ViT(**{**preset, **translate(kwargs, preset)})
+        model = ViT(**{**preset, **overrides})
         usual = not tag or tag == TAGS.get(architecture)
         model.default_cfg.update(architecture=architecture, tag=tag if tag and usual else None)
         if not usual:
@@ -357,14 +354,12 @@ def create_model(
     return model.to(device=device, dtype=dtype)
 
 
-def _pretrained(architecture: str, tag: str, cache_dir: Any, kwargs: dict[str, Any]) -> ViT:
+def _pretrained(architecture: str, tag: str, kwargs: dict[str, Any]) -> ViT:
     from fastvit.checkpoints import load_checkpoint
 
     tag = tag or TAGS.get(architecture, "")
     if not tag:
         raise ValueError(f"{architecture!r} has no usual weights; name some as {architecture}.TAG")
-    if cache_dir is not None:
-        raise UsageError(f"cache_dir={cache_dir!r} is timm's alone; set HF_HUB_CACHE instead")
     return load_checkpoint(f"timm/{architecture}.{tag}", **kwargs)
 
 

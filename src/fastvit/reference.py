@@ -67,19 +67,6 @@ def layernorm_linear(
     return F.linear(norm(x, norm_weight, norm_bias, eps, norm_kind), weight, bias)
 
 
-def layernorm_linear_fork(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    norm_kind: str = "layernorm",
-) -> tuple[Tensor, Tensor]:
-    """`layernorm_linear`, and x for the residual that branches off there."""
-    return layernorm_linear(x, norm_weight, norm_bias, weight, bias, eps, norm_kind), x
-
-
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate the channel pairs of the last m tokens by their angles; other tokens are unchanged.
 

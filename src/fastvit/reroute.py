@@ -21,6 +21,8 @@ from fastvit.halves import (
     MlpHalf,
     active_rate,
     is_kind,
+    refused_attention,
+    refused_mlp,
     wants_attentions,
     why_not_kind,
     why_not_module,
@@ -71,7 +73,7 @@ def _block(
 def _timm_attention_half(b: Any) -> AttentionHalf:
     a = b.attn
     if reason := why_not_module("attn", a, "attention"):
-        return AttentionHalf(b.norm1, (a,), a, 1, None, a, 0.0, None, None, (), reason)
+        return refused_attention(b.norm1, a, reason)
     bypassed = (
         ("attn", a, "attention"),
         ("q_norm", a.q_norm, "identity"),
@@ -108,7 +110,7 @@ def _timm_dropout_switch(a: Any) -> Any:
 def _timm_mlp_half(b: Any) -> MlpHalf | GatedHalf:
     m = b.mlp
     if reason := why_not_module("mlp", m, "mlp", "gated"):
-        return MlpHalf(b.norm2, m, m, m, None, None, (), reason)
+        return refused_mlp(b.norm2, m, reason)
     bypassed = (
         ("mlp", m, "mlp", "gated"),
         ("mlp.norm", getattr(m, "norm", None), "identity"),
@@ -182,7 +184,7 @@ def _hf_attention_half(b: Any) -> AttentionHalf:
     a = b.attention
     norm = b.layernorm_before if hasattr(b, "layernorm_before") else b.norm1
     if reason := why_not_module("attention", a, "attention"):
-        return AttentionHalf(norm, (a,), a, 1, None, a, 0.0, None, None, (), reason)
+        return refused_attention(norm, a, reason)
     core, proj, linears, dropout, output = _hf_core(a)
     bypassed = (
         ("attention", a, "attention"),
@@ -210,7 +212,7 @@ def _hf_mlp_half(b: Any) -> MlpHalf | GatedHalf:
     m = b.mlp
     norm = b.layernorm_after if hasattr(b, "layernorm_after") else b.norm2
     if reason := why_not_module("mlp", m, "mlp", "gated"):
-        return MlpHalf(norm, m, m, m, None, None, (), reason)
+        return refused_mlp(norm, m, reason)
     bypassed = (("mlp", m, "mlp", "gated"), ("dropout", getattr(b, "dropout", None), "dropout"))
     gamma, path = getattr(b, "layer_scale2", None), getattr(b, "drop_path", None)
     if is_kind(m, "gated"):
@@ -295,7 +297,7 @@ def _tv_attention_half(b: Any) -> AttentionHalf:
 def _tv_mlp_half(b: Any) -> MlpHalf:
     m = b.mlp
     if reason := why_not_module("mlp", m, "mlp"):
-        return MlpHalf(b.ln_2, m, m, m, None, None, (), reason)
+        return refused_mlp(b.ln_2, m, reason)
     bypassed = (("mlp", m, "mlp"), ("mlp.2", m[2], "dropout"), ("mlp.4", m[4], "dropout"))
     return MlpHalf(b.ln_2, m[0], m[1], m[3], None, None, bypassed)
 
@@ -320,12 +322,10 @@ def _tv_block(self: Any, input: Tensor) -> Tensor:
 
 def _vp_attention_half(a: Any) -> AttentionHalf:
     if reason := why_not_module("attention", a, "attention"):
-        return AttentionHalf(a, (a,), a, 1, None, a, 0.0, None, None, (), reason)
+        return refused_attention(a, a, reason)
     out = a.to_out
     if why_not_module("to_out", out, "sequential"):
-        return AttentionHalf(
-            a.norm, (a.to_qkv,), a.to_qkv, a.heads, a.scale, a, 0.0, None, None, (), "no projection"
-        )
+        return refused_attention(a.norm, a, "no projection")
     bypassed = (
         ("attention", a, "attention"),
         ("attend", a.attend, "softmax"),
@@ -349,7 +349,7 @@ def _vp_attention_half(a: Any) -> AttentionHalf:
 
 def _vp_mlp_half(m: Any) -> MlpHalf:
     if reason := why_not_module("feed-forward", m, "mlp"):
-        return MlpHalf(m, m, m, m, None, None, (), reason)
+        return refused_mlp(m, m, reason)
     net = m.net
     bypassed = (
         ("feed-forward", m, "mlp"),

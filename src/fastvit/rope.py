@@ -26,12 +26,8 @@ class Rope:
     reference_grid: Grid | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"rope must be None or one of {FORMS}, got {self.form!r}")
         if self.dim_head % 4:
             raise ValueError(f"rope needs a head dim that is a multiple of 4, got {self.dim_head}")
-        if not self.theta > 0:
-            raise ValueError(f"rope_theta must be positive, got {self.theta!r}")
 
     @property
     def interleaved(self) -> bool:

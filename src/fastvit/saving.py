@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from fastvit.dialect_rules import WRAPPER_NAMES
 from fastvit.errors import UsageError
 from fastvit.model import ViT
+from fastvit.plain import bare_name
 from fastvit.pos_embed import Resample
 
 try:
@@ -117,7 +117,7 @@ def _umask() -> int:
 
 def weights_of(model: ViT) -> dict[str, torch.Tensor]:
     """The model's tensors on the CPU, without the names that wrappers such as FSDP insert."""
-    return {WRAPPER_NAMES.sub("", k): v.detach().cpu() for k, v in model.state_dict().items()}
+    return {bare_name(k): v.detach().cpu() for k, v in model.state_dict().items()}
 
 
 def current_architecture(model: ViT, weights: dict[str, torch.Tensor]) -> ViT:
@@ -152,7 +152,7 @@ def current_architecture(model: ViT, weights: dict[str, torch.Tensor]) -> ViT:
 def _parts(model: ViT, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What arguments must reproduce: the shapes of the tensors, the activations and the norms."""
     shown = {
-        WRAPPER_NAMES.sub("", name): str(m)
+        bare_name(name): str(m)
         for name, m in model.named_modules(remove_duplicate=False)
         if name.endswith("mlp.act") or isinstance(m, (nn.LayerNorm, nn.RMSNorm))
     }

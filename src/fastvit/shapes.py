@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit.arguments import pair
 from fastvit.errors import UsageError
 from fastvit.presets import PRESETS
 
@@ -54,7 +55,7 @@ def infer(
                 f"checkpoint: its config says {name} {known[name]}, its tensors {shown[name]}"
             )
     given = known.get("patch_size")
-    if given is not None and _pair(given) != (*patch,):
+    if given is not None and pair("patch_size", given) != (*patch,):
         raise UsageError(
             f"checkpoint: its config says patch_size {given}, its tensors {shown['patch_size']}"
         )
@@ -225,7 +226,7 @@ def _image(
     notes: list[str],
 ) -> None:
     """Infer image size and whether prefix tokens have positions from the number of positions."""
-    p_h, p_w = _pair(shown["patch_size"])
+    p_h, p_w = pair("patch_size", shown["patch_size"])
     size, given = known.get("image_size"), wanted["image_size"]
     if "pos_embed" not in state:
         shown["pos_embed"] = "none"
@@ -242,7 +243,7 @@ def _image(
     if size is not None:
         patches = _patches(size, (p_h, p_w))
         if patches in covers:
-            height, width = _pair(size)
+            height, width = pair("image_size", size)
             shown["no_embed_class"] = covers[patches]
             shown["image_size"] = size
             if height % p_h or width % p_w:
@@ -290,9 +291,5 @@ def _square(count: int) -> bool:
 
 
 def _patches(size: int | tuple[int, int], patch: tuple[int, int]) -> int:
-    height, width = _pair(size)
+    height, width = pair("image_size", size)
     return (height // patch[0]) * (width // patch[1])
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

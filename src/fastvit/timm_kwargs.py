@@ -73,8 +73,10 @@ _UNSUPPORTED = {  # arguments that fastvit does not support: the only value acce
     "features_only": False,
     "pretrained_cfg": {},
     "pretrained_cfg_overlay": {},
+    "cache_dir": None,
 }
 _INSTEAD = {
+    "cache_dir": "set HF_HUB_CACHE instead",
     "features_only": "model.forward_intermediates(images) gives features",
     "pretrained_cfg": "load_checkpoint(source) takes weights from elsewhere",
     "pretrained_cfg_overlay": "load_checkpoint(source) takes weights from elsewhere",

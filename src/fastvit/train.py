@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.backend import backend_report
-from fastvit.data import DataSet, Split
+from fastvit.dataset import DataSet, Split
 from fastvit.errors import UsageError
 from fastvit.model import ViT
+from fastvit.param_groups import param_groups
 from fastvit.presets import PRESETS
 from fastvit.saving import replacing
 
@@ -317,7 +318,7 @@ class Run:
         data = self.data
         now = {"data": data.describe(), "classes": list(data.classes), "files": data.files}
         for name, value in now.items():
-            was = state.get(name, value)  # early versions saved neither classes nor files
+            was = state[name]
             if name == "files" and was != value:
                 raise UsageError(
                     f"--resume: the data changed: the files of {self.settings.data} have other "
@@ -328,8 +329,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.seconds = state["history"], state["seconds"]
-        # Early versions saved neither.
-        self.amp, self.compile = state.get("amp", self.amp), state.get("compile", self.compile)
+        self.amp, self.compile = state["amp"], state["compile"]
         self._prepare_forward()
 
     def _backend(self) -> str:
@@ -344,6 +344,9 @@ class Run:
         return f"{name} ({'; '.join(reasons)})" if reasons else name
 
 
+STATE_KEYS = ("data", "classes", "files", "amp", "compile", "model", "optimizer", "history")
+
+
 def load_state(folder: Path) -> tuple[Settings, dict[str, Any]]:
     """Load the settings and the state of the run in `folder`."""
     path = folder / STATE
@@ -353,26 +356,18 @@ def load_state(folder: Path) -> tuple[Settings, dict[str, Any]]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return Settings(**state["settings"]), state
+        settings = Settings(**state["settings"])
+        for name in STATE_KEYS:
+            state[name]
+        return settings, state
     except Exception as error:  # the unpickler of a damaged file raises anything
         raise UsageError(f"--resume: {path} is damaged or not a run's state: {error}") from error
 
 
 def make_optimizer(model: ViT, settings: Settings) -> torch.optim.AdamW:
     """AdamW that decays only matrices, not biases, norms, positions or tokens."""
-    spared = model.no_weight_decay()
-    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for name, parameter in model.named_parameters():
-        groups[parameter.ndim < 2 or name in spared].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[False], "weight_decay": settings.weight_decay},
-            {"params": groups[True], "weight_decay": 0.0},
-        ],
-        lr=settings.lr,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    groups = param_groups(model, settings.lr, settings.weight_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:
