@@ -638,6 +638,17 @@ def test_an_unknown_layout_is_reported():
     close({"y": model(x)}, {"y": y})
 
 
+def test_fx_traces_the_peers_own_forward(caplog):
+    torchvision_shim.install()
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model, x = make("timm"), images()
+    expected = {"a": model.blocks[0](model.norm_pre(model._pos_embed(model.patch_embed(x))))}
+    fastvit.accelerate(model)
+    extract = feature_extraction.create_feature_extractor(model, {"blocks.0": "a"})
+    close(extract(x), expected)
+    assert "not accelerated" in caplog.text
+
+
 def test_report_names_what_is_left():
     report = fastvit.accelerate(make("timm_simplenorm"))
     text = str(report)

@@ -59,9 +59,12 @@ def process(rank: int, port: int, wrapper: str, backend: str, path: str) -> None
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         parts = (model.blocks,) if wrapper == "fsdp of blocks" else model.blocks
+        whole = model.attention_maps(torch.ones(2, 3, 16, 16), (0, 1))
         for part in (*parts, model):
             fully_shard(part)
         assert model._reads_cls_alone(), "FSDP's hooks do not read activations"
+        register_fsdp_forward_method(model, "attention_maps")
+        torch.testing.assert_close(model.attention_maps(torch.ones(2, 3, 16, 16), (0, 1)), whole)
         register_fsdp_forward_method(model, "forward_intermediates")
         model.forward_intermediates(torch.randn(2, 3, 16, 16), 2)[1][0].sum().backward()
         model.zero_grad()

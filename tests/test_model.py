@@ -403,3 +403,20 @@ def test_unknown_model_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown model 'vit_basic'; .*vit_base_patch16_224"):
         fastvit.create_model("vit_basic")
     assert "vit_huge_patch14_224" in fastvit.list_models("*huge*")
+
+
+def test_symbolic_tracing_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"torch\.fx cannot trace .*forward_intermediates"):
+        torch.fx.symbolic_trace(fastvit.ViT(**TINY))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit._trace.TracerWarning")
+def test_traced_norms_have_constant_shapes() -> None:
+    """The ONNX exporter of TorchScript has no LayerNorm over a size that the trace computes."""
+    model = fastvit.ViT(**TINY).eval()
+    trace: Any = torch.jit.trace(model, torch.randn(2, 3, 16, 16))
+    graph = trace.inlined_graph
+    norms = graph.findAllNodes("aten::layer_norm")
+    shapes = [list(node.inputs())[1].node() for node in norms]
+    assert shapes and all(i.node().kind() == "prim::Constant" for s in shapes for i in s.inputs())

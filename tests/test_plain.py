@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.utils._pytree import tree_map_only
 
 import fastvit
 
@@ -127,3 +128,61 @@ def test_a_part_compiles_beside_a_foreign_module() -> None:
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images), model(images))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.Conv2d])
+def test_a_patch_of_a_whole_class_takes_effect(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    model = make("mlp").float()
+    seen: set[nn.Module] = set()
+    original: Any = kind.forward
+
+    def patched(module: nn.Module, x: Tensor) -> Tensor:
+        seen.add(module)
+        return original(module, x)
+
+    monkeypatch.setattr(kind, "forward", patched)
+    model(images)
+    assert seen == {m for m in model.modules() if isinstance(m, kind)}
+    choices = fastvit.backend_report(model, images).choices
+    assert f"nn.{kind.__name__}.forward is patched" in {c.reason for c in choices}
+
+
+class Wrapped(Tensor):
+    """A tensor without storage, as quantized ones are, that computes as its inner tensor."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapped":
+        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        plain: Any = tree_map_only(Wrapped, lambda t: t.inner, (args, kwargs or {}))
+        out = func(*plain[0], **plain[1])
+        return Wrapped(out) if func is torch.ops.aten.detach.default else out
+
+
+@pytest.mark.parametrize(
+    "name", ["norm1.bias", "attn.qkv.bias", "attn.proj.bias", "ls1.gamma", "mlp.fc1.bias"]
+)
+def test_a_parameter_of_another_kind_of_tensor(name: str) -> None:
+    """Kernels read a tensor's storage, so a module that holds another kind must run itself."""
+    images = torch.randn(2, 3, 16, 16)
+    model = make("mlp").float().eval()
+    with torch.no_grad():
+        before = model(images)
+        owner, _, leaf = f"blocks.0.{name}".rpartition(".")
+        module = model.get_submodule(owner)
+        inner = getattr(module, leaf).detach()
+        setattr(module, leaf, nn.Parameter(Wrapped(inner), requires_grad=False))
+        torch.testing.assert_close(model(images), before, rtol=1e-5, atol=1e-5)
+    reasons = {c.reason for c in fastvit.backend_report(model, images).choices}
+    assert any(r and r.endswith("holds a Wrapped") for r in reasons)

@@ -9,16 +9,20 @@ needs fastvit, unless `restore` was called first.
 """
 
 import functools
+import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.fx import Proxy
 
 from fastvit.halves import dotted, peer_class
 from fastvit.model import ViT
 from fastvit.reroute import CORE, REROUTES, STEMS, Reroute
 
+log = logging.getLogger("fastvit")
 SUPPORTED = (
     "timm VisionTransformer, transformers ViTModel, Dinov2Model, Dinov2WithRegistersModel and "
     "their heads, torchvision VisionTransformer, vit-pytorch ViT"
@@ -88,7 +92,7 @@ def accelerate(model: nn.Module) -> Report:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; {SUPPORTED}")
     if isinstance(model, ViT):
         raise TypeError("model is a fastvit.ViT, which already runs on fastvit.ops")
-    found = dict(_find(model))
+    found = _find(model)
     if not found:
         raise TypeError(
             f"model is {dotted(type(model))}, which holds no ViT that is known; "
@@ -132,8 +136,8 @@ def _set_class(module: nn.Module, cls: type) -> None:
     del vars(module)["_fastvit"]
 
 
-def _find(model: nn.Module) -> "list[tuple[str, tuple[nn.Module, Reroute]]]":
-    """Return the modules that can be rerouted by their class or their owner's, outermost first."""
+def _find(model: nn.Module) -> dict[str, tuple[nn.Module, Reroute]]:
+    """Return by name the modules that their class or their owner's reroutes, outermost first."""
     found: dict[str, tuple[nn.Module, Reroute]] = {}
     for name, module in model.named_modules():
         cls = dotted(peer_class(module))
@@ -143,7 +147,7 @@ def _find(model: nn.Module) -> "list[tuple[str, tuple[nn.Module, Reroute]]]":
             found[stem] = (getattr(module, attribute), reroute)
         if cls in REROUTES:
             found[name] = (module, REROUTES[cls])
-    return list(found.items())
+    return found
 
 
 def _rows(name: str, module: nn.Module, reroute: Reroute) -> list[Row]:
@@ -167,7 +171,7 @@ def _subclass(peer: type) -> type:
     """Return a subclass of `peer` with its name and our forward, pickled as `peer`."""
     reroute = REROUTES.get(dotted(peer)) or _STEM_OF[peer.__name__]
     namespace: dict[str, Any] = {
-        "forward": reroute.forward,
+        "forward": _or_peer_in_fx(reroute.forward),
         "__reduce_ex__": _reduce_ex,
         "__module__": peer.__module__,
         "__qualname__": peer.__qualname__,
@@ -175,6 +179,24 @@ def _subclass(peer: type) -> type:
         "_fastvit_peer": peer,
     }
     return type(peer)(peer.__name__, (peer,), namespace)
+
+
+def _or_peer_in_fx(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, but the peer's own where torch.fx traces: ours depends on shapes and hooks."""
+
+    @functools.wraps(forward)
+    def either(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, Proxy) for a in (*args, *kwargs.values())):
+            _warn_of_fx()
+            return self._fastvit_peer.forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return either
+
+
+@functools.cache
+def _warn_of_fx() -> None:
+    log.warning("accelerate: torch.fx traces the original forward; its graph is not accelerated")
 
 
 _STEM_OF = {"Conv2d": STEMS["timm.layers.patch_embed.PatchEmbed"][1]}

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+import torch.fx
 from torch import nn
 
 from fastvit import ops
@@ -113,6 +115,11 @@ def grid_of(
 
 
 def check_unmasked(attn_mask: Any, is_causal: Any) -> None:
+    if isinstance(attn_mask, torch.fx.Proxy):  # symbolic tracing sets every argument
+        raise UsageError(
+            "torch.fx cannot trace a fastvit.ViT symbolically; use its forward_intermediates, "
+            "torch.export or torch.compile"
+        )
     if attn_mask is not None:
         raise UsageError(
             f"attn_mask must be None, got {type(attn_mask).__name__}; attention is unmasked"

@@ -1,6 +1,7 @@
 """What a `fastvit.ViT` computes inside: the vectors after chosen blocks, and attention maps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -131,6 +132,7 @@ class Features:
         """Attention probabilities of chosen queries: (B, len(layers), heads, len(rows), N).
 
         rows: "cls", "all" or token indices. Only these rows of the N x N matrix are computed.
+        Under `fully_shard` call `register_fsdp_forward_method(model, "attention_maps")` first.
         """
         blocks: Any = unwrapped_blocks(self)
         layers = (int(layers),) if isinstance(layers, (int, Integral)) else layers
@@ -145,21 +147,12 @@ class Features:
                 raise ValueError("rows 'cls' needs a class token; this model has none")
             rows = (0,) if rows == "cls" else range(x.shape[1])
         maps = {}
-        for i, block in enumerate(list(blocks)[: max(wanted) + 1]):
-            if i in wanted:
-                inner: Any = unwrapped(block)
-                attn = unwrapped(inner.attn) if isinstance(inner, Block) else inner
-                if not isinstance(attn, Attention):
-                    raise UsageError(
-                        f"layers: block {i} runs a {type(attn).__name__}; expected fastvit's own "
-                        "Block and Attention, whose maps are known"
-                    )
-                qkv, _ = attn.project(x, inner.norm1)
-                options = attn.qk_options(rope)
-                q, k = ops.qk_norm_rope(qkv, **options) if options else qkv.unbind(2)[:2]
-                maps[i] = ops.attention_maps(q, k, rows=rows)
-            if i < max(wanted):
-                x = run_block(block, x, rope)
+        with _gathered(blocks):
+            for i, block in enumerate(list(blocks)[: max(wanted) + 1]):
+                if i in wanted:
+                    maps[i] = ops.attention_maps(*_queries_and_keys(i, block, x, rope), rows=rows)
+                if i < max(wanted):
+                    x = run_block(block, x, rope)
         return torch.stack([maps[i] for i in wanted], dim=1)
 
 
@@ -172,6 +165,35 @@ def unwrapped_blocks(model: Model) -> nn.Sequential | nn.ModuleList:
             "whose blocks run one by one"
         )
     return blocks
+
+
+def _queries_and_keys(i: int, block: Any, x: Tensor, rope: Any) -> tuple[Tensor, Tensor]:
+    """q and k, (B, N, H, D), of block i on the residual stream x."""
+    inner: Any = unwrapped(block)
+    attn = unwrapped(inner.attn) if isinstance(inner, Block) else inner
+    if not isinstance(attn, Attention):
+        raise UsageError(
+            f"layers: block {i} runs a {type(attn).__name__}; expected fastvit's own "
+            "Block and Attention, whose maps are known"
+        )
+    with _gathered(block):
+        qkv, _ = attn.project(x, inner.norm1)
+        options = attn.qk_options(rope)
+        q, k = ops.qk_norm_rope(qkv, **options) if options else qkv.unbind(2)[:2]
+    return q, k
+
+
+@contextmanager
+def _gathered(module: Any) -> Iterator[None]:
+    """Gather FSDP2's parameters of a block or of all, whose own forward does not run here."""
+    sharded = hasattr(module, "unshard") and hasattr(module, "reshard")
+    if sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            module.reshard()
 
 
 def block_indices(name: str, indices: int | Sequence[int] | None, depth: int) -> list[int]:

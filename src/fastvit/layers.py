@@ -23,6 +23,7 @@ from fastvit.plain import (
     uses_methods_of,
     why_not_fused,
     why_not_patches,
+    why_not_tensors,
 )
 from fastvit.pos_embed import Grid, Resample, resample_patches
 
@@ -548,11 +549,14 @@ def _why_branch_unfused(
 ) -> str | None:
     """Return why a branch must be called on the normed stream alone, as in timm; or None."""
     if all_plain((branch, _BRANCHES)) and (scale is None or all_plain((scale, (LayerScale,)))):
-        return None
+        reason = why_not_tensors(name, branch)
+        return reason if reason or scale is None else why_not_tensors(scale_name, scale)
     if not uses_methods_of(branch, _BRANCHES, "forward"):
         return f"{name} is {type(branch).__name__} or has its forward replaced"
     if has_observing_hooks(branch):
         return f"{name} has hooks"
+    if reason := why_not_tensors(name, branch):
+        return reason
     return None if scale is None else why_not_fused(**{scale_name: (scale, (LayerScale,))})
 
 

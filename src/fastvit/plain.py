@@ -13,6 +13,13 @@ from torch.nn.modules.module import _has_any_global_hook
 # The names under which torch.compile, FSDP and activation checkpointing hold a wrapped module.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _TENSORS = (nn.Parameter, Tensor, type(None))
+_LAYERS = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d)
+# None where another library had already patched the class.
+_FORWARDS = tuple(
+    f if f.__module__ == cls.__module__ and not hasattr(f, "__wrapped__") else None
+    for cls in _LAYERS
+    for f in (cls.forward,)
+)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -55,9 +62,17 @@ def why_not_patches(conv: Any) -> str | None:
 
 
 def why_not_any() -> str | None:
-    """Return why no module can be bypassed, or None: a global hook that reads activations."""
+    """Return why no module can be bypassed, or None: a global hook that reads activations, or a
+    patch of a whole class, as some LoRA loaders, quantizers and profilers make."""
     if _has_any_global_hook() and has_observing_hooks():
         return "a global module hook is registered"
+    return _why_patched()
+
+
+def _why_patched() -> str | None:
+    for cls, forward in zip(_LAYERS, _FORWARDS, strict=True):
+        if cls.forward is not forward:
+            return f"nn.{cls.__name__}.forward is patched"
     return None
 
 
@@ -68,10 +83,17 @@ def why_not_plain(name: str, module: nn.Module, hooked: bool) -> str | None:
     before = module._forward_pre_hooks
     if hooked or before or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks"
-    kind = type(module._parameters.get("weight"))
-    # torch.compile's fake and functional tensors count as plain.
-    if kind not in _TENSORS and not kind.__module__.startswith("torch._subclasses."):
-        return f"{name} holds a {kind.__name__}"
+    return why_not_tensors(name, module)
+
+
+def why_not_tensors(name: str, module: nn.Module) -> str | None:
+    """Return why the module's own parameters are no kernel's operands: a subclass may have no
+    storage, or a meaning of its own."""
+    for parameter in module._parameters.values():
+        kind = type(parameter)
+        # torch.compile's fake and functional tensors count as plain.
+        if kind not in _TENSORS and not kind.__module__.startswith("torch._subclasses."):
+            return f"{name} holds a {kind.__name__}"
     return None
 
 
@@ -80,7 +102,7 @@ def all_plain(*parts: tuple[Any, tuple[type, ...]]) -> bool:
 
     This fast path for the usual case costs a tenth of `why_not_fused`.
     """
-    if _has_any_global_hook():
+    if _has_any_global_hook() or _why_patched():
         return False
     for m, kinds in parts:
         if type(m) not in kinds or "forward" in m.__dict__:

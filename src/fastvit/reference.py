@@ -5,6 +5,7 @@ are in `fastvit_kernels`. No Triton, no dispatch. Under torch.autocast this code
 same as eager" means.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -49,9 +50,14 @@ def norm(
     kind: str = "layernorm",
 ) -> Tensor:
     """LayerNorm, or RMSNorm x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+    shape = x.shape[-1:]
+    if torch._C._get_tracing_state() is not None:
+        with warnings.catch_warnings():  # that the size is a constant in the trace: ONNX needs it
+            warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
+            shape = (int(x.shape[-1]),)
     if kind == "rmsnorm":
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return F.rms_norm(x, shape, weight, eps)
+    return F.layer_norm(x, shape, weight, bias, eps)
 
 
 def layernorm_linear(
