@@ -6,7 +6,7 @@ import hashlib
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -126,14 +126,14 @@ def commit() -> str:
     return head.stdout.strip()[:12] + ("+" if dirty.stdout.strip() else "")
 
 
-def code_digest(without: str = "") -> str:
+def code_digest(without: Sequence[str] = ()) -> str:
     """A hash of the code that figures depend on, by which outdated figures are recognized: of the
     syntax tree without docstrings, so that prose may change.
     """
     digest = hashlib.sha256()
     for folder in CODE:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if path.name == without:
+            if path.name in without:
                 continue
             tree = ast.parse(path.read_text())
             for node in ast.walk(tree):

@@ -1,10 +1,10 @@
-"""Search the launch configurations of `fastvit_kernels/tuned.py` on the GPU at hand.
+"""Search the launch configurations of `fastvit_kernels/tuned*.py` on the GPU at hand.
 
 `python benchmarks/tune.py [--budget SECONDS] [--match PATTERN]` searches the lines (entries) of its
 tables one by one, by hill climbing: a line's neighbours, one field halved or doubled, are checked
 against float64 and then timed in turn with the current line, on up to four workloads whose launches
 read it; the search moves to the best of them until none is faster. Each result is recorded at once
-and never measured again, so a killed search resumes. Prints the lines to put into tuned.py.
+and never measured again, so a killed search resumes. Prints the lines to put into those files.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import torchvision_shim
 
 torchvision_shim.install()
 
-from fastvit_kernels import tuned
+from fastvit_kernels import tuned, tuned_attention
 from fastvit_kernels.tuned import Config
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -71,9 +71,17 @@ ALTERNATIVES = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, tma=True
 TILE = 128 * 256  # largest accumulator, in elements, that fits the registers of one program
 
 
+TABLES: dict[str, dict[int, dict[str, Config]]] = {
+    name: table
+    for module in (tuned, tuned_attention)
+    for name, table in vars(module).items()
+    if isinstance(table, dict) and isinstance(table.get(tuned.DEFAULT), dict)
+}
+
+
 @dataclass(frozen=True)
 class Line:
-    """One entry of one table of tuned.py, which launches read."""
+    """One entry of one of `TABLES`, which launches read."""
 
     table: str
     arch: int
@@ -88,7 +96,7 @@ class Line:
         return self._entries()[self.name]
 
     def _entries(self) -> dict[str, Config]:
-        return tuned.look_up(getattr(tuned, self.table), self.arch)
+        return tuned.look_up(TABLES[self.table], self.arch)
 
     @contextlib.contextmanager
     def using(self, config: Config) -> Iterator[None]:
@@ -104,15 +112,10 @@ class Line:
 
 def lines(arch: int) -> list[Line]:
     """Every line used on this architecture, but those without a tile, which mean: no kernel."""
-    tables = [
-        name
-        for name, table in vars(tuned).items()
-        if isinstance(table, dict) and isinstance(table.get(tuned.DEFAULT), dict)
-    ]
     found = [
-        Line(table, arch, name)
-        for table in tables
-        for name in tuned.look_up(getattr(tuned, table), arch)
+        Line(name, arch, line)
+        for name, table in TABLES.items()
+        for line in tuned.look_up(table, arch)
     ]
     return [line for line in found if line.config.BLOCK_M]
 
@@ -145,7 +148,7 @@ def plausible(table: str, config: Config) -> bool:
 
 
 def literal(config: Config) -> str:
-    """The source text, as in tuned.py: tile sizes by position, the rest by name unless default."""
+    """The source text, as in a table: tile sizes by position, the rest by name unless default."""
     plain = Config(0, 0)
     sizes = [config.BLOCK_M, config.BLOCK_N, *([config.BLOCK_K] if config.BLOCK_K else [])]
     named = [
@@ -231,7 +234,7 @@ def search(
     prepare is called with the configurations about to be tried, to compile them in parallel.
     """
     baseline = literal(line.config)
-    if record.get("baseline") != baseline:  # tuned.py has changed: the ratios are to another line
+    if record.get("baseline") != baseline:  # the table has changed: the ratios are to another line
         record.clear()
         record |= {"baseline": baseline, "tried": {}, "best": baseline, "finished": False}
     tried = record["tried"]
@@ -370,7 +373,7 @@ def tune(
 ) -> dict[str, Any]:
     """Start or resume the search of one line; returns its record, which is kept in `path`."""
     state = read_json(path, {})
-    digest = machine.code_digest(without="tuned.py")
+    digest = machine.code_digest(without=("tuned.py", "tuned_attention.py"))
     if state.get("code") != digest:
         state = {"code": digest, "device": _device_name(device), "lines": {}}
     record = state["lines"].setdefault(line.key, {})
@@ -393,7 +396,7 @@ def tune(
 
 
 def printed(line: Line, record: dict[str, Any], device: torch.device) -> str:
-    """The line for tuned.py, with the device, date and times of its search."""
+    """The line for its table, with the device, date and times of its search."""
     if "unread" in record:
         return f"# {line.key}: {record['unread']}"
     best = record["tried"][record["best"]]

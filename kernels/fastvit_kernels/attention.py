@@ -16,7 +16,7 @@ and sm_120, for shared memory), more take an online softmax (`attention_long`).
 Backward: with many heads and up to 128 keys, one launch of one program per head
 (`attention_resident`); with few heads and up to 384 keys, one launch with programs for dQ and
 programs for dK, dV side by side (`attention_long_bwd`); else a launch for dQ and delta (float32,
-shaped as lse), then one for dK and dV. The limits come from `tuned`.
+shaped as lse), then one for dK and dV. The limits come from `tuned_attention`.
 Dropout zeroes p with probability `dropout` before the product with v, and scales the rest by 1 /
 (1 - dropout). The mask is a function of a seed, the head, the row and the key, recomputed in
 backward. The seed is one number on the device, drawn by torch's generator of that device:
@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import library, limits, tuned
+from fastvit_kernels import library, limits, tuned, tuned_attention
 from fastvit_kernels.attention_long import _attention_fwd_kernel
 from fastvit_kernels.attention_long_bwd import _attention_bwd_kernel
 from fastvit_kernels.attention_resident import (
@@ -101,15 +101,15 @@ def plan_fwd(
     With dropout the keys are never all held: Philox takes most of the time and many registers.
     """
     for kernel in () if ragged or dropout else ("fwd_fewer_keys", "fwd_resident"):
-        resident = tuned.attention(kernel, D, dtype, arch)
+        resident = tuned_attention.config(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
             # Few heads: one program per query tile, although each then loads all keys.
             splits = cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
             constants = _resident(N, resident, 2) | {"SPLITS": splits}
             return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
-    config = tuned.attention("fwd", D, dtype, arch, dropout)
+    config = tuned_attention.config("fwd", D, dtype, arch, dropout)
     if heads * cdiv(N, config.BLOCK_M) < sms:
-        config = tuned.attention("fwd_small", D, dtype, arch, dropout)
+        config = tuned_attention.config("fwd_small", D, dtype, arch, dropout)
     sizes = _sizes("M", config, "N", N, ragged, 2, always=dropout)
     return Launch(_attention_fwd_kernel, _programs(N, sizes, "M", ragged), sizes, config)
 
@@ -129,18 +129,18 @@ def plan_bwd(
     few = heads * 2 <= sms
     several = ragged or dropout or few
     for kernel in () if several else ("bwd_64_keys", "bwd_128_keys"):
-        resident = tuned.attention(kernel, D, dtype, arch)
+        resident = tuned_attention.config(kernel, D, dtype, arch)
         if N <= resident.BLOCK_N:
             # Head dims of several column blocks leave no registers for a tail in two pieces; at
             # head dim 16 it is not worth a serialized wgmma.
             constants = _resident(N, resident, 2 if D in (32, 64) else 1)
             return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
-    beside = "_beside" if few and N <= tuned.ATTENTION_SIDE_BY_SIDE and not dropout else ""
-    if not tuned.attention("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
+    beside = "_beside" if few and N <= tuned_attention.SIDE_BY_SIDE and not dropout else ""
+    if not tuned_attention.config("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
         beside = ""
-    dq, dkv = (tuned.attention(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))
-    if N <= tuned.ATTENTION_FEWER_QUERIES and not (ragged or dropout or beside):
-        fewer = tuned.attention("dkv_fewer_queries", D, dtype, arch)
+    dq, dkv = (tuned_attention.config(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))
+    if N <= tuned_attention.FEWER_QUERIES and not (ragged or dropout or beside):
+        fewer = tuned_attention.config("dkv_fewer_queries", D, dtype, arch)
         dkv = fewer if fewer.BLOCK_N else dkv
     pieces = 2 if D <= 64 else 1  # wider tiles leave no registers for a tail in two pieces
     dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, "STEP_")

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit_kernels import library, tuned
+from fastvit_kernels import library, tuned_attention
 from fastvit_kernels.attention import _scale, strides_divisor, with_int32_offsets
 from fastvit_kernels.attention_tiles import dot_rows, load_tile, rows_of
 from fastvit_kernels.common import LOG2E, exp2
@@ -103,7 +103,7 @@ def _maps(q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float) 
         return maps
     q, k = with_int32_offsets(q), with_int32_offsets(k)
     blocks = cdiv(R, _BLOCK_R)
-    splits = tuned.attention_maps_splits(B * H * blocks, cdiv(N, _BLOCK_N), q.device.index)
+    splits = tuned_attention.maps_splits(B * H * blocks, cdiv(N, _BLOCK_N), q.device.index)
     launch(
         _attention_maps_kernel,
         (B * H, blocks, splits),
@@ -119,7 +119,7 @@ def _maps(q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float) 
         PRECISION=precision(q.dtype),
         num_warps=4,
         num_stages=2,
-        maxnreg=tuned.attention_maps_bound(D, q.device.index),
+        maxnreg=tuned_attention.maps_max_registers(D, q.device.index),
     )
     return maps
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit_kernels import library, tuned
+from fastvit_kernels import library, tuned_attention
 from fastvit_kernels.attention import (
     _bwd_into,
     _scale,
@@ -267,7 +267,7 @@ def _arguments(
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Arguments of both kernels: strides and sizes; constexprs and launch options."""
     B, N, _, H, D = qkv.shape
-    config = tuned.attention_qk(D, qkv.device.index)
+    config = tuned_attention.qk(D, qkv.device.index)
     stride_cos = 0 if cos is None or cos.ndim == 2 else cos.stride(0)
     first = N if cos is None else N - cos.shape[-2]
     constants = {
@@ -302,7 +302,7 @@ def _fwd(
     qkv = with_int32_offsets(qkv)
     sizes, constants = _arguments(qkv, cos, norm, interleaved)
     blocks = cdiv(B * N, constants["BLOCK_T"])
-    groups = tuned.attention_qk_groups(blocks, H, qkv.device.index)
+    groups = tuned_attention.qk_groups(blocks, H, qkv.device.index)
     heads = cdiv(H, groups)
     params = (q_weight, q_bias, k_weight, k_bias, cos, sin)
     launch(
@@ -343,10 +343,10 @@ def _bwd_in_place(
     qkv = with_int32_offsets(qkv)
     sizes, constants = _arguments(qkv, cos, norm, interleaved)
     blocks = cdiv(B * N, constants["BLOCK_T"])
-    groups = tuned.attention_qk_groups(blocks, H, qkv.device.index)
+    groups = tuned_attention.qk_groups(blocks, H, qkv.device.index)
     heads = cdiv(H, groups)
     groups = cdiv(H, heads)
-    per_program = tuned.attention_qk_run(blocks * groups, qkv.device.index) if norm else 1
+    per_program = tuned_attention.qk_run(blocks * groups, qkv.device.index) if norm else 1
     runs = cdiv(blocks, per_program)
     partial = dparams.new_empty((runs * groups if norm else 0, 4 * D))
     launch(
