@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from fastvit_kernels import (
     attention,
+    attention_plan,
     gemm,
     gemm_dw,
     launch,
@@ -176,7 +177,7 @@ if __name__ == "__main__":
     JITFunction.run = run
     assert (len(seen), len(launch._compiled)) == (len(first), kept)
     rows = (layernorm, layernorm_fold, mlp_narrow, patch_embed, swiglu)
-    for module in (attention, gemm, gemm_dw, *rows):
+    for module in (attention_plan, gemm, gemm_dw, *rows):
         setattr(module, "launch", tritons)  # noqa: B010
     replay.run = lambda launcher, args: launcher(*args)
     expected = launches()

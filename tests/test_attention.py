@@ -151,7 +151,7 @@ def test_compiled_and_first_order(device: torch.device) -> None:
 @pytest.mark.parametrize("arch", [80, 90])
 def test_tails_are_cut_to_size(N: int, arch: int) -> None:
     """Under 12 % of the scores computed in forward lie beyond the sequence."""
-    from fastvit_kernels.attention import plan_fwd
+    from fastvit_kernels.attention_plan import plan_fwd
 
     c = plan_fwd(256 * 12, N, 64, torch.bfloat16, False, arch, 132).constants
     rows = N // c["BLOCK_M"] * c["BLOCK_M"] + c["TAIL_M"]

@@ -1,0 +1,177 @@
+"""Which attention kernels run on sequences of N tokens, with which tiles and how many programs.
+
+Where all sequences have N tokens, the last tile is one power of two or the sum of two, at least 16
+(`round_up`), so N = 197 costs 208 x 208 scores in forward. The share of wasted scores is 39 % at
+N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 4 % at 785, 2 % at 1029 and 1 % at 1370.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastvit_kernels import limits, tuned, tuned_attention
+from fastvit_kernels.attention_long import _attention_fwd_kernel
+from fastvit_kernels.attention_long_bwd import _attention_bwd_kernel
+from fastvit_kernels.attention_resident import (
+    _attention_bwd_resident_kernel,
+    _attention_fwd_resident_kernel,
+)
+from fastvit_kernels.launch import cdiv, launch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch of a pass: its constexprs, config and programs per head."""
+
+    kernel: Any
+    programs: int
+    constants: dict[str, Any]
+    config: tuned.Config
+
+    def __call__(self, heads: int, batch: int, *args: Any, **constants: Any) -> None:
+        # Under torch.compile, `ops` skips this check, which would become a guard.
+        if batch > limits.BATCH_MAX:
+            raise RuntimeError(
+                f"attention: batch {batch} is over {limits.BATCH_MAX} in compiled code; "
+                "compile it under fastvit.use_backend('reference')"
+            )
+        launch(
+            self.kernel,
+            (self.programs, heads, batch),
+            *args,
+            **self.constants,
+            **constants,
+            num_warps=self.config.num_warps,
+            num_stages=self.config.num_stages,
+            maxnreg=self.config.maxnreg,
+        )
+
+
+def round_up(n: int, pieces: int, largest: int) -> int:
+    """The padded length of n rows: the least multiple of 16, at least n, that consists of tiles of
+    `largest` and a tail of at most `pieces` powers of two.
+    """
+    n = -(-n // 16) * 16
+    while (n % largest).bit_count() > pieces:
+        n += n & -n
+    return n
+
+
+@tuned.memoized
+def plan_fwd(
+    heads: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    ragged: bool,
+    arch: int,
+    sms: int,
+    dropout: bool = False,
+) -> Launch:
+    """The forward launch for `heads` = B * H heads of N tokens.
+
+    With dropout the keys are never all held: Philox takes most of the time and many registers.
+    """
+    for kernel in () if ragged or dropout else ("fwd_fewer_keys", "fwd_resident"):
+        resident = tuned_attention.config(kernel, D, dtype, arch)
+        if N <= resident.BLOCK_N:
+            # Few heads: one program per query tile, although each then loads all keys.
+            splits = cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
+            constants = _resident(N, resident, 2) | {"SPLITS": splits}
+            return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
+    config = tuned_attention.config("fwd", D, dtype, arch, dropout)
+    if heads * cdiv(N, config.BLOCK_M) < sms:
+        config = tuned_attention.config("fwd_small", D, dtype, arch, dropout)
+    sizes = _sizes("M", config, "N", N, ragged, 2, always=dropout)
+    return Launch(_attention_fwd_kernel, _programs(N, sizes, "M", ragged), sizes, config)
+
+
+@tuned.memoized
+def plan_bwd(
+    heads: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    ragged: bool,
+    arch: int,
+    sms: int,
+    dropout: bool = False,
+) -> list[Launch]:
+    """The backward launches: one for short sequences, else dQ and delta, then dK and dV."""
+    few = heads * 2 <= sms
+    several = ragged or dropout or few
+    for kernel in () if several else ("bwd_64_keys", "bwd_128_keys"):
+        resident = tuned_attention.config(kernel, D, dtype, arch)
+        if N <= resident.BLOCK_N:
+            # Head dims of several column blocks leave no registers for a tail in two pieces; at
+            # head dim 16 it is not worth a serialized wgmma.
+            constants = _resident(N, resident, 2 if D in (32, 64) else 1)
+            return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
+    beside = "_beside" if few and N <= tuned_attention.SIDE_BY_SIDE and not dropout else ""
+    if not tuned_attention.config("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
+        beside = ""
+    dq, dkv = (tuned_attention.config(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))
+    if N <= tuned_attention.FEWER_QUERIES and not (ragged or dropout or beside):
+        fewer = tuned_attention.config("dkv_fewer_queries", D, dtype, arch)
+        dkv = fewer if fewer.BLOCK_N else dkv
+    pieces = 2 if D <= 64 else 1  # wider tiles leave no registers for a tail in two pieces
+    dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, "STEP_")
+    dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_", always=bool(beside))
+    programs = [_programs(N, dq_sizes, "M", ragged), _programs(N, dkv_sizes, "N", ragged)]
+    if beside:
+        constants = {"PART": "both"} | dq_sizes | dkv_sizes
+        return [Launch(_attention_bwd_kernel, sum(programs), constants, dq)]
+    to_dq = {"PART": "dq"} | dict.fromkeys(dkv_sizes, 0) | dq_sizes
+    to_dkv = {"PART": "dkv"} | dict.fromkeys(dq_sizes, 0) | dkv_sizes
+    return [
+        Launch(_attention_bwd_kernel, programs[0], to_dq, dq),
+        Launch(_attention_bwd_kernel, programs[1], to_dkv, dkv),
+    ]
+
+
+def _resident(N: int, config: tuned.Config, pieces: int) -> dict[str, Any]:
+    block_m = config.BLOCK_M
+    return {
+        "HAS_FULL": N >= block_m,
+        "BLOCK_M": block_m,
+        "TAIL_M": round_up(N % block_m, 1, block_m),
+        "KEYS": max(32, round_up(N, pieces, 128)),
+    }
+
+
+def _sizes(
+    owned: str,
+    config: tuned.Config,
+    walked: str,
+    N: int,
+    ragged: bool,
+    pieces: int,
+    step: str = "",
+    always: bool = False,
+) -> dict[str, int]:
+    """Tile sizes of a kernel whose programs each own a block of one side (M queries or N keys) and
+    loop over the other.
+
+    always: compile the inner tail loop even where there is no tail (it then runs zero iterations).
+    Without it ptxas serializes the wgmmas of some kernels.
+    """
+    blocks = {"M": config.BLOCK_M, "N": config.BLOCK_N}
+    sizes = {}
+    for side, prefix in ((owned, ""), (walked, step)):
+        block = blocks[side]
+        tail = block if ragged else round_up(N % block, pieces, block)
+        if always and side == walked:
+            tail = tail or block
+        names = (f"BLOCK_{side}", f"TAIL_{side}")
+        if prefix:
+            names = (f"STEP_{side}", f"STEP_TAIL_{side}")
+        sizes |= dict(zip(names, (block, tail), strict=True))
+    return sizes
+
+
+def _programs(N: int, sizes: dict[str, int], owned: str, ragged: bool) -> int:
+    block, tail = sizes[f"BLOCK_{owned}"], sizes[f"TAIL_{owned}"]
+    if ragged:
+        return cdiv(N, block)
+    return N // block + tail // block + (tail % block).bit_count()
