@@ -52,7 +52,7 @@ def case(
 
 
 def ours(product: str) -> Callable[[Tensor, Tensor], Tensor]:
-    from fastvit_kernels import gemm, gemm_dw
+    from fastvit_kernels import gemm, gemm_dw, parameter_grads
 
     def forward(x: Tensor, weight: Tensor) -> Tensor:
         return gemm.gemm(x, weight.t(), x.new_empty(len(x), len(weight)))
@@ -62,7 +62,7 @@ def ours(product: str) -> Callable[[Tensor, Tensor], Tensor]:
 
     def dw(dy: Tensor, x: Tensor) -> Tensor:
         like = dy.new_empty(dy.shape[1], x.shape[1])
-        (found, *_) = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(dy, x), like, None)
+        (found, *_) = parameter_grads.reduce_slabs(gemm_dw.gemm_dw(dy, x), like, None)
         assert found is not None
         return found
 

@@ -19,6 +19,7 @@ from fastvit_kernels import (
     layernorm_mlp,
     linear_residual,
     mlp_narrow,
+    parameter_grads,
     patch_embed,
     replay,
     swiglu,
@@ -177,7 +178,7 @@ if __name__ == "__main__":
     JITFunction.run = run
     assert (len(seen), len(launch._compiled)) == (len(first), kept)
     rows = (layernorm, layernorm_fold, mlp_narrow, patch_embed, swiglu)
-    for module in (attention_plan, gemm, gemm_dw, *rows):
+    for module in (attention_plan, gemm, gemm_dw, parameter_grads, *rows):
         setattr(module, "launch", tritons)  # noqa: B010
     replay.run = lambda launcher, args: launcher(*args)
     expected = launches()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+PLAN = ("tiles", "steps", "programs", "chunks", "share", "chunks2")  # kernels' arguments
+
 
 @dataclass(frozen=True)
 class Plan:

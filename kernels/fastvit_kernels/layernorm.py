@@ -4,7 +4,7 @@ forward   mean, rstd = 1 / sqrt(var + eps) and, unless the next product applies 
           y = xhat w + b
 backward  dx = rstd * (dy w - mean(dy w) - xhat mean(dy w xhat)) + dresidual; y again, for that
           product's dW; partial sums over runs of rows of dy xhat (for w) and of dy (for b), which
-          `gemm_dw.reduce_slabs` adds in order; a copy, path_scale * dx in the compute dtype, for
+          `parameter_grads` adds in order; a copy, path_scale * dx in the compute dtype, for
           the residual branch whose backward comes next (`gradient_copy`)
 RMSNorm is the same with mean = 0 and var = mean(x^2), and without mean(dy w) in dx.
 Bytes: x read, y written; then dy, x, dresidual read, dx, its copy and y written, once each.

@@ -26,6 +26,7 @@ from fastvit_kernels import (
     layernorm,
     layernorm_fold,
     library,
+    parameter_grads,
     row_statistics,
     tuned,
 )
@@ -158,9 +159,10 @@ def _bwd(
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
     dw = db = None
     if y is not None:
-        dw, db, _, *dnorm = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(dy, y), param, bias, norm=sums)
+        slabs = gemm_dw.gemm_dw(dy, y)
+        dw, db, _, *dnorm = parameter_grads.reduce_slabs(slabs, param, bias, norm=sums)
     else:
-        dnorm = gemm_dw.reduce_norm(sums)
+        dnorm = parameter_grads.reduce_norm(sums)
     return [*dxs, *library.marked((*(dnorm or (None, None)), dw, db), needs)]
 
 

@@ -27,6 +27,7 @@ from fastvit_kernels import (
     layernorm,
     library,
     mlp_narrow,
+    parameter_grads,
     row_statistics,
     tuned,
 )
@@ -216,10 +217,10 @@ def _bwd(
     dfc1 = dfc2 = (None, None, None)
     if y is not None and du is not None and parts2 is not None:
         first = (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)
-        grads = gemm_dw.reduce_slabs(parts2, fc2_param, fc2_bias, layer_scale, first, sums)
+        grads = parameter_grads.reduce_slabs(parts2, fc2_param, fc2_bias, layer_scale, first, sums)
         dfc2, dfc1, dnorm = grads[:3], grads[3:5], grads[5:]
     else:
-        dnorm = gemm_dw.reduce_norm(sums)
+        dnorm = parameter_grads.reduce_norm(sums)
     grads = (*(dnorm or (None, None)), *dfc1[:2], *dfc2)
     return [*dxs, *library.marked(grads, needs)]
 

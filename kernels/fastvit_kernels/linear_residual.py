@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels import gemm, gemm_dw, gradient_copy, library, row_statistics
+from fastvit_kernels import gemm, gemm_dw, gradient_copy, library, parameter_grads, row_statistics
 
 
 def _fwd(
@@ -83,7 +83,7 @@ def _bwd(
     gemm.gemm(*operands(g, weight, param, layer_scale), dx)
     if not any(needs):
         return [dx]
-    grads = gemm_dw.reduce_slabs(gemm_dw.gemm_dw(g, x), param, bias, layer_scale)
+    grads = parameter_grads.reduce_slabs(gemm_dw.gemm_dw(g, x), param, bias, layer_scale)
     return [dx, *library.marked(grads, needs)]
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit_kernels import gemm, gemm_dw, library, tuned
+from fastvit_kernels import gemm, gemm_dw, library, parameter_grads, tuned
 from fastvit_kernels.common import dot, multiple_of_8, tile_order
 from fastvit_kernels.gemm_dw import add_sums, store_slab
 from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
@@ -422,7 +422,7 @@ def _bwd(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        dw, db, _ = gemm_dw.reduce_slabs(slabs, param.flatten(1), bias)
+        dw, db, _ = parameter_grads.reduce_slabs(slabs, param.flatten(1), bias)
         dw = dw.view(param.shape)
     if dpos is not None or dprefix is not None:
         config = tuned.SUM_BATCH
