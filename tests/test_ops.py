@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastvit_kernels.gemm import precision
+from fastvit_kernels.operands import precision
 from parity import results
 from test_strides import OPS
 from torch.autograd import forward_ad

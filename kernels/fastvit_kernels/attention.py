@@ -39,7 +39,7 @@ from fastvit_kernels.attention_resident import (
     _attention_fwd_resident_kernel,
 )
 from fastvit_kernels.common import LOG2E
-from fastvit_kernels.gemm import precision, vectors
+from fastvit_kernels.operands import contiguous, precision
 
 
 def _plan_facts(q: Tensor, at: "_Layout", dropout: float) -> tuple[Any, ...]:
@@ -319,7 +319,7 @@ def attention(
 
     lengths: (B,) integers; keys from lengths[b] on are masked. dropout: rate, on the probabilities.
     """
-    options = (_scale(q, scale), *vectors(lengths), dropout, draw_seed(q, dropout))
+    options = (_scale(q, scale), *contiguous(lengths), dropout, draw_seed(q, dropout))
     return library.apply(AttentionFunction, q, k, v, *options)
 
 
@@ -327,7 +327,7 @@ def attention_qkv(
     qkv: Tensor, scale: float | None = None, lengths: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     """`attention` of a packed projection (B, N, 3, H, D), whose gradient is packed as well."""
-    sequences = (*vectors(lengths), None, 0)
+    sequences = (*contiguous(lengths), None, 0)
     seed = draw_seed(qkv, dropout)
     return library.apply(AttentionQKVFunction, qkv, _scale(qkv, scale), *sequences, dropout, seed)
 
@@ -355,7 +355,7 @@ def attention_lse(
     """log sum exp of each row of q k^T * scale: (B, H, N) float32, without a gradient."""
     q, k = q.detach(), k.detach()
     scale = _scale(q, scale)
-    return attention_fwd(q, k, k, scale, *vectors(lengths))[1] * scale
+    return attention_fwd(q, k, k, scale, *contiguous(lengths))[1] * scale
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

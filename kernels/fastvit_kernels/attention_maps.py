@@ -16,8 +16,8 @@ from fastvit_kernels import library, tuned_attention
 from fastvit_kernels.attention import _scale, strides_divisor, with_int32_offsets
 from fastvit_kernels.attention_tiles import dot_rows, load_tile, rows_of
 from fastvit_kernels.common import LOG2E, exp2
-from fastvit_kernels.gemm import precision
 from fastvit_kernels.launch import cdiv, launch
+from fastvit_kernels.operands import precision
 
 _BLOCK_R, _BLOCK_N = 16, 64
 

@@ -32,8 +32,8 @@ from fastvit_kernels.attention import (
     strides_divisor,
     with_int32_offsets,
 )
-from fastvit_kernels.gemm import vectors
 from fastvit_kernels.launch import cdiv, launch
+from fastvit_kernels.operands import contiguous
 
 
 @triton.jit
@@ -464,7 +464,7 @@ def qk_norm_rope(
     interleaved: bool,
 ) -> Tensor:
     """q' and k' of qkv, (B, N, 3, H, D) -> (B, N, 2, H, D), without a gradient."""
-    tensors = (qkv, *vectors(q_weight, q_bias, k_weight, k_bias))
+    tensors = (qkv, *contiguous(q_weight, q_bias, k_weight, k_bias))
     detached = (None if t is None else t.detach() for t in tensors)
     return attention_qk_fwd(*detached, *_tables(cos, sin), eps, norm, interleaved)
 
@@ -490,8 +490,8 @@ def attention_qk(
 
     With cu_seqlens, qkv is (1, total, 3, H, D) and cos, sin have a row for each of its tokens.
     """
-    params = (*vectors(q_weight, q_bias, k_weight, k_bias), *_tables(cos, sin))
-    sequences = (*vectors(lengths, cu_seqlens), draw_seed(qkv, dropout))
+    params = (*contiguous(q_weight, q_bias, k_weight, k_bias), *_tables(cos, sin))
+    sequences = (*contiguous(lengths, cu_seqlens), draw_seed(qkv, dropout))
     options = (_scale(qkv, scale), max_seqlen, dropout, eps, norm, interleaved)
     return library.apply(AttentionQKFunction, qkv, *params, *sequences, *options)
 

@@ -14,9 +14,9 @@ Epilogues act on the float32 accumulator:
                  LayerNorm that reads it next, the mean and squared deviations of each row's pieces
                  of columns, and a 16-bit copy of float32 rows (`row_statistics`)
 
-Two kernels share the epilogues. `_gemm_tma_kernel` is persistent and loads plain 16-bit operands
-through TMA descriptors. The tensor cores idle while a program runs its epilogue, so long epilogues
-get smaller tiles and two CTAs per SM, one of which multiplies meanwhile.
+Two kernels share the epilogues (`gemm_epilogue`). `_gemm_tma_kernel` is persistent and loads plain
+16-bit operands through TMA descriptors. The tensor cores idle while a program runs its epilogue, so
+long epilogues get smaller tiles and two CTAs per SM, one of which multiplies meanwhile.
 `_gemm_kernel` loads through pointers: prologues, float32, few rows, operands that TMA cannot
 address (base or row stride not a multiple of 16 bytes), and everything on sm_80 and sm_120.
 Operands are multiplied in the compute dtype with float32 accumulation.
@@ -29,162 +29,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit_kernels import tuned
-from fastvit_kernels.common import (
-    dgelu,
-    dot,
-    gelu,
-    multiple_of_8,
-    stagger_programs,
-    tile_order,
-)
+from fastvit_kernels.common import dot, multiple_of_8, stagger_programs, tile_order
+from fastvit_kernels.gemm_epilogue import finish
 from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
-
-
-@triton.jit
-def _epilogue(
-    acc,
-    other,
-    out,
-    offs_m,
-    first_n,
-    row_values,
-    M,
-    N,
-    EPILOGUE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EXACT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Apply the epilogue to columns first_n .. first_n + WIDTH of the tile and store them.
-    other: u for "dgelu", the residual for "residual".
-    """
-    matrices, vectors = out
-    c_ptr, u_ptr, h_ptr, _, copy_ptr, parts_ptr = matrices
-    bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr = vectors
-    path_scale, mean, rstd = row_values
-    offs_n = first_n + tl.arange(0, WIDTH)
-    if sums_ptr is not None:
-        sums = tl.load(sums_ptr + offs_n, mask=offs_n < N, other=0.0)
-        acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    offs, mask = _place(offs_m, offs_n, M, N)
-    if EPILOGUE == "gelu":
-        if u_ptr is not None:
-            tl.store(u_ptr + offs, acc.to(u_ptr.dtype.element_ty), mask=mask)
-        acc = gelu(acc, ACTIVATION, EXACT)
-    elif EPILOGUE == "dgelu":
-        u = other.to(tl.float32)
-        acc = acc * dgelu(u, ACTIVATION, EXACT)
-        if h_ptr is not None:
-            tl.store(h_ptr + offs, gelu(u, ACTIVATION, EXACT).to(h_ptr.dtype.element_ty), mask=mask)
-    elif EPILOGUE == "residual":
-        if layer_scale_ptr is not None:
-            w = tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            acc = acc * w[None, :]
-        if path_scale_ptr is not None:
-            acc = acc * path_scale[:, None]
-        acc += other.to(tl.float32)
-    c = acc.to(c_ptr.dtype.element_ty)
-    tl.store(c_ptr + offs, c, mask=mask)
-    if copy_ptr is not None:
-        tl.store(copy_ptr + offs, acc.to(copy_ptr.dtype.element_ty), mask=mask)
-    if parts_ptr is not None:
-        _store_parts(c, parts_ptr, offs_m, first_n, M, N, WIDTH)
-
-
-@triton.jit
-def _place(offs_m, offs_n, M, N):
-    """Offsets of rows and columns in a contiguous (M, N) matrix, and their mask."""
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    return offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], mask
-
-
-@triton.jit
-def _store_parts(c, parts_ptr, offs_m, first_n, M, N, WIDTH: tl.constexpr):
-    """Store c's row means and sums of squared deviations, of columns first_n .. first_n + WIDTH."""
-    inside = ((first_n + tl.arange(0, WIDTH)) < N)[None, :]
-    c = tl.where(inside, c.to(tl.float32), 0.0)
-    mean = tl.sum(c, axis=1) / tl.minimum(N - first_n, WIDTH)
-    deviation = tl.where(inside, c - mean[:, None], 0.0)
-    parts_ptr += (first_n // WIDTH).to(tl.int64) * 2 * M
-    mask = offs_m < tl.where(first_n < N, M, 0)
-    tl.store(parts_ptr + offs_m, mean, mask=mask)
-    tl.store(parts_ptr + M + offs_m, tl.sum(deviation * deviation, axis=1), mask=mask)
-
-
-@triton.jit
-def _other(other_ptr, offs_m, offs_n, M, N, READS: tl.constexpr):
-    """Load the epilogue's second operand (u or the residual), if it has one."""
-    other = 0.0
-    if READS:
-        offs, mask = _place(offs_m, offs_n, M, N)
-        other = tl.load(other_ptr + offs, mask=mask, other=0.0)
-    return other
-
-
-@triton.jit
-def _columns(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr):
-    """Split acc into SUBTILES tiles of BLOCK_N // SUBTILES columns."""
-    if SUBTILES == 1:
-        parts = (acc,)
-    else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        lo, hi = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, HALF]), [0, 2, 1]))
-        parts = _columns(lo, BLOCK_M, HALF, SUBTILES // 2)
-        parts = parts + _columns(hi, BLOCK_M, HALF, SUBTILES // 2)
-    return parts
-
-
-@triton.jit
-def _finish(
-    acc,
-    out,
-    offs_m,
-    first_n,
-    row_values,
-    M,
-    N,
-    EPILOGUE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SUBTILES: tl.constexpr,
-):
-    """Run the epilogue on SUBTILES parts of the tile in turn, each with its share of the registers.
-    AHEAD: how many parts ahead `other` is loaded, as the compiler moves no load above a store.
-    """
-    WIDTH: tl.constexpr = BLOCK_N // SUBTILES
-    READS: tl.constexpr = EPILOGUE == "dgelu" or EPILOGUE == "residual"
-    other_ptr = out[0][1] if EPILOGUE == "dgelu" else out[0][3]
-    # Loading a float32 operand ahead takes too many registers, unless parts are narrow.
-    WIDE: tl.constexpr = READS and other_ptr.dtype.element_ty == tl.float32
-    AHEAD: tl.constexpr = 2 if SUBTILES >= 8 else 0 if WIDE else 1
-    parts = _columns(acc, BLOCK_M, BLOCK_N, SUBTILES)
-    offs_n = first_n + tl.arange(0, WIDTH)
-    others = ()
-    for i in tl.static_range(SUBTILES + AHEAD):
-        if i < SUBTILES:
-            others += (_other(other_ptr, offs_m, offs_n + i * WIDTH, M, N, READS),)
-        if i >= AHEAD:
-            _epilogue(
-                parts[i - AHEAD],
-                others[i - AHEAD],
-                out,
-                offs_m,
-                first_n + (i - AHEAD) * WIDTH,
-                row_values,
-                M,
-                N,
-                EPILOGUE,
-                ACTIVATION,
-                EXACT,
-                WIDTH,
-            )
+from fastvit_kernels.operands import descriptor, precision, tma_compatible
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
@@ -274,7 +124,7 @@ def _gemm_kernel(
 
     matrices = (c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr)
     out = (matrices, (bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr))
-    _finish(
+    finish(
         acc,
         out,
         offs_m,
@@ -352,7 +202,7 @@ def _gemm_tma_kernel(
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)
             rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
-        _finish(
+        finish(
             acc,
             out,
             offs_m,
@@ -367,47 +217,6 @@ def _gemm_tma_kernel(
             BLOCK_N,
             SUBTILES,
         )
-
-
-TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Input precision of products: "tf32" for float32 if PyTorch's switch is on, else "ieee"."""
-    if dtype != torch.float32:
-        return "ieee"
-    # fp32_precision reflects allow_tf32, which raises when read after fp32_precision was set.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def rows(x: Tensor) -> Tensor:
-    """x as a matrix of rows; copied unless rows have one stride and columns stride 1."""
-    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
-
-
-def vectors(*given: Tensor | None) -> list[Tensor | None]:
-    """The vectors made contiguous, as the kernels read them; copied only if they are not.
-    Call it before an autograd Function, so that gradients flow back to the originals.
-    """
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in given]
-
-
-def tma_compatible(*tensors: Tensor) -> bool:
-    """Whether TMA can address the matrices: 16-bit, unit column stride, base and row stride aligned
-    to 16 bytes.
-    """
-    return all(
-        t.element_size() == 2
-        and t.stride(1) == 1
-        and t.stride(0) % 8 == 0
-        and t.stride(0) >= t.shape[1]
-        and t.data_ptr() % 16 == 0
-        for t in tensors
-    )
-
-
-def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 
 def _config(a: Tensor, b: Tensor, plain: bool, epilogue: str) -> tuple[tuned.Config, Tensor]:

@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit_kernels import gemm, tuned
+from fastvit_kernels import tuned
 from fastvit_kernels.common import dot, multiple_of_8
 from fastvit_kernels.dw_plan import PLAN, Plan, num_segments, owned, segment
 from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
+from fastvit_kernels.operands import descriptor, precision, tma_compatible
 
 
 @triton.jit
@@ -185,14 +186,14 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
     column stride.
     """
     (M, N), K = g.shape, x.shape[1]
-    tma = gemm.tma_compatible(g, x)
+    tma = tma_compatible(g, x)
     config, plan = tuned.gemm_dw(M, N, K, x.dtype, g.device.index, tma)
     columns = tuned.dw_columns(plan, cdiv(N, config.BLOCK_N), g.device.index)
     slabs = new_slabs(config, plan, N, K, columns, g.device)
     operands: tuple = (g, x)
     if config.tma:
         blocks = [config.BLOCK_M, config.BLOCK_N], [config.BLOCK_M, config.BLOCK_K]
-        operands = gemm.descriptor(g, blocks[0]), gemm.descriptor(x, blocks[1])
+        operands = descriptor(g, blocks[0]), descriptor(x, blocks[1])
     launch(
         _gemm_dw_kernel,
         (plan.programs,),
@@ -204,7 +205,7 @@ def gemm_dw(g: Tensor, x: Tensor) -> Slabs:
         g.stride(0),
         x.stride(0),
         TMA=config.tma,
-        PRECISION=gemm.precision(x.dtype),
+        PRECISION=precision(x.dtype),
         BY_8=only_multiples_of_8(N, K, g.stride(0), x.stride(0)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,

@@ -30,6 +30,7 @@ from fastvit_kernels import (
     row_statistics,
     tuned,
 )
+from fastvit_kernels.operands import as_rows, contiguous
 
 
 def _fwd(
@@ -207,7 +208,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
         dtype: torch.dtype,
         keeps_weight: bool,
     ) -> tuple[Tensor, Tensor]:
-        x2, norm, rows = gemm.rows(x), (norm_weight, norm_bias), (parts, copy)
+        x2, norm, rows = as_rows(x), (norm_weight, norm_bias), (parts, copy)
         out, mean, rstd, w = layernorm_linear_fwd(
             x2, *norm, weight, bias, *rows, eps, rms, dtype, keeps_weight
         )
@@ -223,11 +224,11 @@ class LayerNormLinearFunction(torch.autograd.Function):
         if dy is None:
             return dx, *(None,) * 10
         saved = ctx.saved_tensors
-        residual = None if dx is None else gemm.rows(dx).contiguous()
+        residual = None if dx is None else as_rows(dx).contiguous()
         needs = ctx.needs_input_grad[1:5]
         request = gradient_copy.current_request(ctx.upstream)
         copy = (request is not None, None if request is None else request.path_scale)
-        dx2, *grads = layernorm_linear_bwd(gemm.rows(dy), residual, *saved, ctx.rms, needs, *copy)
+        dx2, *grads = layernorm_linear_bwd(as_rows(dy), residual, *saved, ctx.rms, needs, *copy)
         dx2 = dx2.view(*dy.shape[:-1], saved[0].shape[1])
         if request is not None:
             gradient_copy.attach(dx2, grads.pop(0), request)
@@ -245,7 +246,7 @@ def layernorm_linear(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm(x) weight^T + bias in `dtype`, and x. x: (..., C); weight: (O, C) -> (..., O)."""
-    norm_weight, norm_bias, bias = gemm.vectors(norm_weight, norm_bias, bias)
+    norm_weight, norm_bias, bias = contiguous(norm_weight, norm_bias, bias)
     args = (x, norm_weight, norm_bias, weight, bias)
     options = (*row_statistics.take(x, dtype), eps, rms, dtype, library.wants_gradient(*args))
     return library.apply(LayerNormLinearFunction, *args, *options)

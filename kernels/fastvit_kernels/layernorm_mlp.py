@@ -9,7 +9,7 @@ drop path and residual in fc2's. In backward the epilogue of dU, which reads u a
 GELU(u) for dW2: computed as dW2 loads its tiles, it would be recomputed for each column of tiles,
 in more issue slots than the products take.
 Launches: 3 forward (norm, fc1, fc2); 6 backward (dU, dW2, dh, norm, dW1, the reduction of all
-partial sums), with LayerScale one more (`linear_residual.operands`). Short rows on sm_90
+partial sums), with LayerScale one more (`linear_residual.dx_operands`). Short rows on sm_90
 (`tuned.mlp_narrow`, mlp_narrow.py): 1 forward, 4 backward. Forward takes one more for each weight
 that must be cast, except where the norm is folded.
 """
@@ -32,7 +32,8 @@ from fastvit_kernels import (
     tuned,
 )
 from fastvit_kernels.layernorm_linear import norm_gemm, norm_is_folded, plan_cast, returnable
-from fastvit_kernels.linear_residual import branch_dtype, operands
+from fastvit_kernels.linear_residual import branch_dtype, dx_operands
+from fastvit_kernels.operands import as_rows, contiguous
 
 
 def _fwd(
@@ -203,7 +204,7 @@ def _bwd(
         parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
     else:
         du, h = torch.empty_like(u), torch.empty_like(u) if needs_fc else None
-        product = operands(g, fc2_weight, fc2_param, layer_scale)
+        product = dx_operands(g, fc2_weight, fc2_param, layer_scale)
         gemm.gemm(*product, du, epilogue="dgelu", u=u, h=h, activation=activation)
         parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
         del h, g, product
@@ -279,7 +280,7 @@ class LayerNormMlpFunction(torch.autograd.Function):
         dtype: torch.dtype,
         backward: bool,
     ) -> Tensor:
-        x2, tokens = gemm.rows(x).contiguous(), x.shape[1]
+        x2, tokens = as_rows(x).contiguous(), x.shape[1]
         out_dtype = branch_dtype(x, layer_scale, dtype)
         norm, branch = (norm_weight, norm_bias), (layer_scale, path_scale)
         fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -306,8 +307,8 @@ class LayerNormMlpFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:8]
         request = gradient_copy.current_request(ctx.upstream)
         g = gradient_copy.branch_gradient(dout, ctx.copy_request, saved[6].dtype, path_scale)
-        dout2 = gemm.rows(dout).contiguous()
-        g = dout2 if g is dout else gemm.rows(g).contiguous()
+        dout2 = as_rows(dout).contiguous()
+        g = dout2 if g is dout else as_rows(g).contiguous()
         copy = (request is not None, None if request is None else request.path_scale)
         dx, *grads = layernorm_mlp_bwd(dout2, g, *saved, *ctx.options, needs, *copy)
         dx = dx.view(dout.shape)
@@ -336,10 +337,10 @@ def layernorm_mlp(
 
     x: (B, N, C); activation: 'gelu', 'gelu_tanh' or 'quick_gelu' -> (B, N, C) in eager's dtype.
     """
-    norm_weight, norm_bias, layer_scale, path_scale = gemm.vectors(
+    norm_weight, norm_bias, layer_scale, path_scale = contiguous(
         norm_weight, norm_bias, layer_scale, path_scale
     )
-    fc1_bias, fc2_bias = gemm.vectors(fc1_bias, fc2_bias)
+    fc1_bias, fc2_bias = contiguous(fc1_bias, fc2_bias)
     # Without a backward u would be written for nothing.
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
     backward = library.wants_gradient(*tensors)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels import gemm, gemm_dw, gradient_copy, library, parameter_grads, row_statistics
+from fastvit_kernels.operands import as_rows, contiguous
 
 
 def _fwd(
@@ -54,7 +55,7 @@ def _fwd_fake(x, weight, bias, residual, layer_scale, path_scale, tokens, out_dt
     return [x.new_empty((x.shape[0], len(weight)), dtype=out_dtype)]
 
 
-def operands(
+def dx_operands(
     g: Tensor, weight: Tensor, param: Tensor, layer_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The operands of dX = (layer_scale * g) W. LayerScale is multiplied into W, which is smaller
@@ -80,7 +81,7 @@ def _bwd(
     if len(x) == 0:
         return library.zeros(x, library.marked((param, bias, layer_scale), needs))
     dx = weight.new_empty((len(g), weight.shape[1]))
-    gemm.gemm(*operands(g, weight, param, layer_scale), dx)
+    gemm.gemm(*dx_operands(g, weight, param, layer_scale), dx)
     if not any(needs):
         return [dx]
     grads = parameter_grads.reduce_slabs(gemm_dw.gemm_dw(g, x), param, bias, layer_scale)
@@ -116,9 +117,9 @@ class LinearResidualFunction(torch.autograd.Function):
         path_scale: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        x2, w, tokens = gemm.rows(x.to(dtype)), weight.to(dtype), x.shape[1]
+        x2, w, tokens = as_rows(x.to(dtype)), weight.to(dtype), x.shape[1]
         out_dtype = branch_dtype(residual, layer_scale, dtype)
-        residual2 = gemm.rows(residual).contiguous()
+        residual2 = as_rows(residual).contiguous()
         keeps = row_statistics.enabled(x2, weight, dtype)
         branch = (layer_scale, path_scale, tokens)
         out, *statistics = linear_residual_fwd(x2, w, bias, residual2, *branch, out_dtype, keeps)
@@ -136,7 +137,7 @@ class LinearResidualFunction(torch.autograd.Function):
         *saved, path_scale = ctx.saved_tensors  # checkpointing lets them be read once
         needs = [ctx.needs_input_grad[i] for i in (1, 2, 4)]
         g = gradient_copy.branch_gradient(dout, ctx.copy_request, saved[1].dtype, path_scale)
-        dx, *grads = linear_residual_bwd(gemm.rows(g), *saved, needs)
+        dx, *grads = linear_residual_bwd(as_rows(g), *saved, needs)
         dweight, dbias, dscale = library.spread(grads, needs)
         dx = dx.view(*dout.shape[:-1], dx.shape[1]).to(ctx.x_dtype)
         return dx, dweight, dbias, dout.to(ctx.residual_dtype), dscale, None, None
@@ -155,5 +156,5 @@ def linear_residual(
 
     x: (B, N, K); weight: (C, K); residual: (B, N, C) -> (B, N, C) in eager's dtype.
     """
-    bias, *branch = gemm.vectors(bias, layer_scale, path_scale)
+    bias, *branch = contiguous(bias, layer_scale, path_scale)
     return library.apply(LinearResidualFunction, x, weight, bias, residual, *branch, dtype)

@@ -33,9 +33,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit_kernels import gemm, tuned
+from fastvit_kernels import tuned
 from fastvit_kernels.common import dgelu, dot, gelu, wait_for_wgmma
 from fastvit_kernels.launch import cdiv, launch
+from fastvit_kernels.operands import TL_DTYPE, descriptor, tma_compatible
 
 
 @triton.constexpr_function
@@ -367,7 +368,7 @@ def config(kernel: str, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> tu
     weights = (fc1_weight, fc2_weight)
     if found is None or not all(w.is_contiguous() for w in weights):
         return None
-    return None if found.tma and not gemm.tma_compatible(*weights) else found
+    return None if found.tma and not tma_compatible(*weights) else found
 
 
 def _weights(
@@ -376,8 +377,8 @@ def _weights(
     """Both weights as the kernels take them; block1, block2: the size of their tiles along C."""
     if not config.tma:
         return fc1_weight, fc2_weight
-    w1 = gemm.descriptor(fc1_weight, [config.BLOCK_N, block1])
-    return w1, gemm.descriptor(fc2_weight, [block2, config.BLOCK_N])
+    w1 = descriptor(fc1_weight, [config.BLOCK_N, block1])
+    return w1, descriptor(fc2_weight, [block2, config.BLOCK_N])
 
 
 def _sum_block(config: tuned.Config) -> int:
@@ -392,7 +393,7 @@ def _constants(
         "C": C,
         "RMS": rms,
         "ACTIVATION": activation,
-        "COMPUTE": gemm.TL_DTYPE[dtype],
+        "COMPUTE": TL_DTYPE[dtype],
         "TMA": config.tma,
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_F": config.BLOCK_N,

@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit_kernels import gemm, gemm_dw, library, parameter_grads, tuned
+from fastvit_kernels import gemm_dw, library, parameter_grads, tuned
 from fastvit_kernels.common import dot, multiple_of_8, tile_order
 from fastvit_kernels.gemm_dw import add_sums, store_slab
 from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
+from fastvit_kernels.operands import TL_DTYPE, precision
 
 
 @triton.jit
@@ -352,7 +353,7 @@ def _fwd(
         grid_w,
         *images.stride(),
         **geometry,
-        PRECISION=gemm.precision(weight.dtype),
+        PRECISION=precision(weight.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
@@ -414,8 +415,8 @@ def _bwd(
             plan.share * config.BLOCK_M,
             *images.stride(),
             **geometry,
-            COMPUTE=gemm.TL_DTYPE[dtype],
-            PRECISION=gemm.precision(dtype),
+            COMPUTE=TL_DTYPE[dtype],
+            PRECISION=precision(dtype),
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             BLOCK_K=config.BLOCK_K,
@@ -458,7 +459,7 @@ def _bwd(
             grid_w,
             *dimages.stride()[:3],
             **geometry,
-            PRECISION=gemm.precision(dtype),
+            PRECISION=precision(dtype),
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             BLOCK_K=config.BLOCK_K,

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
-from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastvit_kernels import gemm, launch, tuned
+from fastvit_kernels import launch, tuned
+from fastvit_kernels.common import INTERPRET
+from fastvit_kernels.operands import precision
 
 MAX_RECIPES = 4096  # recipes kept
 _SEEN = object()  # marks a key of which one call was made
@@ -274,7 +275,7 @@ def _makes(step: Any) -> bool:
 
 def run(launcher: Callable[..., Any], args: tuple) -> Any:
     """launcher(*args), replayed from its recipe where there is one."""
-    if type(gemm._gemm_kernel) is not JITFunction or not launch.is_plain_triton():
+    if INTERPRET.value or not launch.is_plain_triton():
         return launcher(*args)
     return replay(launcher, args)
 
@@ -324,7 +325,7 @@ def _cache_key(launcher: Callable[..., Any], args: tuple) -> tuple[tuple | None,
     if addresses % 16:
         return None, tensors
     if wide:
-        facts.append(gemm.precision(torch.float32))
+        facts.append(precision(torch.float32))
     if len({id(t) for t in tensors}) < len(tensors):
         ids = [id(t) for t in tensors]
         facts.append(tuple(map(ids.index, ids)))

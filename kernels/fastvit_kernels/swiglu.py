@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit_kernels import gemm, library, tuned
+from fastvit_kernels import library, tuned
 from fastvit_kernels.common import sigmoid
 from fastvit_kernels.launch import cdiv, launch
+from fastvit_kernels.operands import as_rows
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -99,7 +100,7 @@ swiglu_bwd = library.register("swiglu_bwd", lambda dy, x: x.new_empty(x.shape))(
 class SwiGluFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x2 = gemm.rows(x)
+        x2 = as_rows(x)
         ctx.save_for_backward(x2)
         return library.reshaped(swiglu_fwd(x2), *x.shape[:-1], x.shape[-1] // 2)
 
@@ -107,7 +108,7 @@ class SwiGluFunction(torch.autograd.Function):
     @library.plain_backward
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        return swiglu_bwd(gemm.rows(dy), x).view(*dy.shape[:-1], x.shape[1])
+        return swiglu_bwd(as_rows(dy), x).view(*dy.shape[:-1], x.shape[1])
 
 
 def swiglu(x: Tensor) -> Tensor:
