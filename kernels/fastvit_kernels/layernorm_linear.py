@@ -24,12 +24,11 @@ from fastvit_kernels import (
     gemm_dw,
     gradient_copy,
     layernorm,
-    layernorm_fold,
     library,
     parameter_grads,
     row_statistics,
-    tuned,
 )
+from fastvit_kernels.norm_gemm import norm_gemm, norm_is_folded, plan_cast, returnable
 from fastvit_kernels.operands import as_rows, contiguous
 
 
@@ -56,68 +55,6 @@ def _fwd(
     norm, rows = (norm_weight, norm_bias), (parts, copy)
     mean, rstd = norm_gemm(x, *norm, weight, out, eps, rms, param, rows, casts=casts, bias=bias)
     return out, mean, rstd, returnable(weight, param, keeps_weight)
-
-
-def norm_is_folded(x: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
-    """Whether norm_gemm folds the norm into param itself, and does not read the cast weight."""
-    return len(x) > 0 and tuned.norm_placement(len(x), len(param), dtype) == "fold"
-
-
-def plan_cast(
-    param: Tensor, dtype: torch.dtype, needed: bool = True
-) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """param in `dtype` (None if not needed), and the (source, target) pairs still to be cast."""
-    if param.dtype == dtype:
-        return param, []
-    if not needed:
-        return None, []
-    weight = torch.empty(param.shape, dtype=dtype, device=param.device)
-    return weight, [(param, weight)]
-
-
-def returnable(weight: Tensor | None, param: Tensor, keeps: bool) -> Tensor:
-    """weight for an op to return: empty if not kept or if it is param, an argument of the op."""
-    return param.new_empty(0) if weight is None or weight is param or not keeps else weight
-
-
-def norm_gemm(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor | None,
-    out: Tensor,
-    eps: float,
-    rms: bool,
-    param: Tensor,
-    rows: tuple[Tensor | None, Tensor | None] = (None, None),
-    known: tuple[Tensor, Tensor] | None = None,
-    casts: Sequence[tuple[Tensor, Tensor]] = (),
-    **epilogue: Any,
-) -> tuple[Tensor, Tensor]:
-    """Write epilogue(norm(x) weight^T) to out; return mean and rstd. param: weight before its cast;
-    rows: parts and copy of x; known: mean and rstd, when this is recomputed in backward; casts:
-    (source, target) pairs, cast in the launch that folds the norm, or before.
-    """
-    if norm_is_folded(x, param, out.dtype):
-        norm, bias = (norm_weight, norm_bias), epilogue.pop("bias", None)
-        folded = layernorm_fold.layernorm_fold(
-            x, *norm, param, bias, eps, rms, out.dtype, *rows, known, casts
-        )
-        fold = (folded.shift, folded.scale, folded.sums)
-        gemm.gemm(folded.z, folded.weight.t(), out, fold=fold, bias=folded.bias, **epilogue)
-        return folded.mean, folded.rstd
-    for source, copy in casts:
-        copy.copy_(source)
-    assert weight is not None
-    loads = tuned.norm_placement(len(x), len(param), out.dtype) == "load"
-    y_dtype = None if loads else out.dtype
-    y, mean, rstd = layernorm.layernorm_fwd(x, norm_weight, norm_bias, eps, rms, y_dtype)
-    if y is None:
-        norm = (norm_weight, norm_bias, mean, rstd)
-        gemm.gemm(x, weight.t(), out, prologue="layernorm", norm=norm, **epilogue)
-    else:
-        gemm.gemm(y, weight.t(), out, **epilogue)
-    return mean, rstd
 
 
 def _fwd_fake(x, norm_weight, norm_bias, param, bias, parts, copy, eps, rms, dtype, keeps_weight):

@@ -31,8 +31,8 @@ from fastvit_kernels import (
     row_statistics,
     tuned,
 )
-from fastvit_kernels.layernorm_linear import norm_gemm, norm_is_folded, plan_cast, returnable
 from fastvit_kernels.linear_residual import branch_dtype, dx_operands
+from fastvit_kernels.norm_gemm import norm_gemm, norm_is_folded, plan_cast, returnable
 from fastvit_kernels.operands import as_rows, contiguous
 
 
