@@ -95,13 +95,13 @@ def _bwd(
     )
     dxs = [dx] if copy is None else [dx, copy]
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
-    dw = db = None
-    if y is not None:
-        slabs = gemm_dw.gemm_dw(dy, y)
-        dw, db, _, *dnorm = parameter_grads.reduce_slabs(slabs, param, bias, norm=sums)
+    if y is None:
+        grads = parameter_grads.reduce_norm(sums)
     else:
-        dnorm = parameter_grads.reduce_norm(sums)
-    return [*dxs, *library.marked((*(dnorm or (None, None)), dw, db), needs)]
+        slabs = gemm_dw.gemm_dw(dy, y)
+        grads = parameter_grads.reduce_slabs(slabs, param, bias, norm=sums)
+    found = (grads.norm_weight, grads.norm_bias, grads.weight, grads.bias)
+    return [*dxs, *library.marked(found, needs)]
 
 
 def _bwd_fake(

@@ -201,12 +201,12 @@ def _bwd(
         dx, copy, y, norm_rows, du, h = mlp_narrow.mlp_bwd(
             config, dout, g, x, u, *norm, *fc, layer_scale, *options, path_scale
         )
-        parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
+        fc2_slabs = None if h is None else gemm_dw.gemm_dw(g, h)
     else:
         du, h = torch.empty_like(u), torch.empty_like(u) if needs_fc else None
         product = dx_operands(g, fc2_weight, fc2_param, layer_scale)
         gemm.gemm(*product, du, epilogue="dgelu", u=u, h=h, activation=activation)
-        parts2 = None if h is None else gemm_dw.gemm_dw(g, h)
+        fc2_slabs = None if h is None else gemm_dw.gemm_dw(g, h)
         del h, g, product
         dh = gemm.gemm(du, fc1_weight, fc1_weight.new_empty(x.shape))
         dtypes = (w_dtype if written else None for written in (needs_fc, copies))
@@ -215,15 +215,15 @@ def _bwd(
         )
     dxs = [dx] if copy is None else [dx, copy]
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
-    dfc1 = dfc2 = (None, None, None)
-    if y is not None and du is not None and parts2 is not None:
-        first = (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)
-        grads = parameter_grads.reduce_slabs(parts2, fc2_param, fc2_bias, layer_scale, first, sums)
-        dfc2, dfc1, dnorm = grads[:3], grads[3:5], grads[5:]
+    if y is not None and du is not None and fc2_slabs is not None:
+        fc1 = (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)
+        fc2 = (fc2_slabs, fc2_param, fc2_bias)
+        grads = parameter_grads.reduce_slabs(*fc2, layer_scale, second=fc1, norm=sums)
     else:
-        dnorm = parameter_grads.reduce_norm(sums)
-    grads = (*(dnorm or (None, None)), *dfc1[:2], *dfc2)
-    return [*dxs, *library.marked(grads, needs)]
+        grads = parameter_grads.reduce_norm(sums)
+    dnorm, dfc1 = (grads.norm_weight, grads.norm_bias), (grads.weight2, grads.bias2)
+    found = (*dnorm, *dfc1, grads.weight, grads.bias, grads.layer_scale)
+    return [*dxs, *library.marked(found, needs)]
 
 
 def _bwd_fake(

@@ -85,7 +85,7 @@ def _bwd(
     if not any(needs):
         return [dx]
     grads = parameter_grads.reduce_slabs(gemm_dw.gemm_dw(g, x), param, bias, layer_scale)
-    return [dx, *library.marked(grads, needs)]
+    return [dx, *library.marked((grads.weight, grads.bias, grads.layer_scale), needs)]
 
 
 def _bwd_fake(g, x, weight, param, bias, layer_scale, needs):

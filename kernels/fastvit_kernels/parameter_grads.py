@@ -4,6 +4,8 @@ the rows of LayerNorm's backward, each added in order. No atomics: bitwise repea
 One launch serves all parameters of an op.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -234,6 +236,23 @@ def _reduce_slabs_kernel(
         _reduce_norm(tile, norm_rows_ptr, dnorm_weight_ptr, dnorm_bias_ptr, C, R, BLOCK_R, BLOCK_C)
 
 
+class Grads(NamedTuple):
+    """Gradients in their parameters' dtypes; None where a parameter is, or was not given."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    layer_scale: Tensor | None = None
+    weight2: Tensor | None = None
+    bias2: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+
+
+# The kernel's arguments from slabs2_ptr on, and from norm_rows_ptr on, where there are none.
+NO_SECOND = (None,) * 4 + (1,) * 9
+NO_NORM = (None,) * 3 + (1,) * 2
+
+
 def reduce_slabs(
     slabs: Slabs,
     weight: Tensor,
@@ -241,36 +260,35 @@ def reduce_slabs(
     layer_scale: Tensor | None = None,
     second: tuple[Slabs, Tensor, Tensor | None] | None = None,
     norm: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
-) -> list[Tensor | None]:
-    """Gradients in their parameters' dtypes, None where a parameter is: weight, bias, layer_scale;
-    weight and bias of `second`, (slabs, weight, bias); those of `norm`, (rows (R, 2, C), weight,
-    bias).
+) -> Grads:
+    """The gradients of weight, bias and layer_scale; of weight2 and bias2 in `second`, (slabs,
+    weight2, bias2); of norm_weight and norm_bias in `norm`, (rows (R, 2, C), norm_weight,
+    norm_bias).
     """
-    grads = [_like(p) for p in (weight, bias, layer_scale)]
-    tiles = slabs2_tiles = slabs.dw.shape[1:]
-    args2: tuple = (None,) * 4 + (1,) * 9
-    widths = [slabs.K]
-    if second is not None:
-        slabs2, *params2 = second
-        grads += [_like(p) for p in params2]
-        slabs2_tiles = slabs2.dw.shape[1:]
-        widths.append(slabs2.K)
-        args2 = (slabs2.dw, slabs2.db, *grads[3:], *slabs2.arguments)
-    args3: tuple = (None, None, None, 1, 1)
+    grads = Grads(_like(weight), _like(bias), _like(layer_scale))
+    tiles = tiles2 = slabs.dw.shape[1:]
     norm_config = tuned.REDUCE_NORM
+    widths, heights, norm_programs = [slabs.K], [slabs.N], 0
+    second_args: tuple = NO_SECOND
+    norm_args: tuple = NO_NORM
+    if second is not None:
+        slabs2, weight2, bias2 = second
+        grads = grads._replace(weight2=_like(weight2), bias2=_like(bias2))
+        tiles2 = slabs2.dw.shape[1:]
+        widths.append(slabs2.K)
+        heights.append(slabs2.N)
+        second_args = (slabs2.dw, slabs2.db, grads.weight2, grads.bias2, *slabs2.arguments)
     if norm is not None:
-        norm_rows, *params = norm
-        grads += [_like(p) for p in params]
+        norm_rows, norm_weight, norm_bias = norm
+        grads = grads._replace(norm_weight=_like(norm_weight), norm_bias=_like(norm_bias))
         R, _, C = norm_rows.shape
         widths.append(C)
-        args3 = (norm_rows, *grads[-2:], C, R)
-    config = tuned.reduce_slabs(tiles[1], slabs2_tiles[1])
-    heights = (slabs.N, 0 if second is None else second[0].N)
-    programs = sum(cdiv(n, config.BLOCK_N) for n in heights)
-    programs += 0 if norm is None else cdiv(args3[3], norm_config.BLOCK_N)
+        norm_programs = cdiv(C, norm_config.BLOCK_N)
+        norm_args = (norm_rows, grads.norm_weight, grads.norm_bias, C, R)
+    config = tuned.reduce_slabs(tiles[1], tiles2[1])
     launch(
         _reduce_slabs_kernel,
-        (programs,),
+        (sum(cdiv(n, config.BLOCK_N) for n in heights) + norm_programs,),
         slabs.dw,
         slabs.db,
         None if layer_scale is None else weight.contiguous(),
@@ -278,12 +296,12 @@ def reduce_slabs(
         layer_scale,
         *grads[:3],
         *slabs.arguments,
-        *args2,
-        *args3,
+        *second_args,
+        *norm_args,
         TILE_N=tiles[0],
         TILE_K=tiles[1],
-        TILE_N2=slabs2_tiles[0],
-        TILE_K2=slabs2_tiles[1],
+        TILE_N2=tiles2[0],
+        TILE_K2=tiles2[1],
         BY_8=only_multiples_of_8(*widths),
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
@@ -295,20 +313,20 @@ def reduce_slabs(
     return grads
 
 
-def reduce_norm(
-    norm: tuple[Tensor, Tensor | None, Tensor | None] | None,
-) -> list[Tensor | None]:
-    """The gradients of `norm` as `reduce_slabs` returns them, where no weight has any."""
+def reduce_norm(norm: tuple[Tensor, Tensor | None, Tensor | None] | None) -> Grads:
+    """The gradients of `norm` alone, as in `reduce_slabs`, beside frozen weights."""
     if norm is None:
-        return []
-    norm_rows, *params = norm
-    grads, config = [_like(p) for p in params], tuned.REDUCE_NORM
+        return Grads()
+    norm_rows, norm_weight, norm_bias = norm
+    grads = Grads(norm_weight=_like(norm_weight), norm_bias=_like(norm_bias))
+    config = tuned.REDUCE_NORM
     R, _, C = norm_rows.shape
     launch(
         _reduce_norm_kernel,
         (cdiv(C, config.BLOCK_N),),
         norm_rows,
-        *grads,
+        grads.norm_weight,
+        grads.norm_bias,
         C,
         R,
         BY_8=only_multiples_of_8(C),

@@ -423,7 +423,7 @@ def _bwd(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        dw, db, _ = parameter_grads.reduce_slabs(slabs, param.flatten(1), bias)
+        dw, db, *_ = parameter_grads.reduce_slabs(slabs, param.flatten(1), bias)
         dw = dw.view(param.shape)
     if dpos is not None or dprefix is not None:
         config = tuned.SUM_BATCH
