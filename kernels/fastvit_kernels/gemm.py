@@ -34,7 +34,7 @@ from fastvit_kernels import tuned
 from fastvit_kernels.common import dot, multiple_of_8, stagger_programs, tile_order
 from fastvit_kernels.gemm_epilogue import finish
 from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
-from fastvit_kernels.operands import descriptor, precision, tma_compatible
+from fastvit_kernels.operands import descriptor, precision, tma_compatible, tokens_per_sample
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
@@ -253,7 +253,6 @@ def gemm(
     parts: Tensor | None = None,
     layer_scale: Tensor | None = None,
     path_scale: Tensor | None = None,
-    tokens: int = 1,
     activation: str = "gelu",
 ) -> Tensor:
     """Write epilogue(prologue(a) b) to out and return it. a: (M, K), unit column stride; b: (K, N),
@@ -262,8 +261,7 @@ def gemm(
     norm: (norm_weight, norm_bias, mean, rstd) of prologue "layernorm"; fold: (shift, scale, s) of
     `layernorm_fold`, float32, with W'^T as b and b' as bias. u: (M, N), read by epilogue "dgelu",
     and written by "gelu" if given; h: (M, N), GELU(u), written by "dgelu" if given; copy: (M, N),
-    and parts, from `parts_of`, written by "residual" if given. tokens: rows per sample, for
-    path_scale (B,).
+    and parts, from `parts_of`, written by "residual" if given. path_scale: (B,).
     """
     (M, K), N = a.shape, b.shape[1]
     if M == 0:
@@ -304,7 +302,7 @@ def gemm(
             M,
             N,
             K,
-            tokens,
+            tokens_per_sample(M, path_scale),
             EPILOGUE=epilogue,
             ACTIVATION=activation,
             B_TRANSPOSED=b_rows is not b,
@@ -325,7 +323,7 @@ def gemm(
         M,
         N,
         K,
-        tokens,
+        tokens_per_sample(M, path_scale),
         a.stride(0),
         b.stride(0),
         b.stride(1),

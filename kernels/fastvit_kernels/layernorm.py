@@ -18,6 +18,7 @@ from torch import Tensor
 from fastvit_kernels import tuned
 from fastvit_kernels.common import multiple_of_8
 from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
+from fastvit_kernels.operands import tokens_per_sample
 
 
 @triton.jit
@@ -244,7 +245,7 @@ def layernorm_bwd(
         M,
         C,
         rows_per_program,
-        1 if path_scale is None else M // len(path_scale),
+        tokens_per_sample(M, path_scale),
         x.stride(0),
         RMS=rms,
         BY_8=only_multiples_of_8(C, x.stride(0)),

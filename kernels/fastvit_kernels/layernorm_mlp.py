@@ -48,7 +48,6 @@ def _fwd(
     path_scale: Tensor | None,
     parts: Tensor | None,
     copy: Tensor | None,
-    tokens: int,
     eps: float,
     rms: bool,
     activation: str,
@@ -82,7 +81,7 @@ def _fwd(
         for source, target in casts:
             target.copy_(source)
         norm, fc = (norm_weight, norm_bias), (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        options = (layer_scale, path_scale, tokens, eps, rms, activation)
+        options = (layer_scale, path_scale, eps, rms, activation)
         stats = mlp_narrow.mlp_fwd(config, x, *norm, *fc, *options, out, u if save_u else None)
         return [out, u, *stats, *weights]
     hidden = x.new_empty((len(x), len(fc1_param)), dtype=dtype)
@@ -116,7 +115,6 @@ def _fwd(
         parts=out_parts,
         layer_scale=layer_scale,
         path_scale=path_scale,
-        tokens=tokens,
     )
     statistics = [t for t in (out_parts, out_copy) if t is not None]
     return [out, u, mean, rstd, *weights, *statistics]
@@ -134,7 +132,6 @@ def _fwd_fake(
     path_scale,
     parts,
     copy,
-    tokens,
     eps,
     rms,
     activation,
@@ -188,7 +185,7 @@ def _bwd(
         fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         config = mlp_narrow.config("fwd", x, fc1_weight, fc2_weight)
         if config is not None:
-            options = (None, None, 1, eps, rms, activation, None, u)
+            options = (None, None, eps, rms, activation, None, u)
             mlp_narrow.mlp_fwd(config, x, norm_weight, norm_bias, *fc, *options)
         else:
             norm, options = (norm_weight, norm_bias), (eps, rms, fc1_param)
@@ -280,15 +277,14 @@ class LayerNormMlpFunction(torch.autograd.Function):
         dtype: torch.dtype,
         backward: bool,
     ) -> Tensor:
-        x2, tokens = as_rows(x).contiguous(), x.shape[1]
+        x2 = as_rows(x).contiguous()
         out_dtype = branch_dtype(x, layer_scale, dtype)
         norm, branch = (norm_weight, norm_bias), (layer_scale, path_scale)
         fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         options, keeps = (eps, rms, activation), row_statistics.enabled(x2, fc2_weight, dtype)
-        vectors = (*branch, parts, copy, tokens)
         saves = (dtype, save_u, backward, out_dtype, keeps)
         out, u, mean, rstd, w1, w2, *statistics = layernorm_mlp_fwd(
-            x2, *norm, *fc, *vectors, *options, *saves
+            x2, *norm, *fc, *branch, parts, copy, *options, *saves
         )
         w1, w2 = (p if p.dtype == dtype else w for p, w in ((fc1_weight, w1), (fc2_weight, w2)))
         fc1, fc2 = (w1, fc1_weight, fc1_bias), (w2, fc2_weight, fc2_bias)

@@ -28,7 +28,6 @@ def _fwd(
     residual: Tensor,
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
-    tokens: int,
     out_dtype: torch.dtype,
     keeps: bool,
 ) -> list[Tensor]:
@@ -46,12 +45,11 @@ def _fwd(
         parts=parts,
         layer_scale=layer_scale,
         path_scale=path_scale,
-        tokens=tokens,
     )
     return [t for t in (out, parts, copy) if t is not None]
 
 
-def _fwd_fake(x, weight, bias, residual, layer_scale, path_scale, tokens, out_dtype, keeps):
+def _fwd_fake(x, weight, bias, residual, layer_scale, path_scale, out_dtype, keeps):
     return [x.new_empty((x.shape[0], len(weight)), dtype=out_dtype)]
 
 
@@ -117,11 +115,11 @@ class LinearResidualFunction(torch.autograd.Function):
         path_scale: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        x2, w, tokens = as_rows(x.to(dtype)), weight.to(dtype), x.shape[1]
+        x2, w = as_rows(x.to(dtype)), weight.to(dtype)
         out_dtype = branch_dtype(residual, layer_scale, dtype)
         residual2 = as_rows(residual).contiguous()
         keeps = row_statistics.enabled(x2, weight, dtype)
-        branch = (layer_scale, path_scale, tokens)
+        branch = (layer_scale, path_scale)
         out, *statistics = linear_residual_fwd(x2, w, bias, residual2, *branch, out_dtype, keeps)
         ctx.save_for_backward(x2, w, weight, bias, layer_scale, path_scale)
         ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype

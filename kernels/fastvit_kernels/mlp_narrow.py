@@ -36,7 +36,7 @@ from torch import Tensor
 from fastvit_kernels import tuned
 from fastvit_kernels.common import dgelu, dot, gelu, wait_for_wgmma
 from fastvit_kernels.launch import cdiv, launch
-from fastvit_kernels.operands import TL_DTYPE, descriptor, tma_compatible
+from fastvit_kernels.operands import TL_DTYPE, descriptor, tma_compatible, tokens_per_sample
 
 
 @triton.constexpr_function
@@ -415,7 +415,6 @@ def mlp_fwd(
     fc2_bias: Tensor | None,
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
-    tokens: int,
     eps: float,
     rms: bool,
     activation: str,
@@ -446,7 +445,7 @@ def mlp_fwd(
         rstd,
         M,
         len(fc1_weight),
-        tokens,
+        tokens_per_sample(M, path_scale),
         eps,
         **_constants(config, C, rms, activation, fc1_weight.dtype),
     )
@@ -508,7 +507,7 @@ def mlp_bwd(
         norm_rows,
         M,
         len(fc1_weight),
-        1 if path_scale is None else M // len(path_scale),
+        tokens_per_sample(M, path_scale),
         **_constants(config, C, rms, activation, fc1_weight.dtype),
     )
     return dx, copy, y, norm_rows, du, h

@@ -44,3 +44,8 @@ def tma_compatible(*tensors: Tensor) -> bool:
 
 def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
+
+
+def tokens_per_sample(rows: int, path_scale: Tensor | None) -> int:
+    """How many of the rows share one number of path_scale (B,); 1 without path_scale or rows."""
+    return 1 if path_scale is None or rows == 0 else rows // len(path_scale)

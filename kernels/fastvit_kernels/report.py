@@ -136,7 +136,7 @@ def run(w: Workload) -> None:
     attention._bwd(o, q, k, v, o, lse, 0.125)
 
     layer_scale = vector if w.branch else None
-    branch = (layer_scale, path_scale, N)
+    branch = (layer_scale, path_scale)
     proj, out = new(w.dim, w.dim), new(M, w.dim)
     keeps = tuned.keeps_row_statistics(M, w.dim, w.dtype)
     _, *kept = linear_residual._fwd(out, proj, vector, x, *branch, master, keeps)
@@ -149,9 +149,9 @@ def run(w: Workload) -> None:
     fc1, fc1_b, fc2 = new(w.mlp_dim, w.dim), new(w.mlp_dim, dtype=master), new(w.dim, w.mlp_dim)
     for act in ("gelu", "gelu_tanh", "quick_gelu"):
         fc = (fc1.to(master), fc1_b, fc2.to(master), vector)
-        options = (N, 1e-6, False, act, w.dtype, True, True, master, keeps)
+        options = (1e-6, False, act, w.dtype, True, True, master, keeps)
         for known in told:
-            layernorm_mlp._fwd(x, vector, vector, *fc, *branch[:2], *known, *options)
+            layernorm_mlp._fwd(x, vector, vector, *fc, *branch, *known, *options)
         fc1_saved, fc2_saved = (fc1, fc1.to(master), fc1_b), (fc2, fc2.to(master), vector)
         saved = (x, new(M, w.mlp_dim), *norm, *fc1_saved, *fc2_saved)
         options = (layer_scale, 1e-6, False, act, [True] * 7)
