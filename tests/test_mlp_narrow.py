@@ -21,19 +21,14 @@ BOTH = ["_mlp_narrow_fwd_kernel", "_mlp_narrow_bwd_kernel"]
 
 
 @pytest.fixture
-def tma(device: torch.device) -> bool:
-    """Whether weights are loaded through TMA descriptors, else through pointers."""
-    return device.type == "cpu" or torch.cuda.get_device_capability()[0] >= 9
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch, tma: bool) -> list[str]:
+def launches(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[str]:
     """Use the one kernel for any number of rows; the names of its launches."""
+    if device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("the kernel loads weights through TMA, which this GPU does not have")
     made: list[str] = []
-    rows = 128 if tma else 64
     lines = {
-        "fwd": tuned.Config(rows, 64, 64, num_warps=8, num_stages=2, tma=tma),
-        "bwd": tuned.Config(rows, 32, 64, num_warps=8, num_stages=2, SUBTILES=2, tma=tma),
+        "fwd": tuned.Config(128, 64, 64, num_warps=8, num_stages=2),
+        "bwd": tuned.Config(128, 32, 64, num_warps=8, num_stages=2, SUBTILES=2),
     }
 
     def choose(kernel, M, C, dtype, device_index):
@@ -64,16 +59,6 @@ def mlp(B: int, N: int, C: int, F: int) -> dict:
     ids=str,
 )
 def test_parity(
-    size: tuple[int, ...], dtype: torch.dtype, device: torch.device, launches: list[str]
-) -> None:
-    check_parity("layernorm_mlp", mlp(*size), dtype, device)
-    assert launches == BOTH
-
-
-@HALF
-@pytest.mark.parametrize("size", [(3, 43, 72, 136), (1, 33, 384, 200)], ids=str)
-@pytest.mark.parametrize("tma", [False])
-def test_parity_through_pointers(
     size: tuple[int, ...], dtype: torch.dtype, device: torch.device, launches: list[str]
 ) -> None:
     check_parity("layernorm_mlp", mlp(*size), dtype, device)

@@ -9,19 +9,12 @@ Rows are split into pieces: of BLOCK_K columns as operands, of BLOCK_C columns a
 C = 192 is three pieces of 64, without padding.
 With save="recompute" backward recomputes u by the forward kernel without fc2: bitwise the same u.
 
-Estimates behind `tuned.mlp_narrow`, for H100 (989 TFLOP/s, 3.35 TB/s, 132 SMs), bf16:
-C = 192, batch 256 (50,432 rows, 394 programs of 128 rows: 2.98 waves; 30 GFLOP)
-  inference  39 MB, 12 us; FLOPs 30 us; GELU's 2 MUFU an element 21 us, its 20 other instructions
-             26 us, overlapped with the other warpgroup's products. Three launches: 233 MB, 70 us
-  training   117 MB, 35 us, against 310 MB, 93 us
-  backward   312 MB, 93 us, against 439 MB, 133 us (dU, dh, LayerNorm's backward)
-C = 192, batch 1: 2 programs, each of which loads both weights, 0.6 MB (5 us at 64 bytes a clock),
-  in 12 sequential chunks. Three launches spread the work over up to 48 SMs, and are used
-C = 384, batch 256: 119 GFLOP, 120 us, and 52 us of GELU. Three launches take 141 us in inference,
-  186 us in training, and are used: the accumulator of 128 rows takes 192 of 255 registers, and
-  programs of 64 rows load 1.9 GB of weights from L2
-A100, B200 and RTX: FLOPs or GELU take the time that is saved on memory (A100, C = 192, inference:
-  95 us of FLOPs against 115 us of bytes in three launches): no clear gain, three launches are used.
+By estimates for H100, it pays where `tuned.mlp_narrow` chooses it: at C = 192 and batch 256,
+inference moves 39 MB where three launches move 233 MB. It does not pay
+  with few rows: each program loads both weights whole, 0.6 MB at C = 192, chunk after chunk
+  at C = 384: the accumulator of 128 rows takes 192 of 255 registers, and programs of 64 rows load
+    1.9 GB of weights from L2 at batch 256
+  on A100, B200 and RTX: FLOPs or GELU take the time that is saved on memory
 """
 
 # ruff: noqa: RUF005 - Triton cannot unpack into a tuple, only concatenate tuples.
@@ -32,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit_kernels import tuned
 from fastvit_kernels.common import dgelu, dot, gelu, wait_for_wgmma
@@ -136,36 +130,6 @@ def _statistics(tile, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.const
 
 
 @triton.jit
-def _load_w1(
-    w1, f, i, F, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr
-):
-    """Load a (BLOCK_F, BLOCK_C) tile of fc1_weight (F, C); zero past the edges."""
-    if TMA:
-        return w1.load([f, i * BLOCK_C])
-    else:
-        offs_f, offs_c = f + tl.arange(0, BLOCK_F), i * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = (offs_f < F)[:, None]
-        if (i + 1) * BLOCK_C > C:
-            mask = mask & (offs_c < C)[None, :]
-        return tl.load(w1 + offs_f[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_w2(
-    w2, f, i, F, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr
-):
-    """Load a (BLOCK_C, BLOCK_F) tile of fc2_weight (C, F); zero past the edges."""
-    if TMA:
-        return w2.load([i * BLOCK_C, f])
-    else:
-        offs_f, offs_c = f + tl.arange(0, BLOCK_F), i * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = (offs_f < F)[None, :]
-        if (i + 1) * BLOCK_C > C:
-            mask = mask & (offs_c < C)[:, None]
-        return tl.load(w2 + offs_c[:, None] * F + offs_f[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def _zeros(C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr):
     tile = ()
     for _ in tl.static_range(num_pieces(C, BLOCK_C)):
@@ -183,9 +147,9 @@ def _mlp_narrow_fwd_kernel(
     x_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
-    w1,
+    w1_desc,
     fc1_bias_ptr,
-    w2,
+    w2_desc,
     fc2_bias_ptr,
     layer_scale_ptr,
     path_scale_ptr,
@@ -201,13 +165,12 @@ def _mlp_narrow_fwd_kernel(
     RMS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     COMPUTE: tl.constexpr,
-    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """w1, w2: TMA descriptors or pointers. u and out: each written if given."""
+    """u and out: each written if given."""
     # The offset of a program's first row needs 64 bits; those from there on fit 32.
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
@@ -229,7 +192,7 @@ def _mlp_narrow_fwd_kernel(
         mask_f = offs_f < F
         u = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
         for i in tl.static_range(num_pieces(C, BLOCK_K)):
-            u = dot(y[i], tl.trans(_load_w1(w1, f, i, F, C, BLOCK_K, BLOCK_F, TMA)), u, "ieee")
+            u = dot(y[i], tl.trans(w1_desc.load([f, i * BLOCK_K])), u, "ieee")
         if fc1_bias_ptr is not None:
             b1 = tl.load(fc1_bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)
             u += b1[None, :]
@@ -241,7 +204,7 @@ def _mlp_narrow_fwd_kernel(
             h = gelu(u, ACTIVATION, False).to(COMPUTE)
             total = ()
             for i in tl.static_range(num_pieces(C, BLOCK_C)):
-                w = tl.trans(_load_w2(w2, f, i, F, C, BLOCK_C, BLOCK_F, TMA))
+                w = tl.trans(w2_desc.load([i * BLOCK_C, f]))
                 total = total + (dot(h, w, acc[i], "ieee"),)
             acc = total
             wait_for_wgmma()
@@ -273,8 +236,8 @@ def _mlp_narrow_bwd_kernel(
     rstd_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
-    w1,
-    w2,
+    w1_desc,
+    w2_desc,
     layer_scale_ptr,
     path_scale_ptr,
     dx_ptr,
@@ -290,7 +253,6 @@ def _mlp_narrow_bwd_kernel(
     RMS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     COMPUTE: tl.constexpr,
-    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -319,7 +281,7 @@ def _mlp_narrow_bwd_kernel(
         u = tl.load(u_ptr + first * F + offs, mask=mask, other=0.0).to(tl.float32)
         du = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
         for i in tl.static_range(num_pieces(C, BLOCK_K)):
-            du = dot(a[i], _load_w2(w2, f, i, F, C, BLOCK_K, BLOCK_F, TMA), du, "ieee")
+            du = dot(a[i], w2_desc.load([i * BLOCK_K, f]), du, "ieee")
         if h_ptr is not None:
             tl.store(h_ptr + first * F + offs, gelu(u, ACTIVATION, False).to(COMPUTE), mask=mask)
         du = (du * dgelu(u, ACTIVATION, False)).to(COMPUTE)
@@ -327,7 +289,7 @@ def _mlp_narrow_bwd_kernel(
             tl.store(du_ptr + first * F + offs, du, mask=mask)
         total = ()
         for i in tl.static_range(num_pieces(C, BLOCK_C)):
-            w = _load_w1(w1, f, i, F, C, BLOCK_C, BLOCK_F, TMA)
+            w = w1_desc.load([f, i * BLOCK_C])
             total = total + (dot(du, w, dy[i], "ieee"),)
         dy = total
         wait_for_wgmma()
@@ -366,17 +328,14 @@ def config(kernel: str, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> tu
     """The configuration of `kernel`, "fwd" or "bwd"; None if separate GEMMs are to run instead."""
     found = tuned.mlp_narrow(kernel, *x.shape, fc1_weight.dtype, x.device.index)
     weights = (fc1_weight, fc2_weight)
-    if found is None or not all(w.is_contiguous() for w in weights):
-        return None
-    return None if found.tma and not tma_compatible(*weights) else found
+    loadable = all(w.is_contiguous() for w in weights) and tma_compatible(*weights)
+    return found if loadable else None
 
 
-def _weights(
+def _descriptors(
     config: tuned.Config, fc1_weight: Tensor, fc2_weight: Tensor, block1: int, block2: int
-) -> tuple:
-    """Both weights as the kernels take them; block1, block2: the size of their tiles along C."""
-    if not config.tma:
-        return fc1_weight, fc2_weight
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of both weights; block1, block2: the size of their tiles along C."""
     w1 = descriptor(fc1_weight, [config.BLOCK_N, block1])
     return w1, descriptor(fc2_weight, [block2, config.BLOCK_N])
 
@@ -394,7 +353,6 @@ def _constants(
         "RMS": rms,
         "ACTIVATION": activation,
         "COMPUTE": TL_DTYPE[dtype],
-        "TMA": config.tma,
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_F": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
@@ -426,7 +384,7 @@ def mlp_fwd(
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     blocks = config.BLOCK_K, _sum_block(config)
-    w1, w2 = _weights(config, fc1_weight, fc2_weight, *blocks)
+    w1, w2 = _descriptors(config, fc1_weight, fc2_weight, *blocks)
     launch(
         _mlp_narrow_fwd_kernel,
         (cdiv(M, config.BLOCK_M),),
@@ -496,7 +454,7 @@ def mlp_bwd(
         rstd,
         norm_weight,
         norm_bias,
-        *_weights(config, fc1_weight, fc2_weight, _sum_block(config), config.BLOCK_K),
+        *_descriptors(config, fc1_weight, fc2_weight, _sum_block(config), config.BLOCK_K),
         layer_scale,
         path_scale,
         dx,

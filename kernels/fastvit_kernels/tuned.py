@@ -226,8 +226,8 @@ GEMM_DW: dict[int, dict[str, Config]] = {
 MLP_NARROW: dict[int, dict[str, Config]] = {
     DEFAULT: {},
     90: {
-        "fwd_192": Config(128, 64, 64, num_warps=8, num_stages=3, tma=True),
-        "bwd_192": Config(128, 32, 64, num_warps=8, num_stages=4, SUBTILES=2, tma=True),
+        "fwd_192": Config(128, 64, 64, num_warps=8, num_stages=3),
+        "bwd_192": Config(128, 32, 64, num_warps=8, num_stages=4, SUBTILES=2),
     },
 }
 
