@@ -42,7 +42,7 @@ _forget: list[Callable[[], None]] = []
 
 
 def memoized(choose: Choose) -> Choose:
-    """Memoize `choose`, which every launch calls."""
+    """Memoize `choose`, which takes long beside a launch."""
     cached = functools.lru_cache(maxsize=4096)(choose)
     _forget.append(cached.cache_clear)
     return cached  # type: ignore[return-value]
@@ -283,14 +283,7 @@ def gemm(
     epilogue: str = "none",
 ) -> Config:
     """The configuration of one forward or dX product. tma: TMA can load its operands."""
-    return _gemm(M, N, dtype, tma, epilogue, arch(device_index), num_sms(device_index))
-
-
-@memoized
-def _gemm(
-    M: int, N: int, dtype: torch.dtype, tma: bool, epilogue: str, arch: int, sms: int
-) -> Config:
-    table = look_up(GEMM, arch)
+    table, sms = look_up(GEMM, arch(device_index)), num_sms(device_index)
     if not tma or dtype == torch.float32:
         return table[gemm_class(M, N, dtype, sms, table)]
     table = table | {k.removeprefix("tma_"): c for k, c in table.items() if c.tma}
@@ -346,16 +339,16 @@ def _gemm_dw(
         names = tuple(name for name in table if name.startswith("tma"))
     part_steps = _part_steps(dtype)
 
-    def planned(config: Config) -> tuple[float, Plan]:
+    def planned(config: Config) -> tuple[float, Config, Plan]:
         tiles, steps = _dw_tiles(M, N, K, config)
         programs = sms * config.CTAS if arch else max(2, 2 * tiles - 1)
         found = dw_plan.plan(tiles, steps, programs, part_steps / config.BLOCK_M if arch else 0)
         area = config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
         cost = dw_plan.time(found, part_steps / config.BLOCK_M) * area
-        return cost / (1.0 if config.BLOCK_K == 256 else 0.85), found
+        return cost / (1.0 if config.BLOCK_K == 256 else 0.85), config, found
 
-    config = min((table[name] for name in names), key=lambda config: planned(config)[0])
-    return config, planned(config)[1]
+    _, config, plan = min((planned(table[name]) for name in names), key=lambda found: found[0])
+    return config, plan
 
 
 def dw_columns(plan: Plan, num_n: int, device_index: int | None) -> int:
@@ -363,15 +356,10 @@ def dw_columns(plan: Plan, num_n: int, device_index: int | None) -> int:
     one. A step with sums takes an eighth longer; a program that shares runs three loops over each
     stretch of rows instead of one, whose prologues and epilogues cost about 4 steps.
     """
-    return _dw_columns(plan, num_n, arch(device_index))
-
-
-@memoized
-def _dw_columns(plan: Plan, num_n: int, arch: int) -> int:
     columns, whole = plan.columns(num_n), plan.tiles // plan.programs
     alone = plan.steps * max(1, num_n // plan.programs) if whole else plan.longest()
     shared = plan.longest() / columns + 8 * 4 * (whole + 1)
-    return columns if shared < alone or arch == 0 else 1
+    return columns if shared < alone or arch(device_index) == 0 else 1
 
 
 def _dw_tiles(M: int, N: int, K: int, config: Config) -> tuple[int, int]:
@@ -432,7 +420,6 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@memoized
 def layernorm_fwd(C: int) -> Config:
     """Whole rows, about 4096 elements a program; BLOCK_N is the padded row length."""
     block_c = _power_of_two(C)
