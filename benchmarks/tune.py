@@ -68,10 +68,11 @@ BOUNDS = {
 # Configurations that no single step from a line reaches. With two CTAs per SM, the epilogue of one
 # overlaps the main loop of the other, at a third more loads.
 ALTERNATIVES = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, tma=True),)}
+NO_KERNEL = Config(0, 0)  # stands for None in a table: separate launches are faster
 TILE = 128 * 256  # largest accumulator, in elements, that fits the registers of one program
 
 
-TABLES: dict[str, dict[int, dict[str, Config]]] = {
+TABLES: dict[str, dict[int, dict[str, Config | None]]] = {
     name: table
     for module in (tuned, tuned_attention)
     for name, table in vars(module).items()
@@ -93,15 +94,16 @@ class Line:
 
     @property
     def config(self) -> Config:
-        return self._entries()[self.name]
+        return self._entries()[self.name] or NO_KERNEL
 
-    def _entries(self) -> dict[str, Config]:
+    def _entries(self) -> dict[str, Config | None]:
         return tuned.look_up(TABLES[self.table], self.arch)
 
     @contextlib.contextmanager
     def using(self, config: Config) -> Iterator[None]:
         entries = self._entries()
-        before, entries[self.name] = entries[self.name], config
+        before = entries[self.name]
+        entries[self.name] = None if config == NO_KERNEL else config
         tuned.clear_choices()
         try:
             yield
@@ -111,22 +113,22 @@ class Line:
 
 
 def lines(arch: int) -> list[Line]:
-    """Every line used on this architecture, but those without a tile, which mean: no kernel."""
+    """Every line used on this architecture that has a kernel."""
     found = [
         Line(name, arch, line)
         for name, table in TABLES.items()
         for line in tuned.look_up(table, arch)
     ]
-    return [line for line in found if line.config.BLOCK_M]
+    return [line for line in found if line.config != NO_KERNEL]
 
 
 def neighbours(line: Line, config: Config) -> list[Config]:
     """Configurations to try next: one field halved or doubled, one stage more or less, the line's
-    RIVALS, and for MLP_NARROW no kernel at all.
+    ALTERNATIVES, and for MLP_NARROW no kernel at all.
     """
-    if not config.BLOCK_M:
+    if config == NO_KERNEL:
         return []
-    found = [Config(0, 0)] if line.table == "MLP_NARROW" else []
+    found = [NO_KERNEL] if line.table == "MLP_NARROW" else []
     if line.table == "GEMM" and config.tma:
         found += [rival for rival in ALTERNATIVES.get(line.name, ()) if rival != config]
     extra = ("GROUP_M", "SUBTILES", *(("CTAS",) if getattr(config, "tma", False) else ()))
@@ -149,12 +151,13 @@ def plausible(table: str, config: Config) -> bool:
 
 def literal(config: Config) -> str:
     """The source text, as in a table: tile sizes by position, the rest by name unless default."""
-    plain = Config(0, 0)
+    if config == NO_KERNEL:
+        return "None"
     sizes = [config.BLOCK_M, config.BLOCK_N, *([config.BLOCK_K] if config.BLOCK_K else [])]
     named = [
         f"{k}={v}"
         for k, v in asdict(config).items()
-        if not k.startswith("BLOCK") and (v != getattr(plain, k) or k.startswith("num"))
+        if not k.startswith("BLOCK") and (v != getattr(NO_KERNEL, k) or k.startswith("num"))
     ]
     return f"Config({', '.join([*map(str, sizes), *named])})"
 
@@ -262,7 +265,7 @@ def search(
 
 def parse(text: str) -> Config:
     """The inverse of `literal`."""
-    return eval(text, {"Config": Config})
+    return eval(text, {"Config": Config}) or NO_KERNEL
 
 
 def workloads(device: torch.device) -> list[Case]:

@@ -74,8 +74,8 @@ def plan_fwd(
     With dropout the keys are never all held: Philox takes most of the time and many registers.
     """
     for kernel in () if ragged or dropout else ("fwd_fewer_keys", "fwd_resident"):
-        resident = tuned_attention.config(kernel, D, dtype, arch)
-        if N <= resident.BLOCK_N:
+        resident = tuned_attention.find(kernel, D, dtype, arch)
+        if resident is not None and N <= resident.BLOCK_N:
             # Few heads: one program per query tile, although each then loads all keys.
             splits = cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
             constants = _resident(N, resident, 2) | {"SPLITS": splits}
@@ -102,22 +102,21 @@ def plan_bwd(
     few = heads * 2 <= sms
     several = ragged or dropout or few
     for kernel in () if several else ("bwd_64_keys", "bwd_128_keys"):
-        resident = tuned_attention.config(kernel, D, dtype, arch)
-        if N <= resident.BLOCK_N:
+        resident = tuned_attention.find(kernel, D, dtype, arch)
+        if resident is not None and N <= resident.BLOCK_N:
             # Head dims of several column blocks leave no registers for a tail in two pieces; at
             # head dim 16 it is not worth a serialized wgmma.
             constants = _resident(N, resident, 2 if D in (32, 64) else 1)
             return [Launch(_attention_bwd_resident_kernel, 1, constants, resident)]
-    beside = "_beside" if few and N <= tuned_attention.SIDE_BY_SIDE and not dropout else ""
-    if not tuned_attention.config("dq" + beside, D, dtype, arch, dropout).BLOCK_N:
-        beside = ""
-    dq, dkv = (tuned_attention.config(n + beside, D, dtype, arch, dropout) for n in ("dq", "dkv"))
+    beside = few and N <= tuned_attention.SIDE_BY_SIDE and not dropout
+    beside = beside and tuned_attention.find("dq_beside", D, dtype, arch) is not None
+    names = ("dq_beside", "dkv_beside") if beside else ("dq", "dkv")
+    dq, dkv = (tuned_attention.config(name, D, dtype, arch, dropout) for name in names)
     if N <= tuned_attention.FEWER_QUERIES and not (ragged or dropout or beside):
-        fewer = tuned_attention.config("dkv_fewer_queries", D, dtype, arch)
-        dkv = fewer if fewer.BLOCK_N else dkv
+        dkv = tuned_attention.find("dkv_fewer_queries", D, dtype, arch) or dkv
     pieces = 2 if D <= 64 else 1  # wider tiles leave no registers for a tail in two pieces
     dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, "STEP_")
-    dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_", always=bool(beside))
+    dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_", always=beside)
     programs = [_programs(N, dq_sizes, "M", ragged), _programs(N, dkv_sizes, "N", ragged)]
     if beside:
         constants = {"PART": "both"} | dq_sizes | dkv_sizes

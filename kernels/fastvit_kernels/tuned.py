@@ -223,7 +223,7 @@ GEMM_DW: dict[int, dict[str, Config]] = {
 
 # The one-kernel MLP of narrow rows: BLOCK_N hidden columns per step; rows are cut into pieces of
 # BLOCK_K columns as operands and of BLOCK_K / SUBTILES as sums. Names end in the widest row served.
-MLP_NARROW: dict[int, dict[str, Config]] = {
+MLP_NARROW: dict[int, dict[str, Config | None]] = {
     DEFAULT: {},
     90: {
         "fwd_192": Config(128, 64, 64, num_warps=8, num_stages=3),
@@ -268,8 +268,8 @@ def mlp_narrow(
     Each program reads both weights whole, however few rows it has: with programs for fewer than
     half of the SMs that takes longer than three launches (figures in mlp_narrow.py).
     """
-    config = look_up(MLP_NARROW, arch(device_index)).get(f"{kernel}_192", Config(0, 0))
-    if dtype == torch.float32 or C > 192 or not config.BLOCK_M:
+    config = look_up(MLP_NARROW, arch(device_index)).get(f"{kernel}_192")
+    if config is None or dtype == torch.float32 or C > 192:
         return None
     return config if 2 * -(-M // config.BLOCK_M) >= num_sms(device_index) else None
 

@@ -14,8 +14,8 @@ from fastvit_kernels.tuned import DEFAULT, Config, arch, look_up, num_sms
 # that none takes registers from another; "dkv_fewer_queries": at most FEWER_QUERIES queries.
 # Suffixes: "_to_128" serves head dims over 64, "_to_112" those of 88 to 112 (several blocks of
 # columns each), "_72" that one alone; "_dropout" rows with dropout, whose random numbers take
-# registers.
-_MMA = {
+# registers. None: no kernel.
+_MMA: dict[str, Config | None] = {
     "fwd_resident": Config(32, 256, num_warps=4, num_stages=1),
     "fwd_resident_to_128": Config(64, 64, num_warps=4, num_stages=1),
     "fwd": Config(128, 64, num_warps=8, num_stages=2),
@@ -40,19 +40,19 @@ _MMA = {
     "dkv_104_dropout": Config(16, 32, num_warps=8, num_stages=2),
     "float32": Config(32, 16, num_warps=4, num_stages=1),
 }
-_WGMMA = {
+_WGMMA: dict[str, Config | None] = {
     "fwd_resident": Config(64, 256, num_warps=4, num_stages=1),
     "fwd_resident_to_128": Config(64, 128, num_warps=4, num_stages=1),
     "bwd_64_keys": Config(64, 64, num_warps=4, num_stages=1),
     "bwd_128_keys": Config(64, 128, num_warps=8, num_stages=1),
     "bwd_64_keys_to_128": Config(64, 64, num_warps=8, num_stages=1),
-    "bwd_128_keys_to_128": Config(0, 0),
+    "bwd_128_keys_to_128": None,
     "fwd": Config(128, 128, num_warps=8, num_stages=2),
     "fwd_to_128": Config(128, 64, num_warps=8, num_stages=2),
     "fwd_small": Config(64, 64, num_warps=4, num_stages=2, maxnreg=255),
     "dq_beside": Config(64, 64, num_warps=4, num_stages=2),
     "dkv_beside": Config(32, 64, num_warps=4, num_stages=2),
-    "dq_beside_to_128": Config(0, 0),
+    "dq_beside_to_128": None,
     "dq": Config(64, 64, num_warps=4, num_stages=2),
     "dq_to_128": Config(64, 64, num_warps=4, num_stages=1),
     "dkv": Config(64, 64, num_warps=4, num_stages=2),
@@ -61,7 +61,7 @@ _WGMMA = {
     "fwd_resident_48": Config(64, 128, num_warps=4, num_stages=1),
     "fwd_resident_88": Config(64, 64, num_warps=4, num_stages=1),
     "fwd_resident_104": Config(64, 64, num_warps=4, num_stages=1),
-    "bwd_64_keys_120": Config(0, 0),
+    "bwd_64_keys_120": None,
     "fwd_104": Config(128, 32, num_warps=8, num_stages=2),
     "fwd_120": Config(128, 32, num_warps=8, num_stages=2),
     "dq_88": Config(64, 64, num_warps=4, num_stages=1),
@@ -81,7 +81,7 @@ _WGMMA = {
     "dkv_to_128_dropout": Config(16, 64, num_warps=8, num_stages=1),
     "float32": Config(16, 32, num_warps=8, num_stages=1),
 }
-ATTENTION: dict[int, dict[str, Config]] = {
+ATTENTION: dict[int, dict[str, Config | None]] = {
     0: {
         "fwd_resident": Config(64, 256),
         "bwd_64_keys": Config(64, 64),
@@ -90,7 +90,7 @@ ATTENTION: dict[int, dict[str, Config]] = {
         "fwd_small": Config(64, 128),
         "dq_beside": Config(128, 128),
         "dkv_beside": Config(128, 128),
-        "dq_beside_to_128": Config(0, 0),
+        "dq_beside_to_128": None,
         "dq": Config(128, 128),
         "dkv": Config(128, 128),
     },
@@ -225,18 +225,27 @@ SIDE_BY_SIDE = 384
 FEWER_QUERIES = 640
 
 
-def config(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool = False) -> Config:
-    """The configuration of one attention kernel at head dim D; BLOCK_N is 0 if none serves."""
+def find(
+    kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool = False
+) -> Config | None:
+    """The configuration of one attention kernel at head dim D; None if it does not serve there."""
     table = look_up(ATTENTION, arch)
     one_launch = any(word in kernel for word in ("resident", "keys", "beside"))
     if dtype == torch.float32 and arch != 0:
-        return Config(0, 0) if one_launch else table["float32"]
+        return None if one_launch else table["float32"]
     widths = (f"_{D}", *("_to_112",) * (80 < D <= 112), *("_to_128",) * (D > 64), "")
     kinds = ("_dropout", "") if dropout else ("",)
     names = (kernel + width + kind for width in widths for kind in kinds)
-    found = next((table[name] for name in names if name in table), Config(0, 0))
+    found = next((table[name] for name in names if name in table), None)
     maxnreg = max_registers(D, arch)
-    return replace(found, maxnreg=maxnreg) if maxnreg else found
+    return replace(found, maxnreg=maxnreg) if found and maxnreg else found
+
+
+def config(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool = False) -> Config:
+    """`find` of a kernel that serves: "fwd", "fwd_small", "dq" and "dkv" do so everywhere."""
+    found = find(kernel, D, dtype, arch, dropout)
+    assert found is not None
+    return found
 
 
 def max_registers(of: int | str, arch: int) -> int | None:
