@@ -318,6 +318,15 @@ def _grid_size(images: Tensor, weight: Tensor) -> tuple[int, int]:
     return images.shape[2] // weight.shape[2], images.shape[3] // weight.shape[3]
 
 
+def _sizes(
+    images: Tensor, weight: Tensor, prefix: Tensor | None
+) -> tuple[int, int, int, int, int, int]:
+    """B, m, P, N, K and grid_w, in the kernels' order of arguments."""
+    grid_h, grid_w = _grid_size(images, weight)
+    P = 0 if prefix is None else len(prefix)
+    return len(images), grid_h * grid_w, P, len(weight), weight[0].numel(), grid_w
+
+
 def _fwd(
     images: Tensor,
     weight: Tensor,
@@ -326,9 +335,7 @@ def _fwd(
     prefix: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    grid_h, grid_w = _grid_size(images, weight)
-    B, m, P, N = len(images), grid_h * grid_w, 0 if prefix is None else len(prefix), len(weight)
-    K = weight[0].numel()
+    B, m, P, N, K, grid_w = _sizes(images, weight, prefix)
     out = torch.empty((B, P + m, N), dtype=out_dtype, device=images.device)
     if out.numel() == 0:
         return out
@@ -370,6 +377,101 @@ def _fwd_fake(images, weight, bias, pos, prefix, out_dtype):
     return images.new_empty((images.shape[0], tokens, len(weight)), dtype=out_dtype)
 
 
+def _dw(
+    dout: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    param: Tensor,
+    bias: Tensor | None,
+    prefix: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of param and bias."""
+    B, m, P, N, K, grid_w = _sizes(images, weight, prefix)
+    dtype, device = weight.dtype, dout.device
+    rounded = dout.to(dtype)  # as eager's convolution does under autocast
+    geometry = _geometry(images, weight)
+    gather = _access(images, geometry) == "gather"
+    config, plan = tuned.patch_embed_dw(B * m, N, K, dtype, device.index, gather)
+    slabs = gemm_dw.new_slabs(config, plan, N, K, 1, device)
+    launch(
+        _patch_embed_dw_kernel,
+        (cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K), max(1, plan.chunks)),
+        rounded,
+        images,
+        slabs.dw,
+        slabs.db,
+        B,
+        m,
+        P,
+        N,
+        K,
+        grid_w,
+        plan.share * config.BLOCK_M,
+        *images.stride(),
+        **geometry,
+        COMPUTE=TL_DTYPE[dtype],
+        PRECISION=precision(dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    grads = parameter_grads.reduce_slabs(slabs, param.flatten(1), bias)
+    return grads.weight.view(param.shape), grads.bias
+
+
+def _dtokens(dout: Tensor, dpos: Tensor | None, dprefix: Tensor | None, P: int) -> None:
+    """Write dpos and dprefix, each if given. dout: (B, P + m, N)."""
+    B, tokens, N = dout.shape
+    config = tuned.SUM_BATCH
+    launch(
+        _patch_embed_dtokens_kernel,
+        (tokens, cdiv(N, config.BLOCK_N)),
+        dout,
+        dpos,
+        dprefix,
+        B,
+        tokens - P,
+        P,
+        N,
+        BLOCK_B=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        num_warps=config.num_warps,
+    )
+
+
+def _dimages(dout: Tensor, images: Tensor, weight: Tensor, prefix: Tensor | None) -> Tensor:
+    dimages = images.new_empty(images.shape)
+    B, m, P, N, K, grid_w = _sizes(images, weight, prefix)
+    geometry = _geometry(dimages, weight)
+    pixels = _access(dimages, geometry)
+    config = tuned.patch_embed(B * m, K, weight.dtype, pixels, dout.device.index)
+    launch(
+        _patch_embed_dimages_kernel,
+        (cdiv(B * m, config.BLOCK_M) * cdiv(K, config.BLOCK_N),),
+        dout,
+        weight,
+        dimages,
+        B,
+        m,
+        P,
+        N,
+        K,
+        grid_w,
+        *dimages.stride()[:3],
+        **geometry,
+        PRECISION=precision(weight.dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        GROUP_M=config.GROUP_M,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dimages
+
+
 def _bwd(
     dout: Tensor,
     images: Tensor,
@@ -381,92 +483,19 @@ def _bwd(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of images, weight, bias, pos and prefix that `needs` marks, in this order."""
-    grid_h, grid_w = _grid_size(images, weight)
-    B, m, P, N = len(images), grid_h * grid_w, 0 if prefix is None else len(prefix), len(weight)
-    K, dtype = weight[0].numel(), weight.dtype
-    inputs = (images, param, bias, pos, prefix)
     if dout.numel() == 0:
+        inputs = (images, param, bias, pos, prefix)
         return [t.new_zeros(t.shape) for t in library.marked(inputs, needs)]
     needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
-    dimages = images.new_empty(images.shape) if needs_images else None
     dpos = torch.empty_like(pos) if needs_pos and pos is not None else None
     dprefix = torch.empty_like(prefix) if needs_prefix and prefix is not None else None
-    dw = db = None
+    dimages = dw = db = None
     if needs_weight or needs_bias:
-        rounded = dout.to(dtype)  # as eager's convolution does under autocast
-        geometry = _geometry(images, weight)
-        gather = _access(images, geometry) == "gather"
-        config, plan = tuned.patch_embed_dw(B * m, N, K, dtype, dout.device.index, gather)
-        slabs = gemm_dw.new_slabs(config, plan, N, K, 1, dout.device)
-        tiles = cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K)
-        launch(
-            _patch_embed_dw_kernel,
-            (*tiles, max(1, plan.chunks)),
-            rounded,
-            images,
-            slabs.dw,
-            slabs.db,
-            B,
-            m,
-            P,
-            N,
-            K,
-            grid_w,
-            plan.share * config.BLOCK_M,
-            *images.stride(),
-            **geometry,
-            COMPUTE=TL_DTYPE[dtype],
-            PRECISION=precision(dtype),
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
-            BLOCK_K=config.BLOCK_K,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        dw, db, *_ = parameter_grads.reduce_slabs(slabs, param.flatten(1), bias)
-        dw = dw.view(param.shape)
+        dw, db = _dw(dout, images, weight, param, bias, prefix)
     if dpos is not None or dprefix is not None:
-        config = tuned.SUM_BATCH
-        launch(
-            _patch_embed_dtokens_kernel,
-            (P + m, cdiv(N, config.BLOCK_N)),
-            dout,
-            dpos,
-            dprefix,
-            B,
-            m,
-            P,
-            N,
-            BLOCK_B=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
-            num_warps=config.num_warps,
-        )
-    if dimages is not None:
-        geometry = _geometry(dimages, weight)
-        pixels = _access(dimages, geometry)
-        config = tuned.patch_embed(B * m, K, dtype, pixels, dout.device.index)
-        launch(
-            _patch_embed_dimages_kernel,
-            (cdiv(B * m, config.BLOCK_M) * cdiv(K, config.BLOCK_N),),
-            dout,
-            weight,
-            dimages,
-            B,
-            m,
-            P,
-            N,
-            K,
-            grid_w,
-            *dimages.stride()[:3],
-            **geometry,
-            PRECISION=precision(dtype),
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
-            BLOCK_K=config.BLOCK_K,
-            GROUP_M=config.GROUP_M,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        _dtokens(dout, dpos, dprefix, 0 if prefix is None else len(prefix))
+    if needs_images:
+        dimages = _dimages(dout, images, weight, prefix)
     return library.marked((dimages, dw, db, dpos, dprefix), needs)
 
 
