@@ -266,7 +266,7 @@ class AttentionFunction(torch.autograd.Function):
         return o
 
     @staticmethod
-    @library.plain_backward
+    @library.once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
         *saved, lengths, seed = ctx.saved_tensors
         grads = attention_bwd(do, *saved, ctx.scale, lengths, None, 0, ctx.dropout, seed)
@@ -292,7 +292,7 @@ class AttentionQKVFunction(torch.autograd.Function):
         return o
 
     @staticmethod
-    @library.plain_backward
+    @library.once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
         *saved, lengths, cu_seqlens, seed = ctx.saved_tensors
         sequences = (lengths, cu_seqlens, ctx.max_seqlen)

@@ -444,7 +444,7 @@ class AttentionQKFunction(torch.autograd.Function):
         return o
 
     @staticmethod
-    @library.plain_backward
+    @library.once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
         dqkv, sums = attention_qk_bwd(do, *ctx.saved_tensors, *ctx.options)
         grads = (None if t is None else s.to(t) for t, s in zip(ctx.dtypes, sums, strict=False))

@@ -14,9 +14,10 @@ Epilogues act on the float32 accumulator:
                  LayerNorm that reads it next, the mean and squared deviations of each row's pieces
                  of columns, and a 16-bit copy of float32 rows (`row_statistics`)
 
-Two kernels share the epilogues (`gemm_epilogue`). `_gemm_tma_kernel` is persistent and loads plain
-16-bit operands through TMA descriptors. The tensor cores idle while a program runs its epilogue, so
-long epilogues get smaller tiles and two CTAs per SM, one of which multiplies meanwhile.
+Two kernels share the epilogues (`gemm_epilogue`). `_gemm_tma_kernel` is persistent and loads 16-bit
+operands, which have no prologue, through TMA descriptors. The tensor cores idle while a program
+runs its epilogue, so long epilogues get smaller tiles and two CTAs per SM, one of which multiplies
+meanwhile.
 `_gemm_kernel` loads through pointers: prologues, float32, few rows, operands that TMA cannot
 address (base or row stride not a multiple of 16 bytes), and everything on sm_80 and sm_120.
 Operands are multiplied in the compute dtype with float32 accumulation.
@@ -219,10 +220,10 @@ def _gemm_tma_kernel(
         )
 
 
-def _config(a: Tensor, b: Tensor, plain: bool, epilogue: str) -> tuple[tuned.Config, Tensor]:
+def _config(a: Tensor, b: Tensor, no_prologue: bool, epilogue: str) -> tuple[tuned.Config, Tensor]:
     """The configuration, and b or its transpose, whichever has unit column stride."""
     b_rows = b.t() if b.stride(0) == 1 else b
-    tma = plain and tma_compatible(a, b_rows)
+    tma = no_prologue and tma_compatible(a, b_rows)
     return tuned.gemm(len(a), b.shape[1], b.dtype, a.device.index, tma, epilogue), b_rows
 
 

@@ -45,7 +45,7 @@ def only_multiples_of_8(*sizes: int) -> bool:
     return all(n % 8 == 0 for n in sizes) and any(n % 16 for n in sizes)
 
 
-def is_plain_triton() -> bool:
+def launches_directly() -> bool:
     """True if JITFunction.run is Triton's own and no launch hook is set, as profilers set them."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return JITFunction.run is _TRITON_RUN and not any(getattr(h, "calls", h) for h in hooks)
@@ -64,7 +64,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return kernel[grid](*args, **constants)
 
     # Interpreted, or Triton's launch is replaced (by `aot` or the tuner) or has hooks.
-    if type(kernel) is not JITFunction or not is_plain_triton():
+    if type(kernel) is not JITFunction or not launches_directly():
         _run_or_record(by_triton, None, args, False)
         return
     # All that Triton specializes on: the device, the constants, and facts about each argument.
@@ -82,8 +82,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             key.append(arg.base.dtype)
         elif kind is not float:
             if isinstance(arg, float):  # numpy's, which Triton takes for no number
-                plain = (float(a) if isinstance(a, float) else a for a in args)
-                return launch(kernel, grid, *plain, **constants)
+                args = tuple(float(a) if isinstance(a, float) else a for a in args)
+                return launch(kernel, grid, *args, **constants)
             key.append(arg.dtype)
             addresses |= arg.data_ptr()
     if addresses % 16:

@@ -156,7 +156,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
         return library.reshaped(out, *x.shape[:-1], len(weight)), x
 
     @staticmethod
-    @library.plain_backward
+    @library.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
         if dy is None:
             return dx, *(None,) * 10

@@ -297,7 +297,7 @@ class LayerNormMlpFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @library.plain_backward
+    @library.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
         *saved, path_scale = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:8]

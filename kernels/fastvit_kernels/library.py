@@ -52,7 +52,7 @@ def register(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     return wrap
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def needs_dispatcher(*tensors: torch.Tensor) -> bool:
@@ -63,13 +63,13 @@ def needs_dispatcher(*tensors: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or not are_plain(*tensors)
+        or has_subclass(*tensors)
     )
 
 
-def are_plain(*tensors: torch.Tensor) -> bool:
-    """True if no tensor is of a subclass other than nn.Parameter."""
-    return all(type(t) in _PLAIN for t in tensors)
+def has_subclass(*tensors: torch.Tensor) -> bool:
+    """True if a tensor is of a subclass other than nn.Parameter."""
+    return any(type(t) not in _TENSORS for t in tensors)
 
 
 class _NoContext:
@@ -105,7 +105,7 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def plain_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a Function's backward refuse create_graph=True, whose second derivatives would be wrong,
     and is_grads_batched=True, whose batches no kernel can read.
     """
@@ -113,13 +113,13 @@ def plain_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: torch.Tensor) -> Any:
         if not torch.compiler.is_compiling():
-            _check_plain(grads)
+            _check_once(grads)
         return backward(ctx, *grads)
 
     return wrapper
 
 
-def _check_plain(grads: Sequence[torch.Tensor | None]) -> None:
+def _check_once(grads: Sequence[torch.Tensor | None]) -> None:
     what = "have no second derivative (create_graph=True)" if torch.is_grad_enabled() else None
     if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
         what = "take no batch of gradients (is_grads_batched=True, vectorize=True)"

@@ -130,7 +130,7 @@ class LinearResidualFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @library.plain_backward
+    @library.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
         *saved, path_scale = ctx.saved_tensors  # checkpointing lets them be read once
         needs = [ctx.needs_input_grad[i] for i in (1, 2, 4)]

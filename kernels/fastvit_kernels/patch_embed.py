@@ -529,7 +529,7 @@ class PatchEmbedFunction(torch.autograd.Function):
         return patch_embed_fwd(images, w, bias, pos, prefix, out_dtype)
 
     @staticmethod
-    @library.plain_backward
+    @library.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
         needs = ctx.needs_input_grad[:5]
         grads = patch_embed_bwd(dout.contiguous(), *ctx.saved_tensors, needs)

@@ -275,7 +275,7 @@ def _makes(step: Any) -> bool:
 
 def run(launcher: Callable[..., Any], args: tuple) -> Any:
     """launcher(*args), replayed from its recipe where there is one."""
-    if INTERPRET.value or not launch.is_plain_triton():
+    if INTERPRET.value or not launch.launches_directly():
         return launcher(*args)
     return replay(launcher, args)
 

@@ -21,7 +21,7 @@ def enabled(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether to record the statistics of rows weight^T, multiplied in `dtype`."""
     if torch.compiler.is_compiling() or not handoff.state.depth:
         return False
-    if not library.are_plain(rows, weight):
+    if library.has_subclass(rows, weight):
         return False
     return tuned.keeps_row_statistics(len(rows), len(weight), dtype)
 

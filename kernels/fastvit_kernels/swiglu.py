@@ -105,7 +105,7 @@ class SwiGluFunction(torch.autograd.Function):
         return library.reshaped(swiglu_fwd(x2), *x.shape[:-1], x.shape[-1] // 2)
 
     @staticmethod
-    @library.plain_backward
+    @library.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         return swiglu_bwd(as_rows(dy), x).view(*dy.shape[:-1], x.shape[1])
