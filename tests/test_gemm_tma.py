@@ -91,7 +91,7 @@ def test_residual(
         options["layer_scale"] = torch.randn(N).to(device)
         options["path_scale"] = torch.rand(M // tokens).to(device)
     out, copy = poisoned(a, weight, stream), poisoned(a, weight) if wide else None
-    parts = gemm.parts_of(a, weight.t()).fill_(float("nan"))
+    parts = gemm.new_row_statistics(a, weight.t()).fill_(float("nan"))
     gemm.gemm(a, weight.t(), out, epilogue="residual", parts=parts, copy=copy, **options)
 
     def eager(wider: torch.dtype, narrow: torch.dtype) -> Tensor:

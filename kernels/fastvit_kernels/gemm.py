@@ -227,7 +227,7 @@ def _config(a: Tensor, b: Tensor, no_prologue: bool, epilogue: str) -> tuple[tun
     return tuned.gemm(len(a), b.shape[1], b.dtype, a.device.index, tma, epilogue), b_rows
 
 
-def parts_of(a: Tensor, b: Tensor) -> Tensor:
+def new_row_statistics(a: Tensor, b: Tensor) -> Tensor:
     """Allocate the row statistics that epilogue "residual" of gemm(a, b) writes: the mean and the
     sum of squared deviations of P pieces of each row, (P, 2, M) float32. The width of a piece is
     N / P rounded up to a power of two.
@@ -262,7 +262,7 @@ def gemm(
     norm: (norm_weight, norm_bias, mean, rstd) of prologue "layernorm"; fold: (shift, scale, s) of
     `layernorm_fold`, float32, with W'^T as b and b' as bias. u: (M, N), read by epilogue "dgelu",
     and written by "gelu" if given; h: (M, N), GELU(u), written by "dgelu" if given; copy: (M, N),
-    and parts, from `parts_of`, written by "residual" if given. path_scale: (B,).
+    and parts, from `new_row_statistics`, written by "residual" if given. path_scale: (B,).
     """
     (M, K), N = a.shape, b.shape[1]
     if M == 0:

@@ -332,7 +332,7 @@ def layernorm_fold(
     """W' (N, C) and z (M, C) in `dtype`; s, b' (N,), shift, scale, mean and rstd (M,), float32.
 
     x: (M, C), unit column stride; weight: (N, C) in `dtype` or wider; parts: statistics of x's
-    pieces (`gemm.parts_of`); z: with parts, a float32 x rounded to `dtype`, whose far rows are
+    pieces (`row_statistics`); z: with parts, a float32 x rounded to `dtype`, whose far rows are
     overwritten; known: mean and rstd of x, if computed before; casts: at most two (source, target).
     """
     (M, C), N = x.shape, len(weight)

@@ -35,9 +35,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, keeps:
 
 
 def allocate(a: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Buffers for epilogue "residual" of gemm(a, weight^T): `gemm.parts_of` and out's copy."""
+    """Buffers for epilogue "residual" of gemm(a, weight^T): row statistics, and out's copy."""
     copy = None if out.dtype == weight.dtype else weight.new_empty(out.shape)
-    return gemm.parts_of(a, weight.t()), copy
+    return gemm.new_row_statistics(a, weight.t()), copy
 
 
 def keep(x: Tensor, parts: Tensor, copy: Tensor | None = None) -> None:
