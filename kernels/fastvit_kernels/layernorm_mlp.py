@@ -171,9 +171,9 @@ def _bwd(
     copies: bool,
     path_scale: Tensor | None,
 ) -> list[Tensor]:
-    """dx; with `copies`, path_scale * dx in the compute dtype; with needs_params, the gradients of
-    the given parameters in the order of the arguments. dout, g: the gradients of the residual and
-    of the branch. g, copies, path_scale: see `gradient_copy`.
+    """dx; with `copies`, path_scale * dx in the compute dtype; then the gradients of the parameters
+    that `needs` marks, in the order of the arguments. dout, g: the gradients of the residual and of
+    the branch. g, copies, path_scale: see `gradient_copy`.
     """
     params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
     w_dtype = fc1_weight.dtype
