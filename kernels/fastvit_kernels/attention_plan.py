@@ -52,7 +52,7 @@ def round_up(n: int, pieces: int, largest: int) -> int:
     """The padded length of n rows: the least multiple of 16, at least n, that consists of tiles of
     `largest` and a tail of at most `pieces` powers of two.
     """
-    n = -(-n // 16) * 16
+    n = cdiv(n, 16) * 16
     while (n % largest).bit_count() > pieces:
         n += n & -n
     return n

@@ -1,10 +1,16 @@
 """Triton helpers shared by several ops."""
 
+import math
+
 import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-LOG2E = tl.constexpr(1.4426950408889634)
+# In the interpreter a tensor has to stand left of these.
+LOG2E = tl.constexpr(math.log2(math.e))
+SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2 / math.pi))
+INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
+CUBIC = tl.constexpr(0.044715)  # of "gelu_tanh"
 
 
 @triton.jit
@@ -56,7 +62,7 @@ def sigmoid(x):
 @triton.jit
 def tanh(x):
     """tanh(x) as 1 - 2 / (1 + e^2x): right for any x, infinite ones too."""
-    return 1.0 - 2.0 * reciprocal(1.0 + exp2(x * 2.8853900817779268))
+    return 1.0 - 2.0 * reciprocal(1.0 + exp2(x * (2.0 * LOG2E)))
 
 
 @triton.jit
@@ -66,7 +72,7 @@ def _half_erf_bell(x, EXACT: tl.constexpr):
     EXACT uses tl.erf. Else erf is Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7, far below
     16-bit rounding), which shares the second result's exponential: one MUFU.EX2, one MUFU.RCP.
     """
-    bell = exp2(x * x * -0.7213475204444817)  # -log2(e) / 2
+    bell = exp2(x * x * (-0.5 * LOG2E))
     if EXACT:
         half = 0.5 * tl.erf(tl.abs(x) * 0.7071067811865476)
     else:
@@ -86,7 +92,7 @@ def gelu(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     EXACT is for float32 results.
     """
     if ACTIVATION == "gelu_tanh":
-        return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        return 0.5 * x * (1.0 + tanh((x + x * CUBIC * x * x) * SQRT_2_OVER_PI))
     if ACTIVATION == "quick_gelu":
         return x * sigmoid(1.702 * x)
     half, _ = _half_erf_bell(x, EXACT)
@@ -97,14 +103,14 @@ def gelu(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
 def dgelu(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """The derivative of `gelu` at float32 x."""
     if ACTIVATION == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+        t = tanh((x + x * CUBIC * x * x) * SQRT_2_OVER_PI)
+        slope = (1.0 + x * (3.0 * CUBIC) * x) * SQRT_2_OVER_PI
         return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
     if ACTIVATION == "quick_gelu":
         s = sigmoid(1.702 * x)
         return s + 1.702 * x * s * (1.0 - s)
     half, bell = _half_erf_bell(x, EXACT)
-    return 0.5 + tl.where(x > 0, half, -half) + x * 0.3989422804014327 * bell
+    return 0.5 + tl.where(x > 0, half, -half) + x * INV_SQRT_2PI * bell
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from fastvit_kernels.launch import cdiv
+
 PLAN = ("tiles", "steps", "programs", "chunks", "share", "chunks2")  # kernels' arguments
 
 
@@ -42,7 +44,7 @@ class Plan:
         """Steps of the busiest program, each of its segments counted as `stretch` steps longer."""
         rest, rounds, _, last = self._again()
         again = rounds * (rest + stretch)
-        again += -(-rest // self.chunks2) + stretch if last else 0
+        again += cdiv(rest, self.chunks2) + stretch if last else 0
         whole = self.tiles // self.programs * (self.steps + stretch)
         if self.tiles % self.programs == 0:
             return whole
@@ -70,8 +72,8 @@ class Plan:
 
 def even(tiles: int, steps: int, parts: int) -> Plan:
     """The plan that cuts every tile into at most `parts` equal parts, one program per part."""
-    share = -(-steps // parts)
-    parts = -(-steps // share)
+    share = cdiv(steps, parts)
+    parts = cdiv(steps, share)
     return Plan(tiles, steps, tiles * parts, parts if parts > 1 else 0, share, 0)
 
 
@@ -82,19 +84,19 @@ def plan(tiles: int, steps: int, programs: int, part_steps: float) -> Plan:
         return Plan(tiles, steps, programs, 0, steps, 0)
     # Candidates: the remaining tiles in even parts, as many as there are programs for, or fewer.
     most = programs // left
-    shares = sorted({-(-steps // chunks) for chunks in range(1, most + 1)})
-    plans = [Plan(tiles, steps, programs, -(-steps // share), share, 0) for share in shares]
+    shares = sorted({cdiv(steps, chunks) for chunks in range(1, most + 1)})
+    plans = [Plan(tiles, steps, programs, cdiv(steps, share), share, 0) for share in shares]
     # Or chunks that leave a rest to the idle programs: so that all programs have equally many
     # steps, or so that n whole rests take as long as a chunk.
     idle = programs - left * most
     if idle:
-        last, rounds = left % idle, range(left // idle, -(-left // idle) + 1)
-        even_share = -(-left * steps // programs)
-        shares = {even_share, *(-(-n * steps // (n * most + 1)) for n in rounds)}
+        last, rounds = left % idle, range(left // idle, cdiv(left, idle) + 1)
+        even_share = cdiv(left * steps, programs)
+        shares = {even_share, *(cdiv(n * steps, n * most + 1) for n in rounds)}
         for share in sorted(shares):
             rest = steps - most * share
             if 0 < rest and share > 0:
-                chunks2 = -(-rest // -(-rest // (idle // last))) if last else 0
+                chunks2 = cdiv(rest, cdiv(rest, idle // last)) if last else 0
                 plans.append(Plan(tiles, steps, programs, most, share, chunks2))
     return min(plans, key=lambda p: time(p, part_steps))
 

@@ -17,6 +17,7 @@ import torch
 
 from fastvit_kernels import dw_plan
 from fastvit_kernels.dw_plan import Plan
+from fastvit_kernels.launch import cdiv
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def mlp_narrow(
     config = look_up(MLP_NARROW, arch(device_index)).get(f"{kernel}_192")
     if config is None or dtype == torch.float32 or C > 192:
         return None
-    return config if 2 * -(-M // config.BLOCK_M) >= num_sms(device_index) else None
+    return config if 2 * cdiv(M, config.BLOCK_M) >= num_sms(device_index) else None
 
 
 def gemm(
@@ -290,7 +291,7 @@ def gemm(
     config = table[gemm_class(M, N, dtype, sms, table)]
     # A long epilogue has its own line, used where every program has at least two tiles.
     own = table.get({"fold": "gelu"}.get(epilogue, epilogue), config)
-    tiles = -(-M // own.BLOCK_M) * -(-N // own.BLOCK_N)
+    tiles = cdiv(M, own.BLOCK_M) * cdiv(N, own.BLOCK_N)
     return own if config.tma and tiles >= 2 * own.CTAS * sms else config
 
 
@@ -316,8 +317,8 @@ def gemm_class(M: int, N: int, dtype: torch.dtype, sms: int, table: dict[str, Co
 
     def cost(name: str) -> float:
         block_m, block_n = table[name].BLOCK_M, table[name].BLOCK_N
-        tiles = -(-M // block_m) * -(-N // block_n)
-        return -(-tiles // sms) * block_m * block_n / _RATES[name]
+        tiles = cdiv(M, block_m) * cdiv(N, block_n)
+        return cdiv(tiles, sms) * block_m * block_n / _RATES[name]
 
     return min((name for name in _RATES if name in table), key=cost)
 
@@ -364,8 +365,7 @@ def dw_columns(plan: Plan, num_n: int, device_index: int | None) -> int:
 
 def _dw_tiles(M: int, N: int, K: int, config: Config) -> tuple[int, int]:
     """Tiles of dW, and steps along M."""
-    tiles = -(-N // config.BLOCK_N) * -(-K // config.BLOCK_K)
-    return tiles, -(-M // config.BLOCK_M)
+    return cdiv(N, config.BLOCK_N) * cdiv(K, config.BLOCK_K), cdiv(M, config.BLOCK_M)
 
 
 def _part_steps(dtype: torch.dtype) -> int:
@@ -405,13 +405,13 @@ def slabs(M: int, N: int, K: int, config: Config, arch: int, sms: int) -> int:
     """
     if arch == 0:
         return 2
-    tiles, steps = -(-N // config.BLOCK_N) * -(-K // config.BLOCK_K), -(-M // config.BLOCK_M)
+    tiles, steps = _dw_tiles(M, N, K, config)
     step = config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
-    traffic = 16 * N * K / 2**21 * 2**20 / step
+    traffic = 8 * N * K / step  # 16 steps of 2^20 products for 2^21 elements
 
     def cost(S: int) -> float:
-        waves = -(-tiles * S // sms)
-        return waves * (-(-steps // S) + 4) + traffic * S
+        waves = cdiv(tiles * S, sms)
+        return waves * (cdiv(steps, S) + 4) + traffic * S
 
     return min(range(1, max(2, min(64, steps // 8 + 1))), key=cost)
 
@@ -448,4 +448,4 @@ def layernorm_bwd(
             num_stages=3 if part in (9, 10) else 2,
             maxnreg=65536 // (32 * num_warps * per_sm) // 8 * 8,
         )
-    return config, min(-(-M // config.BLOCK_M), per_sm * num_sms(device_index))
+    return config, min(cdiv(M, config.BLOCK_M), per_sm * num_sms(device_index))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 import triton
 
+from fastvit_kernels.launch import cdiv
 from fastvit_kernels.tuned import DEFAULT, Config, arch, look_up, num_sms
 
 # "fwd_resident", "fwd_fewer_keys" and "bwd_*_keys" hold all keys of a row, at most BLOCK_N of them;
@@ -268,12 +269,14 @@ def qk(D: int, device_index: int | None) -> Config:
 
 def qk_groups(blocks: int, H: int, device_index: int | None) -> int:
     """How many programs split the heads of one block of tokens: several where blocks are few."""
-    return min(H, -(-2 * num_sms(device_index) // (2 * blocks)))
+    return min(H, cdiv(num_sms(device_index), blocks))
 
 
 def qk_run(blocks: int, device_index: int | None) -> int:
-    """Blocks of tokens per program in backward: two waves of programs at four CTAs per SM."""
-    return -(-2 * blocks // (8 * num_sms(device_index)))
+    """Blocks of tokens per program in backward: for q and k together, two waves of programs at four
+    CTAs per SM.
+    """
+    return cdiv(2 * blocks, 8 * num_sms(device_index))
 
 
 def maps_splits(programs: int, tiles: int, device_index: int | None) -> int:
