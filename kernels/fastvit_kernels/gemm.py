@@ -66,7 +66,6 @@ def _gemm_kernel(
     PROLOGUE: tl.constexpr,
     EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    EXACT: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BY_8: tl.constexpr,
@@ -124,6 +123,7 @@ def _gemm_kernel(
         b_ptrs += BLOCK_K * stride_bk
 
     matrices = (c_ptr, u_ptr, h_ptr, residual_ptr, copy_ptr, parts_ptr)
+    EXACT: tl.constexpr = b_ptr.dtype.element_ty == tl.float32
     out = (matrices, (bias_ptr, layer_scale_ptr, path_scale_ptr, sums_ptr))
     finish(
         acc,
@@ -242,7 +242,6 @@ def gemm(
     b: Tensor,
     out: Tensor,
     *,
-    prologue: str = "none",
     epilogue: str = "none",
     bias: Tensor | None = None,
     norm: tuple[Tensor | None, Tensor | None, Tensor, Tensor] | None = None,
@@ -259,10 +258,10 @@ def gemm(
     """Write epilogue(prologue(a) b) to out and return it. a: (M, K), unit column stride; b: (K, N),
     any strides, in the compute dtype; out: (M, N).
 
-    norm: (norm_weight, norm_bias, mean, rstd) of prologue "layernorm"; fold: (shift, scale, s) of
-    `layernorm_fold`, float32, with W'^T as b and b' as bias. u: (M, N), read by epilogue "dgelu",
-    and written by "gelu" if given; h: (M, N), GELU(u), written by "dgelu" if given; copy: (M, N),
-    and parts, from `new_row_statistics`, written by "residual" if given. path_scale: (B,).
+    norm: (norm_weight, norm_bias, mean, rstd) makes the prologue "layernorm"; fold: (shift, scale,
+    s) of `layernorm_fold`, float32, with W'^T as b and b' as bias. u: (M, N), read by epilogue
+    "dgelu", and written by "gelu" if given; h: (M, N), GELU(u), written by "dgelu" if given; copy:
+    (M, N), and parts, from `new_row_statistics`, written by "residual" if given. path_scale: (B,).
     """
     (M, K), N = a.shape, b.shape[1]
     if M == 0:
@@ -270,10 +269,10 @@ def gemm(
     if residual is not None:
         residual = residual.contiguous()
     work = "fold" if fold is not None and epilogue == "none" else epilogue
-    config, b_rows = _config(a, b, prologue == "none", work)
+    config, b_rows = _config(a, b, norm is None, work)
     tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     programs = min(tiles, config.CTAS * tuned.num_sms(a.device.index))  # of the persistent kernel
-    outputs = (out, u, h), (residual, copy, parts, bias)
+    outputs = (out, u, h, residual, copy, parts, bias)
     scales = (layer_scale, path_scale)
     norm_params, statistics = (None, None), fold or (None, None, None)
     if norm is not None:
@@ -296,8 +295,7 @@ def gemm(
             (programs,),
             descriptor(a, [config.BLOCK_M, config.BLOCK_K]),
             descriptor(b_rows, b_block if b_rows is b else b_block[::-1]),
-            *outputs[0],
-            *outputs[1],
+            *outputs,
             *statistics,
             *scales,
             M,
@@ -316,8 +314,7 @@ def gemm(
         (tiles,),
         a,
         b,
-        *outputs[0],
-        *outputs[1],
+        *outputs,
         *norm_params,
         *statistics,
         *scales,
@@ -328,10 +325,9 @@ def gemm(
         a.stride(0),
         b.stride(0),
         b.stride(1),
-        PROLOGUE=prologue,
+        PROLOGUE="none" if norm is None else "layernorm",
         EPILOGUE=epilogue,
         ACTIVATION=activation,
-        EXACT=b.dtype == torch.float32,
         B_TRANSPOSED=b.stride(0) == 1,
         EVEN_K=K % config.BLOCK_K == 0,
         PRECISION=precision(b.dtype),

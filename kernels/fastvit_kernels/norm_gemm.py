@@ -68,7 +68,7 @@ def norm_gemm(
     y, mean, rstd = layernorm.layernorm_fwd(x, norm_weight, norm_bias, eps, rms, y_dtype)
     if y is None:
         norm = (norm_weight, norm_bias, mean, rstd)
-        gemm.gemm(x, weight.t(), out, prologue="layernorm", norm=norm, **epilogue)
+        gemm.gemm(x, weight.t(), out, norm=norm, **epilogue)
     else:
         gemm.gemm(y, weight.t(), out, **epilogue)
     return mean, rstd
