@@ -17,10 +17,11 @@ sys.path[:0] = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
 
 import torch
 import torchvision_shim
+from checks import dtype_name
 
 torchvision_shim.install()
 
-from benchmarks import harness, machine, models, report
+from benchmarks import machine, models, report
 from benchmarks.gpu import read_json, write_json
 from benchmarks.models import Task
 from benchmarks.workloads import SIZES
@@ -53,7 +54,7 @@ def measure(seconds: float, names: Sequence[str]) -> list[dict]:
                         "model": name,
                         "kind": kind,
                         "batch": task.batch,
-                        "dtype": harness.dtype_name(dtype),
+                        "dtype": dtype_name(dtype),
                         "fastvit_ms": ours["median_ms"],
                         "fastvit_iqr_ms": ours["iqr_ms"],
                         "timm_ms": timm["median_ms"],

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from checks import disagreement, dtype_name
 from torch import Tensor
 
 from benchmarks.machine import Ceilings
@@ -82,10 +83,6 @@ class Samples:
     launch_us: float = 0.0
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def run(case: Case, device: torch.device, ceilings: Ceilings, seconds: float) -> list[dict]:
     """Check and then time, interleaved, all providers; returns one row for each, in their order."""
     release(device)
@@ -136,30 +133,10 @@ def check_provider(
     if len(got) != len(truth):
         return {"status": "failed parity", "reason": f"{len(got)} results, not {len(truth)}"}
     for i, (g, e, t) in enumerate(zip(got, eager, truth, strict=True)):
-        reason = disagreement(g, e, t)
+        reason = disagreement(g, e, t, l2_from=0)
         if reason:
             return {"status": "failed parity", "reason": f"{_name(i)}: {reason}"}
     return {}
-
-
-def disagreement(got: Tensor, eager: Tensor, truth: Tensor) -> str | None:
-    """None if err(got) <= 2 err(eager) + rounding, in the worst element and in L2; else the reason.
-
-    The rule of tests/checks.py, computed on the device because the tensors are large.
-    """
-    if got.shape != truth.shape:
-        return f"shape {tuple(got.shape)}, not {tuple(truth.shape)}"
-    ulp = torch.finfo(eager.dtype).eps
-    errors, eager_errors = got.double() - truth, eager.double() - truth
-    if not bool(errors.isfinite().all()):
-        return "not finite"
-    worst = float(errors.abs().max())
-    bound = 2 * float(eager_errors.abs().max()) + 2 * ulp * float(truth.abs().max())
-    if worst > bound:
-        return f"worst element off by {worst:.2e}, allowed {bound:.2e}"
-    l2 = float(errors.norm())
-    bound = 2 * float(eager_errors.norm()) + ulp * float(truth.norm()) + 1e-300
-    return f"L2 error {l2:.2e}, allowed {bound:.2e}" if l2 > bound else None
 
 
 def measure(

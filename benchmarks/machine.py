@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks import dtype_name
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("src", "kernels")
@@ -41,7 +42,7 @@ def ceilings(device: torch.device) -> Ceilings:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = _best(lambda a=a, b=b: a @ b, device, count)
-        flops[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
+        flops[dtype_name(dtype)] = 2 * size**3 / seconds
     source = torch.randn((256 << 20) if cuda else (4 << 20), device=device)
     target = torch.empty_like(source)
     seconds = _best(lambda: target.copy_(source), device, count)

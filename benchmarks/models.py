@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from checks import dtype_name
 from torch import Tensor, nn
 
 import fastvit
@@ -42,7 +43,7 @@ class Task:
 
     @property
     def key(self) -> str:
-        return f"{self.kind} {self.size.name} batch {self.batch} {harness.dtype_name(self.dtype)}"
+        return f"{self.kind} {self.size.name} batch {self.batch} {dtype_name(self.dtype)}"
 
     @property
     def work(self) -> Work:
@@ -353,7 +354,7 @@ def _row(task: Task, entry: Entry) -> dict:
         "kind": task.kind,
         "model": task.size.name,
         "batch": task.batch,
-        "dtype": harness.dtype_name(task.dtype),
+        "dtype": dtype_name(task.dtype),
         "provider": entry.name,
     }
 
@@ -362,7 +363,7 @@ def _timed(task: Task, samples: harness.Samples, ceilings: Ceilings) -> dict:
     row: dict[str, Any] = {"status": "ok", **harness.spread(samples.seconds)}
     ms = row["median_ms"]
     floor = task.work.floor_ms(ceilings, task.dtype)
-    rate = ceilings.flops[harness.dtype_name(task.dtype)]
+    rate = ceilings.flops[dtype_name(task.dtype)]
     return row | {
         "seconds": samples.seconds,
         "launch_us": samples.launch_us,

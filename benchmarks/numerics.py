@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 import torch.nn.functional as F
 import torchvision_shim
+from checks import dtype_name
 from interpreter import round_to_bfloat16_as_a_gpu_does
 
 torchvision_shim.install()
@@ -78,7 +79,7 @@ def ops(device: torch.device) -> list[dict]:
                         "kind": "numerics op",
                         "op": case.op,
                         "shape": case.shape,
-                        "dtype": "tf32" if tf32 else harness.dtype_name(dtype),
+                        "dtype": "tf32" if tf32 else dtype_name(dtype),
                         "ours": own_name(device),
                         "output": _relative(got[0], truth[0]),
                         "output_eager": _relative(eager[0], truth[0]),
@@ -146,7 +147,7 @@ def _model(
         "kind": "numerics model",
         "model": size.name,
         "images": name,
-        "dtype": f"autocast {harness.dtype_name(dtype)}",
+        "dtype": f"autocast {dtype_name(dtype)}",
         "ours": own_name(device),
     }
     for suffix, backend in (("", own(device)), ("_eager", "reference")):

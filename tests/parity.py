@@ -6,17 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check
+from checks import check, dtype_name
 from torch import Tensor
 
 import fastvit
 from fastvit import ops, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def dtype_id(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def leaf(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
@@ -62,7 +58,7 @@ def check_parity(
             for r in (got, eager, truth)
         )
         check(
-            f"{op} {', '.join(scales)} {dtype_id(dtype)}",
+            f"{op} {', '.join(scales)} {dtype_name(dtype)}",
             got,
             eager,
             truth,
@@ -71,7 +67,7 @@ def check_parity(
         )
         return
     for name in truth:
-        label = f"{op} {name} {dtype_id(dtype)}"
+        label = f"{op} {name} {dtype_name(dtype)}"
         check(label, got[name], eager[name], truth[name], dtype if autocast else None)
 
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from checks import check
+from checks import check, dtype_name
 from parity import (
     DTYPES,
     check_compiles,
     check_parity,
     check_plain_backward,
     check_repeatable,
-    dtype_id,
     leaf,
 )
 
@@ -19,7 +18,7 @@ from fastvit import ops, reference
 HEAD_DIMS = [16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("N", [1, 2, 17, 50, 64, 65, 128, 197])
 def test_tokens(N: int, dtype: torch.dtype, device: torch.device) -> None:
     check_parity("attention_qkv", {"qkv": leaf(1, N, 3, 2, 64)}, dtype, device)
@@ -31,7 +30,7 @@ def test_many_tokens(N: int, device: torch.device) -> None:
     check_parity("attention_qkv", {"qkv": leaf(1, N, 3, 1, 64)}, torch.bfloat16, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_head_dims(D: int, dtype: torch.dtype, device: torch.device) -> None:
     check_parity("attention_qkv", {"qkv": leaf(2, 37, 3, 1, D)}, dtype, device)
@@ -55,7 +54,7 @@ def test_autocast(device: torch.device) -> None:
     check_parity("attention_qkv", args, torch.bfloat16, device, autocast=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("N", [40, 140, 400])
 def test_large_scores(N: int, dtype: torch.dtype, device: torch.device, on_gpu: bool) -> None:
     qkv = leaf(1, N, 3, 1, 16, grad=False)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check
-from parity import DTYPES, check_plain_backward, dtype_id, leaf, results
+from checks import check, dtype_name
+from parity import DTYPES, check_plain_backward, leaf, results
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -58,14 +58,14 @@ def check_dropout(
     theirs = results(eager, args, device)
     truth = results(eager, wide, device, dout_dtype=qkv.dtype)
     for name in truth:
-        check(f"{name} {dtype_id(qkv.dtype)}", ours[name], theirs[name], truth[name])
+        check(f"{name} {dtype_name(qkv.dtype)}", ours[name], theirs[name], truth[name])
 
 
 def cast(qkv: Tensor, dtype: torch.dtype) -> Tensor:
     return qkv.detach().to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize(("N", "D"), [(1, 16), (50, 64), (130, 24), (197, 72)])
 def test_backward_has_the_mask_of_forward(
     N: int, D: int, dtype: torch.dtype, device: torch.device

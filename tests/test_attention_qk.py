@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check
+from checks import check, dtype_name
 from parity import (
     DTYPES,
     check_compiles,
     check_parity,
     check_plain_backward,
     check_repeatable,
-    dtype_id,
     leaf,
 )
 from torch import Tensor
@@ -45,7 +44,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("case", CASES)
 def test_parity(case: str, dtype: torch.dtype, device: torch.device) -> None:
     check_parity("attention_qkv", {"qkv": leaf(2, 37, 3, 3, 32), **CASES[case](32)}, dtype, device)
@@ -73,7 +72,7 @@ def test_far_from_zero(device: torch.device) -> None:
     check_parity("attention_qkv", args, device=device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_packed(dtype: torch.dtype, device: torch.device) -> None:
     lengths = torch.tensor([0, 1, 41, 58], dtype=torch.int32)
     args = {"qkv": leaf(58, 3, 2, 24), "cu_seqlens": lengths, "max_seqlen": 40}

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check
+from checks import check, dtype_name
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity import DTYPES, check_compiles, check_parity, check_repeatable, dtype_id, leaf
+from parity import DTYPES, check_compiles, check_parity, check_repeatable, leaf
 from torch import Tensor
 
 import fastvit
@@ -33,14 +33,14 @@ def bounds(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("lengths", [[130], [1, 17, 1], [64, 0, 50], [128, 129]], ids=str)
 def test_packed(lengths: list[int], dtype: torch.dtype, device: torch.device) -> None:
     args = {"qkv": leaf(sum(lengths), 3, 2, 32), "cu_seqlens": bounds(lengths)}
     check_parity("attention_packed", {**args, "max_seqlen": max(lengths)}, dtype, device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_one_image_of_one_token(dtype: torch.dtype, device: torch.device) -> None:
     """o = v, dv = do, and dq = dk = 0 but for the rounding of do . v, taken in two orders."""
     qkv = torch.randn(1, 3, 2, 32, device=device).to(dtype).requires_grad_()
@@ -56,7 +56,7 @@ def test_one_image_of_one_token(dtype: torch.dtype, device: torch.device) -> Non
         assert (grad.float().abs() <= bound * other.float().abs()).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("N", [1, 50, 140])
 def test_key_padding(N: int, dtype: torch.dtype, device: torch.device) -> None:
     lengths = torch.tensor([N, 1, 0, N // 2])
@@ -172,7 +172,7 @@ def test_any_shape(data: st.DataObject, device: torch.device) -> None:
     check_parity("attention_qkv", args, dtype, device, together=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("rows", [(0,), (0, 7, -1), tuple(range(40))], ids=len)
 @pytest.mark.parametrize("lse_known", [False, True])
 def test_maps(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from checks import dtype_name
 from fastvit_kernels import layernorm
 from fastvit_kernels.common import dgelu, gelu
 from parity import (
@@ -15,7 +16,6 @@ from parity import (
     check_parity,
     check_plain_backward,
     check_repeatable,
-    dtype_id,
     leaf,
     results,
 )
@@ -61,7 +61,7 @@ every_op = pytest.mark.parametrize("op", OPS)
 
 
 @every_op
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_parity(op: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     check_parity(op, OPS[op](*size), dtype, device)
@@ -69,7 +69,7 @@ def test_parity(op: str, size: tuple[int, ...], dtype: torch.dtype, device: torc
 
 @pytest.mark.slow
 @every_op
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_model_width(op: str, dtype: torch.dtype, device: torch.device) -> None:
     check_parity(op, OPS[op](2, 50, 384, 1536), dtype, device)
 
@@ -85,7 +85,7 @@ def test_without(op: str, absent: str, device: torch.device) -> None:
 
 
 @every_op
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 def test_autocast(op: str, dtype: torch.dtype, device: torch.device) -> None:
     check_parity(op, OPS[op](2, 33, 48, 64), dtype, device, autocast=True)
 
@@ -104,14 +104,14 @@ def test_a_result_may_be_changed_in_place(op: str, device: torch.device) -> None
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_activations(activation: str, dtype: torch.dtype, device: torch.device) -> None:
     args = {**layernorm_mlp(2, 17, 32, 64), "activation": activation}
     check_parity("layernorm_mlp", args, dtype, device)
 
 
 @pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_rmsnorm(op: str, dtype: torch.dtype, device: torch.device) -> None:
     args = {**OPS[op](2, 17, 72, 24), "norm_bias": None, "norm_kind": "rmsnorm"}
     check_parity(op, args, dtype, device)
@@ -229,7 +229,7 @@ def test_no_norm_is_summed_for_frozen_parameters(
 
 
 @pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_mean_a_hundred_deviations_away(op: str, dtype: torch.dtype, device: torch.device) -> None:
     args = OPS[op](2, 17, 64, 48)
     args["x"] = (args["x"].detach() + 100).requires_grad_()

@@ -4,15 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from checks import dtype_name
 from fastvit_kernels import gemm, layernorm_fold, tuned
-from parity import check_compiles, check_parity, check_repeatable, dtype_id
+from parity import check_compiles, check_parity, check_repeatable
 from test_gemm_ops import OPS
 
 import fastvit
 from fastvit import ops
 
 every_op = pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
-half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 
 
 @pytest.fixture(params=["tma", "pointers"])

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from checks import dtype_name
 from fastvit_kernels import mlp_narrow, tuned
 from parity import (
     check_compiles,
     check_parity,
     check_plain_backward,
     check_repeatable,
-    dtype_id,
     leaf,
     results,
 )
@@ -16,7 +16,7 @@ from parity import (
 import fastvit
 from fastvit import ops
 
-HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 BOTH = ["_mlp_narrow_fwd_kernel", "_mlp_narrow_bwd_kernel"]
 
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from checks import dtype_name
 from parity import (
     DTYPES,
     check_compiles,
     check_parity,
     check_plain_backward,
     check_repeatable,
-    dtype_id,
     leaf,
 )
 
@@ -38,7 +38,7 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_parity(geometry: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     check_parity("patch_embed", arguments(*geometry), dtype, device)

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checks import check
+from checks import check, dtype_name
 from fastvit_kernels import gemm, handoff, layernorm_fold, row_statistics, tuned
-from parity import dtype_id, results
+from parity import results
 
 import fastvit
 from fastvit import ops, reference
 
-half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from checks import dtype_name
 from parity import (
     DTYPES,
     check_compiles,
     check_parity,
     check_plain_backward,
     check_repeatable,
-    dtype_id,
     leaf,
 )
 
@@ -16,7 +16,7 @@ import fastvit
 from fastvit import ops
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape", [(1, 2), (2, 17, 48), (3, 50, 2 * 171)], ids=str)
 def test_parity(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     check_parity("swiglu", {"x": leaf(*shape)}, dtype, device)
