@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import fastvit
 from fastvit.dialects import read
 
 TOLERANCE = 1e-5
@@ -33,9 +35,23 @@ def randomize_weights(model: Any, std: float = 0.2) -> Any:
     return model.eval()
 
 
+def timm_twins(name: str, std: float = 0.2, **arguments: Any) -> tuple[Any, Any]:
+    """timm's model and ours, in eval mode, with the same random weights."""
+    timm: Any = pytest.importorskip("timm")
+    theirs = randomize_weights(timm.create_model(name, **arguments), std)
+    ours: Any = fastvit.create_model(name, **arguments).eval()
+    ours.load_weights(theirs.state_dict())
+    assert not ours.load_report.adapted
+    if not isinstance(theirs, timm.models.Eva):  # whose parameters have other names
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
 def weights(out: Tensor) -> Tensor:
-    """Weights, all different, of the sum that makes out a scalar: a permutation changes it."""
-    return torch.linspace(-1, 1, out[0].numel()).view(out.shape[1:])
+    """Weights of the sum that makes out a scalar: all different within an image, so that a
+    permutation changes it, and the same for every image."""
+    line = torch.linspace(-1, 1, out[0].numel(), dtype=out.dtype, device=out.device)
+    return line.view(out.shape[1:])
 
 
 def truth(
@@ -54,6 +70,10 @@ def truth(
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     features = None if features is None else features.detach()
     return Truth(images, features, out.detach(), x.grad, renamed(grads, config))
+
+
+def timm_truth(model: Any, images: Tensor) -> Truth:
+    return truth(model, images, lambda x: (model.forward_features(x), model(x)))
 
 
 def renamed(grads: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> dict:
@@ -91,3 +111,9 @@ def close(name: str, got: Tensor | None, expected: Tensor) -> None:
     error = float((got.detach() - expected.detach()).abs().max())
     bound = TOLERANCE * max(1.0, float(expected.detach().abs().max()))
     assert error <= bound, f"{name}: {error:.2e}, allowed {bound:.2e}"
+
+
+def assert_same(expected: Any, got: Any) -> None:
+    """Element by element: tighter than `close` for the small elements of a tensor with large ones,
+    so for models that have no more than a layer or a hook apart from timm's."""
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision_shim
 from checks import check
+from peers import weights
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,10 +133,14 @@ def tensors(model, x):
     return {"logits": out}
 
 
+def loss(out):
+    """A mean in which every element counts differently, those of different images too."""
+    return (out * weights(out[None])).mean()
+
+
 def grads(model, x):
     out = tensors(model, x)["logits"]
-    weight = torch.linspace(-1, 1, out.numel(), dtype=x.dtype, device=x.device).view_as(out)
-    (out * weight).mean().backward()
+    loss(out).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
@@ -236,8 +241,7 @@ def test_compile_fullgraph(name, train):
     out = compiled(x)
     logits = out if isinstance(out, torch.Tensor) else out.logits
     close({"logits": logits}, {"logits": expected["logits"]})
-    weight = torch.linspace(-1, 1, logits.numel()).view_as(logits)
-    (logits * weight).mean().backward()
+    loss(logits).backward()
     close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected_grads)
 
 
@@ -701,7 +705,7 @@ def test_inside_another_module_and_distributed(tmp_path):
         wrapped = nn.parallel.DistributedDataParallel(model)
         fastvit.accelerate(wrapped)
         out = wrapped(x).logits
-        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).mean().backward()
+        loss(out).backward()
     finally:
         torch.distributed.destroy_process_group()
     close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
@@ -762,8 +766,7 @@ def logits_and_gradients(model, x):
     packed op: k's bias alone has only rounding errors, since softmax ignores a shift of its row."""
     out = model(x)
     out = out if isinstance(out, torch.Tensor) else out.logits
-    weight = torch.linspace(-1, 1, out.numel(), dtype=x.dtype, device=x.device).view_as(out)
-    (out * weight).mean().backward()
+    loss(out).backward()
     found = {"logits": out}
     for n, p in model.named_parameters():
         if p.grad is not None:

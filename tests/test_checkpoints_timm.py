@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import Truth, check, close, randomize_weights, truth
+from peers import check, close, randomize_weights, timm_truth
 from safetensors.torch import save_file
-from torch import Tensor
 
 import fastvit
 from fastvit.errors import UsageError
@@ -52,10 +51,6 @@ def narrow(name: str, **more: Any) -> dict[str, Any]:
     return {**args, **more}
 
 
-def run(model: Any, images: Tensor) -> Truth:
-    return truth(model, images, lambda x: (model.forward_features(x), model(x)))
-
-
 @pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 def test_loads_what_timm_saved(name: str, tmp_path: Path) -> None:
     """The folder that timm pushes to the hub, at its native size, a larger and an oblong one."""
@@ -66,7 +61,7 @@ def test_loads_what_timm_saved(name: str, tmp_path: Path) -> None:
     assert ours.load_report.dialect == "timm" and not ours.load_report.adapted
     patch = PRESETS[name]["patch_size"]
     for rows, columns in ((4, 4), (5, 5), (3, 6)):
-        check(ours, run(theirs, torch.randn(2, 3, rows * patch, columns * patch)))
+        check(ours, timm_truth(theirs, torch.randn(2, 3, rows * patch, columns * patch)))
     config, theirs_config = ours.default_cfg, theirs.pretrained_cfg
     for key in ("mean", "std", "interpolation", "crop_pct"):
         assert config[key] == theirs_config[key], key
@@ -82,7 +77,7 @@ def test_timm_reads_our_export(name: str, tmp_path: Path) -> None:
     assert theirs.state_dict().keys() == state.keys()
     patch = PRESETS[name]["patch_size"]
     for rows, columns in ((4, 4), (3, 6)):
-        check(ours, run(theirs, torch.randn(2, 3, rows * patch, columns * patch)))
+        check(ours, timm_truth(theirs, torch.randn(2, 3, rows * patch, columns * patch)))
     again = fastvit.load_checkpoint(tmp_path)
     for key, tensor in ours.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
@@ -153,7 +148,7 @@ def test_the_architecture_comes_from_the_shapes(tmp_path: Path) -> None:
         torch.save(trained, tmp_path / "trained.pth.tar")
         for file in ("bare.pth", "bare.safetensors", "trained.pth.tar"):
             ours = fastvit.load_checkpoint(tmp_path / file, heads=2, image_size=args["img_size"])
-            check(ours, run(theirs, images))
+            check(ours, timm_truth(theirs, images))
             assert ("'state_dict_ema'" in str(ours.load_report)) == (file == "trained.pth.tar")
 
 
@@ -238,4 +233,4 @@ def test_a_preset_settles_what_keys_alone_would_leave_to_guess(tmp_path: Path) -
     ours = fastvit.load_checkpoint(tmp_path)
     assert ours.config["norm_eps"] == 1e-6
     images = torch.randn(2, 3, 64, 64)
-    check(ours, run(theirs, images))
+    check(ours, timm_truth(theirs, images))

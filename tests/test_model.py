@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import check
+from peers import randomize_weights
 from torch import Tensor, nn
 
 import fastvit
@@ -17,12 +18,6 @@ TINY = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_dim=64, n
 
 def tiny(**kwargs) -> fastvit.ViT:
     return fastvit.ViT(**{**TINY, **kwargs})
-
-
-def randomize_weights(model: nn.Module) -> None:
-    """Random weights large enough that every part of the model matters to its output."""
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
 
 
 def timm_twin(**kwargs):

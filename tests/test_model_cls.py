@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import check
+from peers import randomize_weights, weights
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,10 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def random_vit(**options: Any) -> fastvit.ViT:
-    model = fastvit.ViT(**{**TINY, **options})
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model
+    return randomize_weights(fastvit.ViT(**{**TINY, **options})).train()
 
 
 def rows(model: nn.Module, side: int = 16, batch: int = 2) -> int:
@@ -70,7 +68,7 @@ def outcome(model: fastvit.ViT, run: Callable[[Tensor], Tensor], images: Tensor)
     model.zero_grad()
     x = images.clone().requires_grad_()
     out = run(x)
-    (out * torch.linspace(-1, 1, out[0].numel(), dtype=out.dtype)).sum().backward()
+    (out * weights(out)).sum().backward()
     return [out.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 

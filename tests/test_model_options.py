@@ -7,8 +7,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from peers import Truth, check, close, randomize_weights, truth
-from torch import Tensor, nn
+from peers import check, close, randomize_weights, timm_truth, timm_twins
+from torch import nn
 
 import fastvit
 from fastvit.errors import UsageError
@@ -54,22 +54,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def twins(**options: Any) -> tuple[Any, Any]:
-    args = {**NARROW, **options}
-    theirs = randomize_weights(timm.models.VisionTransformer(**args))
-    ours: Any = fastvit.create_model("vit_tiny_patch16_224", **args).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs, ours
-
-
-def run(model: Any, images: Tensor) -> Truth:
-    return truth(model, images, lambda x: (model.forward_features(x), model(x)))
+    return timm_twins("vit_tiny_patch16_224", **{**NARROW, **options})
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_features_logits_and_gradients(options: dict[str, Any]) -> None:
     theirs, ours = twins(**options)
     size = theirs.patch_embed.img_size
-    check(ours, run(theirs, torch.randn(2, options.get("in_chans", 3), *size)))
+    check(ours, timm_truth(theirs, torch.randn(2, options.get("in_chans", 3), *size)))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -77,7 +69,7 @@ def test_another_size(options: dict[str, Any]) -> None:
     """The gradient of the position table flows back through the resampling."""
     theirs, ours = twins(**options, dynamic_img_size=True)
     p_h, p_w = theirs.patch_embed.patch_size
-    check(ours, run(theirs, torch.randn(2, options.get("in_chans", 3), 5 * p_h, 3 * p_w)))
+    check(ours, timm_truth(theirs, torch.randn(2, options.get("in_chans", 3), 5 * p_h, 3 * p_w)))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -174,7 +166,7 @@ def test_both_forms_of_rope_against_timms_eva() -> None:
             state = {k.replace(old, new): v for k, v in state.items()}
         ours.load_state_dict(state, strict=True)
         for height, width in ((32, 32), (24, 56)):
-            check(ours, run(theirs, torch.randn(2, 3, height, width)))
+            check(ours, timm_truth(theirs, torch.randn(2, 3, height, width)))
 
 
 def test_arguments_of_other_types() -> None:

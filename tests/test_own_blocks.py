@@ -6,30 +6,14 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peers import randomize_weights
+from peers import assert_same, timm_twins
 from torch import Tensor, nn
-from torchvision_shim import install
 
-import fastvit
 from fastvit.errors import UsageError
 
-install()
-timm = pytest.importorskip("timm")
-SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "num_heads": 3, "depth": 3}
+SMALL: dict[str, Any] = dict(img_size=32, embed_dim=48, num_heads=3, depth=3, num_classes=5)
 NAMES = {"learned": "vit_tiny_patch16_224", "rope": "vit_small_patch16_dinov3_qkvb"}
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def twins(kind: str) -> tuple[Any, Any]:
-    torch.manual_seed(0)
-    peer: Any = randomize_weights(timm.create_model(NAMES[kind], **SMALL, num_classes=5))
-    own: Any = fastvit.create_model(NAMES[kind], **SMALL, num_classes=5).eval()
-    own.load_weights(peer.state_dict())
-    return peer, own
-
-
-def assert_same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 
 
 def test_hooks_see_and_change_what_they_do_in_timm() -> None:
@@ -43,7 +27,7 @@ def test_hooks_see_and_change_what_they_do_in_timm() -> None:
         seen["out"].append(out.detach())
         return out * torch.linspace(0.5, 1.5, out.shape[-1])
 
-    models = twins("learned")
+    models = timm_twins(NAMES["learned"], **SMALL)
     for model in models:
         model.blocks.register_forward_pre_hook(pre)
         model.blocks.register_forward_hook(hook)
@@ -58,7 +42,7 @@ def test_hooks_see_and_change_what_they_do_in_timm() -> None:
 
 
 def test_hooks_fire_with_rope_and_checkpointing() -> None:
-    _, model = twins("rope")
+    _, model = timm_twins(NAMES["rope"], **SMALL)
     expected, seen = model(IMAGES), []
     model.blocks.register_forward_pre_hook(lambda m, args: (args[0] * 1.0,))
     model.blocks.register_forward_hook(lambda m, args, out: seen.append(out.shape))
@@ -107,7 +91,7 @@ WRAPS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_what_wraps_the_blocks_runs(wrap: str, kind: str) -> None:
-    models = twins(kind)
+    models = timm_twins(NAMES[kind], **SMALL)
     own = models[1]
     twin = copy.deepcopy(own)
     if wrap == "wrapper":
@@ -148,11 +132,11 @@ def test_a_wrapper_that_takes_x_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.blocks(x)
 
-    models = twins("learned")
+    models = timm_twins(NAMES["learned"], **SMALL)
     for model in models:
         model.blocks = Alone(model.blocks)
     assert_same(*(model(IMAGES) for model in models))
-    _, own = twins("rope")
+    _, own = timm_twins(NAMES["rope"], **SMALL)
     own.blocks = Alone(own.blocks)
     with pytest.raises(TypeError, match=r"Alone.*unexpected keyword argument 'rope'"):
         own(IMAGES)
@@ -160,7 +144,7 @@ def test_a_wrapper_that_takes_x_alone() -> None:
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_a_hook_on_a_block_keeps_rope(kind: str) -> None:
-    models = twins(kind)
+    models = timm_twins(NAMES[kind], **SMALL)
     seen: list[Tensor] = []
 
     def pre(module: nn.Module, args: Any) -> Any:

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from peers import assert_same, timm_twins
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torchvision_shim import install
 
 import fastvit
 from fastvit.errors import UsageError
 from fastvit.layers import Activation, RMSNorm
 
-install()
 timm = pytest.importorskip("timm")
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3}
 SMALL |= {"depth": 3, "num_classes": 5, "init_values": 0.5, "qk_norm": True}
@@ -25,19 +24,12 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module")
 def built() -> tuple[nn.Module, fastvit.ViT]:
     torch.manual_seed(0)
-    peer = timm.create_model(NAME, **SMALL).eval()
-    own = fastvit.create_model(NAME, **SMALL).eval()
-    own.load_state_dict(peer.state_dict(), strict=True)
-    return peer, own
+    return timm_twins(NAME, **SMALL)
 
 
 @pytest.fixture
 def models(built: tuple[nn.Module, fastvit.ViT]) -> tuple[nn.Module, fastvit.ViT]:
     return copy.deepcopy(built[0]), copy.deepcopy(built[1])
-
-
-def assert_same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 
 
 HOOKED = ("attn", "attn.q_norm", "attn.proj", "ls1", "norm2", "mlp", "mlp.fc1", "mlp.act", "ls2")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers import randomize_weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_map_only
@@ -23,9 +24,7 @@ PARTS = [(mlp, name) for mlp, names in LINEARS.items() for name in names]
 def make(mlp: str, **options: Any) -> fastvit.ViT:
     torch.manual_seed(0)
     model = fastvit.ViT(**TINY, mlp=mlp, mlp_dim=64, layer_scale=0.5, **options)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model.double()
+    return randomize_weights(model).train().double()
 
 
 def part(model: fastvit.ViT, name: str) -> tuple[nn.Module, str]:

@@ -4,16 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from peers import randomize_weights
+from peers import assert_same, timm_twins, weights
 from torch import Tensor
-from torchvision_shim import install
 
-import fastvit
 from fastvit import pos_embed
 from fastvit.pos_embed import Resample
 
-install()
-timm: Any = pytest.importorskip("timm")
 NAME = "vit_tiny_patch16_224"
 SMALL: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=1)
 SMALL |= dict(num_classes=5, dynamic_img_size=True)
@@ -28,13 +24,6 @@ RULES = {
 }
 
 
-def twins() -> tuple[Any, Any]:
-    theirs = randomize_weights(timm.create_model(NAME, **SMALL))
-    ours: Any = fastvit.create_model(NAME, **SMALL).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs, ours
-
-
 @pytest.mark.parametrize("how", RULES.values(), ids=RULES)
 def test_products_stretch_as_interpolation_does(how: Resample) -> None:
     torch._dynamo.reset()
@@ -43,7 +32,7 @@ def test_products_stretch_as_interpolation_does(how: Resample) -> None:
     def run(new: tuple[int, int], resample: Any) -> list[Tensor]:
         t = table.clone().requires_grad_()
         out = resample(t, (5, 7), new, how)
-        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        (out * weights(out[None])).sum().backward()
         assert t.grad is not None
         return [out.detach(), t.grad]
 
@@ -57,22 +46,22 @@ def test_products_stretch_as_interpolation_does(how: Resample) -> None:
 
 
 def test_compiled_training_takes_varying_sizes() -> None:
-    theirs, ours = twins()
+    theirs, ours = timm_twins(NAME, **SMALL)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for size in SIZES:
         images, grads = torch.randn(2, 3, *size), []
         for model, run in ((theirs, theirs), (ours, compiled)):
             model.zero_grad()
             out = run(images)
-            (out * torch.linspace(-1, 1, 5)).sum().backward()
+            (out * weights(out)).sum().backward()
             grads.append([out.detach(), model.pos_embed.grad])
         for expected, got in zip(*grads, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            assert_same(expected, got)
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exports_with_both_sizes_dynamic(strict: bool) -> None:
-    theirs, ours = twins()
+    theirs, ours = timm_twins(NAME, **SMALL)
     auto = torch.export.Dim.AUTO
     shapes = ({2: auto, 3: auto},)
     for native in SIZES[:2]:
@@ -82,4 +71,4 @@ def test_exports_with_both_sizes_dynamic(strict: bool) -> None:
             for size in SIZES:
                 images = torch.randn(2, 3, *size)
                 got = program.module()(images)
-                torch.testing.assert_close(got, theirs(images), rtol=1e-5, atol=1e-5)
+                assert_same(theirs(images), got)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import close, randomize_weights
+from peers import close, timm_twins
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fastvit
@@ -34,12 +34,7 @@ RENAMED = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
 def twins(name: str, **more: Any) -> tuple[Any, Any]:
     """timm's model and ours, narrow, on a grid of 4 x 4, with the same weights."""
     patch = 14 if "patch14" in name else 16
-    args = {**NARROW, "img_size": 4 * patch, **more}
-    theirs = randomize_weights(timm.create_model(name, **args))
-    ours: Any = fastvit.create_model(name, **args).eval()
-    ours.load_weights(theirs.state_dict())
-    assert not ours.load_report.adapted
-    return theirs, ours
+    return timm_twins(name, **{**NARROW, "img_size": 4 * patch, **more})
 
 
 def as_timm(name: str, theirs: Any) -> str:
