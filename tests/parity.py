@@ -1,6 +1,7 @@
 """Run an op on the Triton backend, in eager and in float64, and compare the three."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -13,11 +14,47 @@ import fastvit
 from fastvit import ops, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+half = pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
 
 
-def leaf(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+def leaf(*shape: int, scale: float = 1.0, mean: float = 0.0, grad: bool = True) -> Tensor:
     """A random tensor that gets a gradient."""
-    return (torch.randn(shape) * scale).requires_grad_(grad)
+    return (torch.randn(shape) * scale + mean).requires_grad_(grad)
+
+
+def fold_every_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fold the norms of 16-bit products into them, whatever their sizes."""
+
+    def placement(M: int, N: int, compute: torch.dtype) -> str:
+        return "load" if compute == torch.float32 else "fold"
+
+    monkeypatch.setattr("fastvit_kernels.tuned.norm_placement", placement)
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[str]:
+    """The names of the kernels that a module of fastvit_kernels launches from now on."""
+    made: list[str] = []
+    launch = module.launch
+
+    def record(kernel: Any, *args: Any, **constants: Any) -> Any:
+        made.append(kernel.__name__)
+        return launch(kernel, *args, **constants)
+
+    monkeypatch.setattr(module, "launch", record)
+    return made
+
+
+@contextmanager
+def saved_bytes() -> Iterator[dict[int, int]]:
+    """By their addresses, the sizes of the storages that autograd saves in the body."""
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield saved
 
 
 def check_parity(

@@ -16,8 +16,10 @@ from parity import (
     check_parity,
     check_plain_backward,
     check_repeatable,
+    half,
     leaf,
     results,
+    saved_bytes,
 )
 
 import fastvit
@@ -85,7 +87,7 @@ def test_without(op: str, absent: str, device: torch.device) -> None:
 
 
 @every_op
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+@half
 def test_autocast(op: str, dtype: torch.dtype, device: torch.device) -> None:
     check_parity(op, OPS[op](2, 33, 48, 64), dtype, device, autocast=True)
 
@@ -124,14 +126,7 @@ def test_recompute_saves_the_arguments_alone(backend: str, device: torch.device)
     args = layernorm_mlp(2, 33, 48, 64)
     runs, saved = [], []
     for save in ("all", "recompute"):
-        kept: dict[int, int] = {}
-
-        def pack(t: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-        with fastvit.use_backend(backend), hooks:
+        with fastvit.use_backend(backend), saved_bytes() as kept:
             runs.append(results(ops.layernorm_mlp, {**args, "save": save}, device))
         saved.append(sum(kept.values()))
     for name in runs[0]:
@@ -305,15 +300,8 @@ def test_saved_bytes_are_what_the_docstring_says(op: str, device: torch.device) 
     args = OPS[op](B, N, C, F)
     args = {k: v.detach().to(device).requires_grad_(v.requires_grad) for k, v in args.items()}
     params = {v.untyped_storage().data_ptr() for k, v in args.items() if k != "x"}
-    saved: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
     autocast = torch.autocast(device.type, torch.bfloat16)
-    with fastvit.use_backend("triton"), autocast, hooks:
+    with fastvit.use_backend("triton"), autocast, saved_bytes() as saved:
         getattr(ops, op)(**args)
     activations = sum(size for pointer, size in saved.items() if pointer not in params)
     M, stats, weight = B * N, 8, 2 * C * F

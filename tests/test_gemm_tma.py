@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check, dtype_name
+from checks import check
 from fastvit_kernels import gemm, tuned
+from parity import half
 from torch import Tensor
 from torch.nn.functional import gelu
 
-half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 # Ragged tiles along M and N; few and many steps along K.
 sizes = pytest.mark.parametrize("size", [(300, 264, 512), (259, 520, 776)], ids=str)
 

@@ -1,37 +1,31 @@
 """LayerNorm folded into the GEMM that follows, against float64, and when folding is chosen."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from checks import dtype_name
 from fastvit_kernels import gemm, layernorm_fold, tuned
-from parity import check_compiles, check_parity, check_repeatable
+from parity import (
+    check_compiles,
+    check_parity,
+    check_repeatable,
+    fold_every_norm,
+    half,
+    record_launches,
+)
 from test_gemm_ops import OPS
 
 import fastvit
 from fastvit import ops
 
 every_op = pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
-half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 
 
 @pytest.fixture(params=["tma", "pointers"])
 def folds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fold every norm of 16-bit GEMMs, through TMA or pointers; the names of the GEMMs launched."""
-    made: list[str] = []
-
-    def launch(kernel, *args, **constants):
-        made.append(kernel.__name__)
-        return launch_it(kernel, *args, **constants)
-
-    launch_it = gemm.launch
-    way: Callable = lambda M, N, compute: "load" if compute == torch.float32 else "fold"  # noqa: E731
-    monkeypatch.setattr(tuned, "norm_placement", way)
-    monkeypatch.setattr(gemm, "launch", launch)
+    fold_every_norm(monkeypatch)
     if request.param == "pointers":
         monkeypatch.setattr(gemm, "tma_compatible", lambda *tensors: False)
-    return made
+    return record_launches(monkeypatch, gemm)
 
 
 @every_op

@@ -2,21 +2,22 @@
 
 import pytest
 import torch
-from checks import dtype_name
 from fastvit_kernels import mlp_narrow, tuned
 from parity import (
     check_compiles,
     check_parity,
     check_plain_backward,
     check_repeatable,
+    half,
     leaf,
+    record_launches,
     results,
+    saved_bytes,
 )
 
 import fastvit
 from fastvit import ops
 
-HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 BOTH = ["_mlp_narrow_fwd_kernel", "_mlp_narrow_bwd_kernel"]
 
 
@@ -25,7 +26,6 @@ def launches(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[str]
     """Use the one kernel for any number of rows; the names of its launches."""
     if device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("the kernel loads weights through TMA, which this GPU does not have")
-    made: list[str] = []
     lines = {
         "fwd": tuned.Config(128, 64, 64, num_warps=8, num_stages=2),
         "bwd": tuned.Config(128, 32, 64, num_warps=8, num_stages=2, SUBTILES=2),
@@ -34,14 +34,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[str]
     def choose(kernel, M, C, dtype, device_index):
         return lines[kernel] if M and dtype != torch.float32 else None
 
-    def launch(kernel, *args, **constants):
-        made.append(kernel.__name__)
-        return launch_it(kernel, *args, **constants)
-
-    launch_it = mlp_narrow.launch
     monkeypatch.setattr(tuned, "mlp_narrow", choose)
-    monkeypatch.setattr(mlp_narrow, "launch", launch)
-    return made
+    return record_launches(monkeypatch, mlp_narrow)
 
 
 def mlp(B: int, N: int, C: int, F: int) -> dict:
@@ -52,7 +46,7 @@ def mlp(B: int, N: int, C: int, F: int) -> dict:
     return {**norm, **fc1, **fc2, **branch}
 
 
-@HALF
+@half
 @pytest.mark.parametrize(
     "size",
     [(1, 1, 8, 16), (3, 50, 8, 24), (2, 97, 64, 264), (2, 77, 192, 776), (1, 33, 200, 72)],
@@ -84,7 +78,7 @@ def test_without(absent: str, device: torch.device, launches: list[str]) -> None
     assert launches == BOTH
 
 
-@HALF
+@half
 @pytest.mark.parametrize("whole", [False, True])
 def test_autocast(
     dtype: torch.dtype, whole: bool, device: torch.device, launches: list[str]
@@ -97,7 +91,7 @@ def test_autocast(
     assert launches == BOTH
 
 
-@HALF
+@half
 @pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
 def test_activations(
     activation: str, dtype: torch.dtype, device: torch.device, launches: list[str]
@@ -107,7 +101,7 @@ def test_activations(
     assert launches == BOTH
 
 
-@HALF
+@half
 def test_rmsnorm(dtype: torch.dtype, device: torch.device, launches: list[str]) -> None:
     args = {**mlp(2, 17, 72, 24), "norm_bias": None, "norm_kind": "rmsnorm"}
     check_parity("layernorm_mlp", args, dtype, device)
@@ -115,7 +109,7 @@ def test_rmsnorm(dtype: torch.dtype, device: torch.device, launches: list[str]) 
     assert launches == BOTH * 2
 
 
-@HALF
+@half
 def test_mean_a_hundred_deviations_away(
     dtype: torch.dtype, device: torch.device, launches: list[str]
 ) -> None:
@@ -169,14 +163,7 @@ def test_saves_what_the_products_save(
     runs, saved = [], []
 
     def run(save: str) -> None:
-        kept: dict[int, int] = {}
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-        with fastvit.use_backend("triton"), hooks:
+        with fastvit.use_backend("triton"), saved_bytes() as kept:
             runs.append(results(ops.layernorm_mlp, {**args, "save": save}, device))
         saved.append(sum(kept.values()))
 

@@ -6,14 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checks import check, dtype_name
+from checks import check
 from fastvit_kernels import gemm, handoff, layernorm_fold, row_statistics, tuned
-from parity import results
+from parity import fold_every_norm, half, leaf, results
 
 import fastvit
 from fastvit import ops, reference
-
-half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 
 
 @pytest.fixture
@@ -26,8 +24,7 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return fold_it(*args, **kwargs)
 
     fold_it = layernorm_fold.layernorm_fold
-    way: Callable = lambda M, N, compute: "load" if compute == torch.float32 else "fold"  # noqa: E731
-    monkeypatch.setattr(tuned, "norm_placement", way)
+    fold_every_norm(monkeypatch)
     monkeypatch.setattr(layernorm_fold, "layernorm_fold", fold)
     return told
 
@@ -48,9 +45,6 @@ def chain(name: str):
 
 
 def arguments(B: int, N: int, C: int, F: int, x_mean: float = 0.0) -> dict:
-    def leaf(*shape: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
-        return (torch.randn(shape) * scale + mean).requires_grad_()
-
     return {
         "o": leaf(B, N, C),
         "x": leaf(B, N, C, mean=x_mean),
