@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 
 import fastvit
 from benchmarks import (
@@ -368,13 +369,7 @@ def test_import_is_light() -> None:
         "print((clock() - between) / (between - start)); "
         "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     share, packages = done.stdout.splitlines()
     assert set(packages.split()) <= {"fastvit", "fastvit_kernels", "einops", "safetensors"}

@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peers import check, close, randomize_weights, truth
+from processes import env_here, run_python
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -719,10 +718,6 @@ try:
 except fastvit.load_checkpoint.__globals__["UsageError"] as error:
     print(error)
 """
-    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(sys.path)
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120
-    )
+    done = run_python(script, env=env_here(HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1"))
     assert done.returncode == 0, done.stderr
     assert "timm/absent is no file or folder here, and as a hub id it is not in" in done.stdout

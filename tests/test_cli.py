@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import env_here
 from safetensors.torch import load_file
 from test_data import break_one, write_fashion, write_folder
 
@@ -105,7 +106,7 @@ def start(*arguments, **more):
     return subprocess.Popen(
         [sys.executable, "-m", "fastvit", *arguments],
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=env_here(OMP_NUM_THREADS="1"),
         **more,
     )
 
@@ -161,10 +162,9 @@ with lock_folder(Path(sys.argv[1])) as held:
     sys.stdin.read()
     os._exit(0)
 """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],
-        env=env,
+        env=env_here(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peers import close, randomize_weights
+from processes import run_python
 
 import fastvit
 from fastvit.cli import main
@@ -90,8 +89,7 @@ def die(path, data):
 pathlib.Path.write_bytes = die
 main(["convert", "vit.pth", sys.argv[1], "--to", "timm"])
 """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script, "out"], env=env, timeout=120)
+    done = run_python(script, "out")
     assert done.returncode == -signal.SIGKILL and not Path("out").exists()
     assert main(["convert", "vit.pth", "out", "--to", "timm"]) == 0
 

@@ -3,7 +3,6 @@ nothing costs more than benchmarks/results/compile_report.json says.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,8 +12,8 @@ import pytest
 import torch
 from fastvit_kernels.aot import ARCHS, LIMITS
 from fastvit_kernels.sass import stray_descriptors
+from processes import env_compiled, env_here
 
-ROOT = Path(__file__).parents[1]
 # Kernels that may use HMMA beside HGMMA on sm_90, since wgmma needs a tile of at least 64 rows:
 # attention, in tail tiles of 16 or 32 query rows and of keys in dK and dV.
 HMMA_ALLOWED = ("attention",)
@@ -27,10 +26,8 @@ KERNELS = {"patch", "gemm", "attention", "reduce", "layernorm"}
 
 
 def report(*args: str, path: Path, kernels: set[str] = KERNELS) -> list[dict]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fastvit_kernels.report", "--json", str(path), *args]
-    env["PYTHONPATH"] = str(ROOT / "kernels")
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    run = subprocess.run(command, env=env_compiled(), capture_output=True, text=True)
     assert path.exists(), run.stdout[-2000:] + run.stderr[-4000:]
     rows = json.loads(path.read_text())["rows"]
     # Otherwise a kernel that is missing from the report would pass unnoticed.
@@ -170,7 +167,7 @@ def test_worse_names_what_grew_and_what_is_new() -> None:
 
 
 def test_the_interpreter_is_refused() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
+    env = env_here(TRITON_INTERPRET="1")
     command = [sys.executable, "-m", "fastvit_kernels.report", "--ci", "--arch", "90"]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode and "TRITON_INTERPRET is set" in run.stderr

@@ -1,13 +1,12 @@
 """Reading images: IDX files, folders with broken files, fixed splits, augmentation."""
 
 import gzip
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_python
 
 from fastvit.augment import Augment
 from fastvit.data import load_data, read_idx
@@ -277,8 +276,7 @@ def test_large_batches_of_few_open_files(tmp_path):
         "split = data.train\n"
         "print(*(len(x) for x, y in split.batches(torch.arange(len(split)), 512)), len(split))"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = run_python(code, str(tmp_path))
     count, total = done.stdout.split()
     assert count == total and int(count) > 100, done.stderr
 

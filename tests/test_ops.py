@@ -1,10 +1,9 @@
 """Dispatch and bad input of `fastvit.ops`: errors name the argument, its value and the expected."""
 
-import subprocess
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +11,13 @@ import pytest
 import torch
 from fastvit_kernels.operands import precision
 from parity import results
+from processes import run_python
 from test_strides import OPS
 from torch.autograd import forward_ad
 
 import fastvit
 from fastvit import backend, ops, reference
 from fastvit.errors import UsageError
-
-ROOT = Path(__file__).parents[1]
 
 
 def _qkv(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -73,13 +71,7 @@ def test_use_backend_nests_and_restores() -> None:
     ],
 )
 def test_environment(env: dict[str, str], code: str, expected: str) -> None:
-    path = f"{ROOT / 'src'}:{ROOT / 'kernels'}"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": path, "PATH": "", **env},
-        capture_output=True,
-        text=True,
-    )
+    run = run_python(code, env={"PYTHONPATH": os.pathsep.join(sys.path), "PATH": "", **env})
     assert run.returncode == 1
     assert expected in run.stderr.splitlines()[-1]
 
@@ -94,13 +86,7 @@ def test_imports_and_runs_without_triton() -> None:
         "print(fastvit.ops.attention_qkv(x).shape)\n"
         "with fastvit.use_backend('triton'): fastvit.ops.attention_qkv(x)"
     )
-    path = f"{ROOT / 'src'}:{ROOT / 'kernels'}"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": path, "PATH": ""},
-        capture_output=True,
-        text=True,
-    )
+    run = run_python(code, env={"PYTHONPATH": os.pathsep.join(sys.path), "PATH": ""})
     assert "torch.Size([1, 5, 1, 16])" in run.stdout
     assert "triton is not installed" in run.stderr
 

@@ -1,12 +1,12 @@
 """Run compiled kernels without a GPU: `ptx_cases` on the emulator `ptx_machine`."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import env_compiled
 
 CASES = Path(__file__).with_name("ptx_cases.py")
 
@@ -18,8 +18,7 @@ CASES = Path(__file__).with_name("ptx_cases.py")
     ["90-late", *(pytest.param(name, marks=pytest.mark.slow) for name in ("90", "80-late"))],
 )
 def test_compiled_kernels(machine: str) -> None:
-    env = {**os.environ, "PTX_MACHINE": machine}
-    env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(CASES)]
+    env = env_compiled(PTX_MACHINE=machine)
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

@@ -1,25 +1,18 @@
 """The traffic count against closed forms, timm's block and the writes of the kernels."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fastvit_kernels import traffic
-
-ROOT = Path(__file__).parents[1]
+from processes import env_compiled, run_python
 
 
 def run(code: str) -> Any:
     """Run `code` in a process without the interpreter and return the JSON that it prints."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests")])
-    command = [sys.executable, "-c", f"import json\nfrom fastvit_kernels import traffic\n{code}"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    code = f"import json\nfrom fastvit_kernels import traffic\n{code}"
+    done = run_python(code, env=env_compiled())
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
