@@ -1,5 +1,7 @@
 """One encoder block, (B, N, C), 64 channels a head: attention and MLP with norms and residuals."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,13 +12,7 @@ from fastvit import reference
 
 
 def cases(device: torch.device) -> list[Case]:
-    dtype = workloads.op_dtype(device)
-    return [
-        case(device, name, b, c, dtype, backward)
-        for name, b, c in workloads.row_shapes(device)
-        if c % 64 == 0
-        for backward in (False, True)
-    ]
+    return workloads.row_cases(case, device)
 
 
 def case(
@@ -29,8 +25,7 @@ def case(
     n: int = 197,
 ) -> Case:
     def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(backward)
+        draw = partial(workloads.draw, device, dtype, backward)
 
         def linear(out: int, features: int) -> tuple[Tensor, Tensor]:
             return draw(out, features, scale=features**-0.5), draw(out)

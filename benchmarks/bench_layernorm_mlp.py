@@ -1,5 +1,7 @@
 """x + fc2(GELU(fc1(LayerNorm(x)))), (B, 197, C) with 4C hidden."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,21 +14,14 @@ N = 197
 
 
 def cases(device: torch.device) -> list[Case]:
-    dtype = workloads.op_dtype(device)
-    return [
-        case(device, name, b, c, dtype, backward)
-        for name, b, c in workloads.row_shapes(device)
-        for backward in (False, True)
-    ]
+    return workloads.row_cases(case, device)
 
 
 def case(
     device: torch.device, name: str, b: int, c: int, dtype: torch.dtype, backward: bool
 ) -> Case:
     def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(backward)
-
+        draw = partial(workloads.draw, device, dtype, backward)
         first = draw(4 * c, c, scale=c**-0.5), draw(4 * c)
         second = draw(c, 4 * c, scale=(4 * c) ** -0.5), draw(c)
         return draw(b, N, c), draw(c), draw(c), *first, *second

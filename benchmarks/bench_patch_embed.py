@@ -1,5 +1,7 @@
 """Patch projection with bias, positions and prefix tokens, against timm's convolution and cat."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,12 +14,7 @@ IMAGE, PATCH = 224, 16
 
 
 def cases(device: torch.device) -> list[Case]:
-    dtype = workloads.op_dtype(device)
-    return [
-        case(device, name, b, c, dtype, backward)
-        for name, b, c in workloads.row_shapes(device)
-        for backward in (False, True)
-    ]
+    return workloads.row_cases(case, device)
 
 
 def case(
@@ -26,12 +23,9 @@ def case(
     m, k = (IMAGE // PATCH) ** 2, 3 * PATCH**2
 
     def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, device=device) * scale).to(dtype)
-
-        images = draw(b, 3, IMAGE, IMAGE)
-        weights = (draw(c, 3, PATCH, PATCH, scale=k**-0.5), draw(c), draw(m, c), draw(1, c))
-        return images, *(w.requires_grad_(backward) for w in weights)
+        images = workloads.draw(device, dtype, False, b, 3, IMAGE, IMAGE)
+        draw = partial(workloads.draw, device, dtype, backward)
+        return images, draw(c, 3, PATCH, PATCH, scale=k**-0.5), draw(c), draw(m, c), draw(1, c)
 
     flops = 2 * b * m * k * c
     moved = (b * 3 * IMAGE**2 + k * c + b * (m + 1) * c + m * c) * dtype.itemsize

@@ -12,12 +12,7 @@ N = 197
 
 
 def cases(device: torch.device) -> list[Case]:
-    dtype = workloads.op_dtype(device)
-    return [
-        case(device, name, b, c, dtype, backward)
-        for name, b, c in workloads.row_shapes(device)
-        for backward in (False, True)
-    ]
+    return workloads.row_cases(case, device)
 
 
 def case(
@@ -26,8 +21,7 @@ def case(
     hidden = 8 * c // 3
 
     def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor]:
-        x = torch.randn(b, N, 2 * hidden, device=device).to(dtype)
-        return (x.requires_grad_(backward),)
+        return (workloads.draw(device, dtype, backward, b, N, 2 * hidden),)
 
     moved = 3 * b * N * hidden * dtype.itemsize
     # Backward: dy and x read, dx written.

@@ -247,6 +247,11 @@ def release(device: torch.device) -> None:
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()
+    free_cache(device)
+
+
+def free_cache(device: torch.device) -> None:
+    """Free cached memory, but keep compiled code."""
     if _cuda(device):
         torch.cuda.empty_cache()
 

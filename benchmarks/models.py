@@ -116,7 +116,7 @@ def run(
             row |= {"status": "error", "reason": harness.describe(failure)}
         if "status" in row:
             steps.pop(entry.name, None)
-            harness_free(device)
+            harness.free_cache(device)
     samples = harness.measure(steps, device, seconds, rounds=rounds)
     for name, step in steps.items():
         rows[name] |= _timed(task, samples[name], ceilings)
@@ -218,7 +218,7 @@ def largest_batch(
             return False
         finally:
             module.zero_grad(set_to_none=True)
-            harness_free(device)
+            harness.free_cache(device)
 
     best = 0
     while best < limit and fits(max(1, 2 * best)):
@@ -229,12 +229,6 @@ def largest_batch(
             best += step
         step //= 2
     return best
-
-
-def harness_free(device: torch.device) -> None:
-    """Free cached memory, but keep compiled code."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def joules_per_image(

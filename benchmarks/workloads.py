@@ -1,8 +1,12 @@
 """The shapes that are measured: those of ViT-Ti to ViT-H on a GPU, small ones on a CPU."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from benchmarks.harness import Case
 
 
 @dataclass(frozen=True)
@@ -108,3 +112,20 @@ def attention_shapes(device: torch.device) -> list[tuple[int, int, int, int]]:
 
 def op_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def row_cases(case: Callable[..., Case], device: torch.device) -> list[Case]:
+    """`case` at every one of `row_shapes`, forward alone and with backward."""
+    dtype = op_dtype(device)
+    return [
+        case(device, *shape, dtype, backward)
+        for shape in row_shapes(device)
+        for backward in (False, True)
+    ]
+
+
+def draw(
+    device: torch.device, dtype: torch.dtype, grad: bool, *shape: int, scale: float = 1.0
+) -> Tensor:
+    """A random argument of an op; grad: it gets a gradient."""
+    return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(grad)
