@@ -1,12 +1,13 @@
 """Attention on a packed (B, N, 3, H, D) projection against every SDPA backend and library.
 
-`pytest benchmarks/bench_attention.py --benchmark-only`, or `python -m benchmarks.bench_attention`
+`pytest benchmarks/bench_attention.py --benchmark-only`, or `python benchmarks/bench_attention.py`
 for a table with TFLOP/s on real tokens and the floor: the longest of bytes at the measured
 bandwidth, FLOPs at the measured matmul rate and exponentials at the computed ex2 rate.
 """
 
 import argparse
 
+import clone  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F

@@ -3,11 +3,8 @@
 Unlike in tests/, the interpreter stays off and memory is not filled with NaN.
 """
 
+import clone  # noqa: F401
 import pytest
-import torchvision_shim
-
-# timm imports torchvision, whose wheel may be built for another torch.
-torchvision_shim.install()
 
 _PEERS = (
     "torch._inductor",

@@ -8,18 +8,12 @@ with its 95 % confidence interval.
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
-
+import clone
 import torch
-import torchvision_shim
 from checks import dtype_name
-
-torchvision_shim.install()
 
 from benchmarks import machine, models, report
 from benchmarks.gpu import read_json, write_json
@@ -79,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="per comparison")
     parser.add_argument("--models", nargs="*", default=list(BATCHES), choices=list(BATCHES))
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "cpu.json")
+    parser.add_argument("--out", type=Path, default=clone.RESULTS / "cpu.json")
     args = parser.parse_args()
     kept = read_json(args.out, {"rows": []})["rows"]
     kept = [row for row in kept if row["model"] not in args.models]

@@ -18,12 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PATHS = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
-sys.path[:0] = PATHS
-RESULTS = ROOT / "benchmarks" / "results"
+import clone
+import torch
+
 if "--cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+from benchmarks import harness, machine, report
+
 # After these errors the CUDA context is lost, and all later steps would fail too.
 FATAL = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
 
@@ -48,7 +50,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
     parser.add_argument("--only", default="", help="parts, comma-separated; see --list")
     parser.add_argument("--match", default="", help="only steps whose key matches this pattern")
-    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     parser.add_argument("--cpu", action="store_true", help="dry run on toy sizes; needs --out")
     parser.add_argument("--again", action="store_true", help="remeasure steps that have a result")
     parser.add_argument("--list", action="store_true", help="print the steps and end")
@@ -57,22 +59,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.cpu and args.out is None:
         parser.error("--cpu is a dry run: name another place for its figures with --out")
-    args.out = (args.out or RESULTS).resolve()
+    args.out = (args.out or clone.RESULTS).resolve()
     return args
 
 
 def result_path(args: argparse.Namespace) -> Path:
-    import torch
-
     name = "cpu-dry-run" if args.cpu else torch.cuda.get_device_name()
-    return args.out / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+    return args.out / f"{machine.slug(name)}.json"
 
 
 def chosen_steps(args: argparse.Namespace) -> list[Any]:
-    import torch
-    import torchvision_shim
-
-    torchvision_shim.install()
     from benchmarks import gpu_steps
 
     found = gpu_steps.steps(torch.device("cpu" if args.cpu else "cuda"), args.out)
@@ -108,12 +104,6 @@ def work(args: argparse.Namespace) -> int:
     Ends early when time is up, or with code 3 when the CUDA context is lost.
     """
     die_with(int(os.environ["FASTVIT_BENCH_DRIVER"]))
-    import torch
-    import torchvision_shim
-
-    torchvision_shim.install()
-    from benchmarks import harness, machine, report
-
     device = torch.device("cpu" if args.cpu else "cuda")
     path = result_path(args)
     result = read_json(path, {"steps": {}})
@@ -154,8 +144,6 @@ def work(args: argparse.Namespace) -> int:
 
 def drive(args: argparse.Namespace) -> None:
     """Keep a worker running; record a step that exceeds its limit or crashes the worker."""
-    from benchmarks import machine
-
     running, pid = args.out / "running.json", args.out / "worker.pid"
     running.unlink(missing_ok=True)
     path = result_path(args)
@@ -165,7 +153,8 @@ def drive(args: argparse.Namespace) -> None:
         command = [sys.executable, __file__, *forward, "--worker"]
         env = {**os.environ, "FASTVIT_BENCH_START": str(args.start)}
         env["FASTVIT_BENCH_DRIVER"] = str(os.getpid())
-        env["PYTHONPATH"] = os.pathsep.join([*PATHS, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        paths = [*clone.PATHS, env.get("PYTHONPATH", "")]
+        env["PYTHONPATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
         worker = subprocess.Popen(command, env=env, start_new_session=True)
         pid.write_text(str(worker.pid))
         try:
@@ -217,8 +206,6 @@ def main() -> None:
     args.start = float(os.environ.get("FASTVIT_BENCH_START", time.time()))
     if args.worker:
         sys.exit(work(args))
-    import torch
-
     if not args.cpu and not torch.cuda.is_available():
         sys.exit("gpu.py: no NVIDIA GPU here; try --cpu --out DIR for a dry run on toy sizes")
     if args.list:
@@ -228,8 +215,6 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worker ends too
     drive(args)
-    from benchmarks import report
-
     path = result_path(args)
     if not path.exists():
         sys.exit("gpu.py: the worker ended before its first result; its errors are above")

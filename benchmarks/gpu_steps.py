@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clone import PATHS, ROOT
 
 from benchmarks import (
     bench_attention,
@@ -31,7 +32,7 @@ from benchmarks import (
     tune,
 )
 from benchmarks.harness import Case
-from benchmarks.machine import ROOT, Ceilings
+from benchmarks.machine import Ceilings
 from benchmarks.models import Task
 from benchmarks.workloads import INFERENCE_BATCHES, SIZES, TOY, Size
 
@@ -232,7 +233,7 @@ def _pytest(test: Path) -> Callable[..., list[dict]]:
         # Not the project's configuration, which uses plug-ins that may not be installed here.
         with tempfile.NamedTemporaryFile("w", suffix=".ini") as config:
             config.write(
-                "[pytest]\npythonpath = src kernels tests .\n"
+                "[pytest]\npythonpath = src kernels tests . benchmarks\n"
                 "markers =\n    gpu: needs an NVIDIA GPU\n    slow: slow\n"
             )
             config.flush()
@@ -270,7 +271,6 @@ def _outcome(
     command: list[str], seconds: float, env: dict[str, str] | None = None
 ) -> tuple[int | None, str]:
     """Run a command in a subprocess: (exit code, or None if it timed out; its output)."""
-    path = os.pathsep.join(str(ROOT / p) for p in ("src", "kernels", "tests", "."))
     # The child sets PR_SET_PDEATHSIG, so that it ends with this process, then execs the command: a
     # preexec_fn, which runs between fork and exec, could deadlock since CUDA has started threads.
     if sys.platform == "linux":
@@ -281,7 +281,7 @@ def _outcome(
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, **(env or {})},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=seconds,

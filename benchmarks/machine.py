@@ -4,6 +4,7 @@ import ast
 import ctypes
 import hashlib
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 from checks import dtype_name
+from clone import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CODE = ("src", "kernels")
 # Exponentials per clock of one SM's special-function units (CUDA programming guide, arithmetic
 # throughput table).
@@ -101,6 +102,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         env["memory_gb"] = round(properties.total_memory / 1e9, 1)
         env["power_limit"] = _query("power.limit", device)
     return env
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def cpu_name() -> str:

@@ -8,27 +8,22 @@ import argparse
 import copy
 import os
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
-
+import clone
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 import torch.nn.functional as F
-import torchvision_shim
 from checks import dtype_name
 from interpreter import round_to_bfloat16_as_a_gpu_does
 
-torchvision_shim.install()
 round_to_bfloat16_as_a_gpu_does()
 
 import fastvit
@@ -340,7 +335,7 @@ def main() -> None:
     from benchmarks.gpu import write_json
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=clone.RESULTS)
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,14 +5,13 @@ compares the two.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+import clone
+
 MARKERS = "<!-- {0}:start -->", "<!-- {0}:end -->"
 NOTHING = (
     "No GPU has been measured yet; `python benchmarks/gpu.py` on a machine with one writes the "
@@ -354,7 +353,7 @@ def without_gpu(results: Path) -> list[str]:
     return out
 
 
-def headline(results: Path = RESULTS) -> str:
+def headline(results: Path = clone.RESULTS) -> str:
     """One sentence per GPU: ours and timm eager, in inference and in a training step."""
     out = []
     for result in measured(results).values():
@@ -376,7 +375,7 @@ def headline(results: Path = RESULTS) -> str:
     return "\n\n".join(out) or NOTHING
 
 
-def readme(results: Path = RESULTS) -> str:
+def readme(results: Path = clone.RESULTS) -> str:
     """The text of the README's results section."""
     out = []
     gpus = measured(results)
@@ -420,18 +419,17 @@ def fill(text: str, **blocks: str) -> str:
 
 
 def main() -> None:
-    path = ROOT / "README.md"
+    path = clone.ROOT / "README.md"
     path.write_text(fill(path.read_text(), headline=headline(), results=readme()))
-    exact = RESULTS / "numerics.json"
+    exact = clone.RESULTS / "numerics.json"
     if exact.exists():
         from benchmarks import numerics
 
         document = numerics.document(json.loads(exact.read_text()))
         exact.with_suffix(".md").write_text(document)
-    for result in measured(RESULTS):
+    for result in measured(clone.RESULTS):
         write_device_report(result)
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
     main()

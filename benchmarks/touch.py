@@ -1,15 +1,7 @@
 """Run every op once, forward and backward, on odd shapes, for compute-sanitizer to check."""
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
-
+import clone  # noqa: F401
 import torch
-import torchvision_shim
-
-torchvision_shim.install()
 
 from benchmarks import bench_attention, gpu_steps, harness
 

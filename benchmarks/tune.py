@@ -23,16 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / p) for p in ("src", "kernels", "tests", ".")]
+import clone
+
 if "--cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-import torchvision_shim
-
-torchvision_shim.install()
-
 from fastvit_kernels import tuned, tuned_attention
 from fastvit_kernels.tuned import Config
 from triton.runtime.interpreter import InterpretedFunction
@@ -415,8 +411,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def result_path(out: Path, device: torch.device) -> Path:
-    name = re.sub(r"[^a-z0-9]+", "-", _device_name(device).lower()).strip("-")
-    return out / f"tune-{name}.json"
+    return out / f"tune-{machine.slug(_device_name(device))}.json"
 
 
 def arch_of(device: torch.device) -> int:
@@ -427,13 +422,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for everything")
     parser.add_argument("--match", default="", help="only lines whose key matches this pattern")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=clone.RESULTS)
     parser.add_argument("--cpu", action="store_true", help="dry run in the interpreter")
     args = parser.parse_args()
     start = time.time()
     if not args.cpu and not torch.cuda.is_available():
         sys.exit("tune.py: no NVIDIA GPU here; try --cpu --out DIR for a dry run")
-    if args.cpu and args.out.resolve() == ROOT / "benchmarks" / "results":
+    if args.cpu and args.out.resolve() == clone.RESULTS:
         sys.exit("tune.py: --cpu is a dry run: name another place for its figures with --out")
     device = torch.device("cpu" if args.cpu else "cuda")
     chosen = [line for line in lines(arch_of(device)) if re.search(args.match, line.key)]

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import clone
 import pytest
 import torch
 from processes import run_python
@@ -332,7 +333,7 @@ def test_training_stays_within_the_noise_of_eager() -> None:
 
 
 def test_committed_training_run_is_within_the_noise_of_eager() -> None:
-    result = json.loads((report.RESULTS / "numerics.json").read_text())
+    result = json.loads((clone.RESULTS / "numerics.json").read_text())
     row = next(r for r in result["rows"] if r["kind"] == "training curve")
     assert row["steps"] == len(row["loss"]) == 300 and row["apart"] < row["noise"]
     smooth = [numerics._smoothed(curve) for curve in row["loss_eager"]]
@@ -345,7 +346,7 @@ def test_gpu_script_refuses_to_pass_off_a_dry_run() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and "--out" in done.stderr
-    committed = [json.loads(p.read_text()) for p in report.RESULTS.glob("*.json")]
+    committed = [json.loads(p.read_text()) for p in clone.RESULTS.glob("*.json")]
     kinds = {r["environment"]["kind"] for r in committed if "steps" in r}
     assert kinds <= {"cuda"}
 
