@@ -13,7 +13,9 @@ import fastvit
 from fastvit.errors import UsageError
 from fastvit.model import Block
 
-TINY = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_dim=64, num_classes=10)
+TINY: dict[str, Any] = dict(
+    image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_dim=64, num_classes=10
+)
 
 
 def tiny(**kwargs) -> fastvit.ViT:

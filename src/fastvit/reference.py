@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.jit._trace import TracerWarning
 from torch.utils.checkpoint import checkpoint
 
 
@@ -53,7 +54,7 @@ def norm(
     shape = x.shape[-1:]
     if torch._C._get_tracing_state() is not None:
         with warnings.catch_warnings():  # that the size is a constant in the trace: ONNX needs it
-            warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
+            warnings.simplefilter("ignore", TracerWarning)
             shape = (int(x.shape[-1]),)
     if kind == "rmsnorm":
         return F.rms_norm(x, shape, weight, eps)
