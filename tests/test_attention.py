@@ -64,6 +64,16 @@ def test_large_scores(N: int, dtype: torch.dtype, device: torch.device, on_gpu: 
     check_parity("attention_qkv", {"qkv": qkv.requires_grad_()}, dtype, device)
 
 
+@pytest.mark.parametrize(("N", "H"), [(20, 2), (20, 1), (130, 2)])
+def test_keys_past_the_last_get_no_weight_in_backward(N: int, H: int, device: torch.device) -> None:
+    """All scores are far below zero, the score of the zeros that fill up a tile, at lengths and
+    heads that take each way of backward."""
+    qkv = leaf(1, N, 3, H, 16, grad=False)
+    qkv[:, :, 0] = 16
+    qkv[:, :, 1] = qkv[:, :, 1].round() - 32
+    check_parity("attention_qkv", {"qkv": qkv.requires_grad_()}, device=device)
+
+
 def test_equal_scores_give_the_mean(device: torch.device) -> None:
     qkv = torch.randn(1, 50, 3, 2, 32, device=device)
     qkv[:, :, 0] = 0

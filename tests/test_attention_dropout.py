@@ -88,15 +88,20 @@ def test_padded(device: torch.device) -> None:
     check_dropout(args, ops.attention_qkv, lambda **kw: attention_with(mask, **kw), device)
 
 
-def test_packed(device: torch.device) -> None:
+@pytest.mark.parametrize("norm_kind", [None, "rmsnorm"])
+def test_packed(norm_kind: str | None, device: torch.device) -> None:
     lengths = [1, 40, 17]
     masks = kept(3, 40, 2, 7, device)
     ends = torch.tensor([0, 1, 41, 58], dtype=torch.int32)
 
     def got(qkv: Tensor, dropout: float) -> Tensor:
-        return ops.attention_packed(qkv, ends.to(qkv.device), 40, dropout=dropout)
+        options: dict[str, Any] = {"dropout": dropout, "norm_kind": norm_kind}
+        return ops.attention_packed(qkv, ends.to(qkv.device), 40, **options)
 
     def eager(qkv: Tensor) -> Tensor:
+        if norm_kind is not None:
+            q, k = reference.qk_norm_rope(qkv[None], norm_kind=norm_kind)
+            qkv = torch.stack([q[0], k[0], qkv[:, 2]], dim=1)
         parts = zip(qkv.split(lengths), masks, strict=True)
         return torch.cat([attention_with(m[:, : len(x), : len(x)], x[None])[0] for x, m in parts])
 

@@ -5,6 +5,9 @@ from typing import Any
 import pytest
 import torch
 from checks import check, dtype_name
+from fastvit_kernels import tuned, tuned_attention
+from fastvit_kernels.attention_qk import _attention_qk_sum_kernel
+from fastvit_kernels.launch import launch
 from parity import (
     DTYPES,
     check_compiles,
@@ -63,6 +66,19 @@ def test_tokens_padding_and_strides(N: int, device: torch.device) -> None:
     options = {**norm("rmsnorm", 16, bias=False), **rope(N, 16)}
     lengths = torch.tensor([N, N // 2])
     check_parity("attention_qkv", {"qkv": qkv, "key_padding": lengths, **options}, device=device)
+
+
+def test_programs_of_several_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned_attention, "qk", lambda D, _: tuned.Config(8, D // 2))
+    monkeypatch.setattr(tuned_attention, "qk_run", lambda *_: 2)
+    args = {"qkv": leaf(2, 19, 3, 1, 16), **norm("layernorm", 16, turned=False)}
+    check_parity("attention_qkv", args, device=device)
+
+
+def test_more_partial_sums_than_are_added_at_a_time(device: torch.device) -> None:
+    x, out = torch.randn(300, 24, device=device), torch.empty(24, device=device)
+    launch(_attention_qk_sum_kernel, (2,), x, out, *x.shape, BLOCK_M=128, BLOCK_C=16)
+    torch.testing.assert_close(out, x.sum(0), rtol=1e-5, atol=1e-4)
 
 
 def test_far_from_zero(device: torch.device) -> None:

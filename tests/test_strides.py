@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.deterministic
+from fastvit_kernels.attention import strides_divisor
 from parity import check_parity, leaf
 from test_gemm_ops import layernorm_linear, layernorm_mlp, linear_residual
 from torch import Tensor
@@ -90,6 +91,31 @@ def test_lse_and_maps(device: torch.device) -> None:
     expected = reference.attention_lse(q, k, key_padding=pick(lengths))
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(maps, reference.attention_maps(q, k, pick_lse(lse), rows=[0, 4]))
+
+
+def test_key_padding_without_norms(device: torch.device) -> None:
+    """In test_parity, with norms of q and k, the lengths take another way."""
+    lengths, view = apart(torch.tensor([5, 7]))
+    args = {"qkv": leaf(2, 9, 3, 2, 16), "key_padding": lengths}
+    check_parity("attention_qkv", args, device=device, views={"key_padding": view})
+
+
+@pytest.mark.parametrize("N", [20, 130])
+def test_gradient_of_attention(N: int, device: torch.device) -> None:
+    """Its tokens side by side, at lengths that take both ways of backward."""
+    qkv = torch.randn(1, N, 3, 2, 16, device=device, requires_grad=True)
+    do = torch.randn(1, 2, 16, N, device=device).permute(0, 3, 1, 2)
+    with fastvit.use_backend("triton"):
+        o = ops.attention_qkv(qkv)
+    grads = (torch.autograd.grad(o, qkv, g, retain_graph=True) for g in (do, do.contiguous()))
+    torch.testing.assert_close(*grads)
+
+
+def test_rows_are_read_by_eights_only_where_all_strides_permit_it() -> None:
+    t = torch.empty(2, 5, 3, 8)
+    assert strides_divisor(t) == 8
+    for strides in ((124, 24, 8, 1), (200, 28, 8, 1), (200, 24, 12, 1)):
+        assert strides_divisor(t, torch.empty_strided(t.shape, strides)) == 1
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["resident", "walked over"])
