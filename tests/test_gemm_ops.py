@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from checks import dtype_name
-from fastvit_kernels import layernorm
+from fastvit_kernels import gemm_dw, layernorm, parameter_grads
 from fastvit_kernels.common import dgelu, gelu
 from parity import (
     DTYPES,
@@ -152,7 +152,8 @@ def test_inference_writes_no_hidden_activation(device: torch.device) -> None:
 
 
 def test_fork_adds_the_residuals_gradient(device: torch.device) -> None:
-    """x, used again after the fork, gets the sum of both gradients; either may be absent."""
+    """x, used again after the fork, gets the sum of both gradients; either may be absent. The
+    rows of the residual's are apart, as those of a piece of a concatenation."""
     args = layernorm_linear(2, 17, 40, 24)
     for uses in ("both", "product", "residual"):
         grads = []
@@ -163,7 +164,7 @@ def test_fork_adds_the_residuals_gradient(device: torch.device) -> None:
             with fastvit.use_backend(backend):
                 y, x = ops.layernorm_linear_fork(**given)
             loss = (y.square().sum() if uses != "residual" else 0) + (
-                x.pow(3).sum() if uses != "product" else 0
+                torch.cat((x, y.detach()), -1).pow(3).sum() if uses != "product" else 0
             )
             assert isinstance(loss, torch.Tensor)
             loss.backward()
@@ -241,12 +242,13 @@ def test_tiny_and_huge(op: str, scale: float, device: torch.device) -> None:
 
 @every_op
 def test_strided(op: str, device: torch.device) -> None:
-    args = OPS[op](2, 9, 32, 48)
+    args = OPS[op](2, 9, 24, 40)
     width = args["x"].shape[-1]
     for x in (
         leaf(2, 12, width)[:, 3:],
         leaf(2, 9, 2 * width)[..., ::2],
-        leaf(2, 9, 80)[..., :width],
+        # 8, but not 16, divides the length of a row, and not even 8 its stride.
+        leaf(2, 9, width + 4)[..., :width],
     ):
         check_parity(op, {**args, "x": x.detach().requires_grad_()}, device=device)
 
@@ -260,6 +262,20 @@ def test_broadcast_gradient(device: torch.device) -> None:
     weight.grad = None
     torch.nn.functional.layer_norm(x, (32,), eps=1e-6).matmul(weight.t()).sum().backward()
     torch.testing.assert_close(got, weight.grad)
+
+
+def test_more_partial_sums_than_are_added_at_a_time(device: torch.device) -> None:
+    """Rows of a norm's gradients, alone and beside a weight's; columns of tiles, for a bias."""
+    rows, vector = torch.randn(70, 2, 24, device=device), torch.empty(24, device=device)
+    norm = rows, vector, vector
+    g, x = torch.randn(8, 8, device=device), torch.randn(8, 2184, device=device)
+    slabs = gemm_dw.gemm_dw(g, x)
+    assert slabs.columns > 16
+    alone = parameter_grads.reduce_norm(norm)
+    grads = parameter_grads.reduce_slabs(slabs, x.new_empty(8, 2184), g[0], norm=norm)
+    for got in (alone, grads):
+        torch.testing.assert_close(got[-2:], tuple(rows.sum(0)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads[:2], (g.T @ x, g.sum(0)), rtol=1e-5, atol=1e-5)
 
 
 @every_op

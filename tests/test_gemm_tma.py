@@ -6,6 +6,7 @@ import pytest
 import torch
 from checks import check
 from fastvit_kernels import gemm, tuned
+from fastvit_kernels.operands import tma_compatible
 from parity import half
 from torch import Tensor
 from torch.nn.functional import gelu
@@ -38,6 +39,20 @@ def operands(size: tuple[int, int, int], dtype: torch.dtype, device: Any) -> tup
 def poisoned(a: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     shape = len(a), len(weight)
     return torch.full(shape, float("nan"), dtype=dtype or a.dtype, device=a.device)
+
+
+def test_what_tma_can_address() -> None:
+    base = torch.empty(8 + 16 * 32, dtype=torch.bfloat16)
+    rows = base[8:].view(16, 32)
+    assert tma_compatible(rows) and tma_compatible(rows[:, :24])
+    for other in (
+        base[1:-7].view(16, 32),  # its base is aligned to 2 bytes
+        rows[:, :28].contiguous(),
+        rows[:1].expand(16, 32),
+        rows[:, ::2],
+        rows.float(),
+    ):
+        assert not tma_compatible(rows, other)
 
 
 @half

@@ -142,6 +142,18 @@ def test_weight_of_other_strides(device: torch.device, folds: list[str]) -> None
     check_parity("layernorm_linear", args, torch.bfloat16, device)
 
 
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_rows_at_a_stride_that_8_does_not_divide(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8, but not 16, divides their length."""
+    fold_every_norm(monkeypatch)
+    args = OPS["layernorm_linear"](2, 9, 24, 40)
+    wide = torch.nn.functional.pad(args[name].detach().bfloat16(), (0, 4))
+    args[name] = wide[..., :24].requires_grad_()
+    check_parity("layernorm_linear", args, torch.bfloat16, device)
+
+
 def test_what_is_folded() -> None:
     """W', s and b' agree with the formula of `layernorm_fold`; s is the sum of the rounded W'."""
     if torch.cuda.is_available():
