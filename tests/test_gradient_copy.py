@@ -8,10 +8,12 @@ import pytest
 import torch
 from checks import check
 from fastvit_kernels import gradient_copy
+from parity import leaf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
+from fastvit import ops
 
 Edit = Callable[[fastvit.ViT], None]
 
@@ -108,6 +110,30 @@ def test_the_copy_of_another_wish_is_not_taken() -> None:
     assert gradient_copy.attached(grad, other) is None
     assert gradient_copy.attached(grad, request) is not None
     assert not gradient_copy.branch_gradient(grad, other, torch.bfloat16, other.path_scale).any()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_copy_of_another_gradient_is_not_taken(
+    in_place: bool, taken: list[bool], device: torch.device
+) -> None:
+    """A hook on the op that made x, unlike one on x, does not keep the copy from being made."""
+    o, x = leaf(2, 9, 16).to(device), leaf(2, 9, 16).to(device)
+    weight = leaf(16, 16).detach().to(device)
+    originals: list[Tensor] = []  # alive, so that the copy is still there
+
+    def triple(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        originals.extend(grads)
+        return (grads[0].mul_(3) if in_place else grads[0] * 3,)
+
+    with fastvit.use_backend("triton"), torch.autocast(device.type, torch.bfloat16):
+        stream = ops.linear_residual(o, weight, None, x)
+        assert stream.grad_fn is not None
+        stream.grad_fn.register_prehook(triple)
+        out = ops.layernorm_linear(stream, None, None, weight)
+        do, dx = torch.autograd.grad(out.float().square().sum(), (o, x))
+        assert taken == [False]
+        (expected,) = torch.autograd.grad(ops.linear_residual(o, weight, None, x), o, dx)
+    assert torch.equal(do, expected)
 
 
 def edit_output(edit: Callable[[Tensor], Tensor | None]) -> Callable[[], fastvit.ViT]:

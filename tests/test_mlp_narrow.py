@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastvit_kernels import mlp_narrow, tuned
+from fastvit_kernels import gradient_copy, mlp_narrow, tuned
 from parity import (
     check_compiles,
     check_parity,
@@ -191,6 +191,27 @@ def test_frozen_parameters(device: torch.device, launches: list[str]) -> None:
         assert frozen == (args["fc1_weight"].grad is None)
         grads.append(args["x"].grad)
     assert torch.equal(*grads) and launches == BOTH * 2
+
+
+def test_copy_of_the_gradient_for_the_branch_before(
+    device: torch.device, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is what that branch would compute, where a hook on x keeps it from being made."""
+    args = {k: v.detach().to(device) for k, v in mlp(2, 9, 24, 40).items()}
+    o, weight = leaf(2, 9, 24).to(device), leaf(24, 24).to(device)
+    made, attach = [], gradient_copy.attach
+    monkeypatch.setattr(gradient_copy, "attach", lambda *a: made.append(a[1]) or attach(*a))
+    grads = []
+    for hooked in (False, True):
+        with fastvit.use_backend("triton"), torch.autocast(device.type, torch.bfloat16):
+            x = ops.linear_residual(o, weight, None, args["x"], path_scale=args["path_scale"])
+            if hooked:
+                x.register_hook(lambda grad: None)
+            out = ops.layernorm_mlp(**{**args, "x": x})
+        grads.append(torch.autograd.grad(out.square().sum(), (o, weight)))
+    assert len(made) == 1 and launches == BOTH * 2
+    for copied, computed in zip(*grads, strict=True):
+        assert torch.equal(copied, computed)
 
 
 @pytest.mark.parametrize("kernel", ["fwd", "bwd"])

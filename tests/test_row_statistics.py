@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -169,11 +170,15 @@ OPS: list[Callable[..., torch.Tensor]] = [
 MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 
 
-def told(op: Callable, change: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+def told(
+    op: Callable,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    compute: torch.dtype = torch.bfloat16,
+) -> bool:
     """Whether a norm that reads change(x) gets the statistics of x, which `op` has written."""
     args = {k: v.detach().bfloat16() for k, v in arguments(1, 9, 16, 16).items()}
     with fastvit.use_backend("triton"), handoff.allowed():
-        return row_statistics.take(change(op(args)), torch.bfloat16)[0] is not None
+        return row_statistics.take(change(op(args)), compute)[0] is not None
 
 
 @pytest.mark.parametrize("op", OPS, ids=["linear_residual", "layernorm_mlp"])
@@ -192,6 +197,7 @@ def test_only_the_tensor_that_was_written_is_known(
         assert not told(op, lambda x: x[:, :1].zero_().sum() + x)
         assert not told(op, lambda x: (x.view(-1).detach().zero_(), x)[1])
         assert not told(op, lambda x: x.half())
+        assert not told(op, lambda x: x, compute=torch.float16)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -268,9 +274,10 @@ def test_statistics_pass_from_block_to_block_alone(
     assert folds == [False, True, edit is None, True, edit is not _hook_before, True]
 
 
-def test_ops_alone_pass_on_nothing(folds: list[bool]) -> None:
+@pytest.mark.parametrize("allowed", [False, True], ids=["alone", "at the end of a block"])
+def test_ops_alone_pass_on_nothing(allowed: bool, folds: list[bool]) -> None:
     args = {k: v.detach().bfloat16() for k, v in arguments(1, 9, 16, 16).items()}
-    with fastvit.use_backend("triton"):
+    with fastvit.use_backend("triton"), handoff.allowed() if allowed else nullcontext():
         x = ops.linear_residual(args["o"], args["proj"], None, args["x"])
     assert row_statistics.take(x, torch.bfloat16) == (None, None)
 
