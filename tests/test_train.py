@@ -1,10 +1,13 @@
 """The training loop: it learns, repeats bitwise, and resumes as if never stopped."""
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from fastvit import load_checkpoint
 from fastvit.augment import Augment
@@ -171,6 +174,34 @@ def test_bfloat16_autocast_trains(tmp_path):
     assert run.logits(run.data.test.images[:2]).dtype == torch.float32  # type: ignore[union-attr]
 
 
+def test_a_step_is_of_a_smoothed_loss_clipped_and_at_the_rate_of_the_whole_run():
+    run = start(model={**MODEL, "drop_path": 0.0}, label_smoothing=0.3, clip=0.01)
+    alone = copy.deepcopy(run.model)
+    optimizer = make_optimizer(alone, run.settings)
+    images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 4
+    mean, std = (torch.tensor(v)[:, None, None] for v in (run.data.mean, run.data.std))
+    assert torch.equal(run.normalised(images), (images - mean) / std)
+    for step in (6, 7):  # of 16, in the second epoch
+        run.train_step(images, labels, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.settings, step, 16)
+        optimizer.zero_grad()
+        F.cross_entropy(alone(images), labels, label_smoothing=0.3).backward()
+        nn.utils.clip_grad_norm_(alone.parameters(), 0.01)
+        optimizer.step()
+    for got, expected in zip(run.model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+        # Adam's step hardly depends on the gradient's length, but its running mean does.
+        means = (o.state[p]["exp_avg"] for o, p in ((run.optimizer, got), (optimizer, expected)))
+        torch.testing.assert_close(*means)
+
+
+def test_evaluation_is_without_dropout():
+    run = start(model={**MODEL, "dropout": 0.5})
+    run.model.train()
+    assert run.evaluate(run.data.val) == run.evaluate(run.data.val)
+
+
 def test_learning_rate_warms_up_then_falls_to_zero():
     settings = make_settings("digits", lr=1.0)
     rates = [learning_rate(settings, step, 100) for step in range(101)]
@@ -180,10 +211,10 @@ def test_learning_rate_warms_up_then_falls_to_zero():
 
 
 def test_optimizer_decays_matrices_alone():
-    run = start()
+    run = start(weight_decay=0.3)
     spared, decayed = make_optimizer(run.model, run.settings).param_groups
     names = {id(p): name for name, p in run.model.named_parameters()}
-    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0.0
+    assert decayed["weight_decay"] == 0.3 and spared["weight_decay"] == 0.0
     assert all(names[id(p)].endswith("weight") for p in decayed["params"])
     kept = {names[id(p)] for p in spared["params"]}
     assert {"pos_embed", "cls_token", "norm.weight", "head.bias"} <= kept
