@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastvit
 from fastvit.errors import UsageError
+from fastvit.saving import save_checkpoint
 
 NARROW: dict[str, Any] = dict(embed_dim=32, depth=2, num_heads=2, img_size=32, patch_size=8)
 OURS: dict[str, Any] = dict(dim=32, depth=2, heads=2, mlp_dim=128, image_size=32, patch_size=8)
@@ -183,6 +184,9 @@ def test_what_the_model_computes_otherwise_is_said(tmp_path: Path) -> None:
     assert "heads is 4 there and stays 2 here" in notes
     same = fastvit.ViT(**{**OURS, "heads": 4}, num_classes=0, norm_eps=1e-12)
     assert not [note for note in same.load_weights(tmp_path).notes if "there" in note]
+    path = save_checkpoint(tmp_path / "cls.safetensors", model)
+    mean = fastvit.ViT(**OURS, num_classes=0, pool="mean", fc_norm=False)
+    assert "pool is 'cls' there and stays 'mean' here" in mean.load_weights(path).notes
 
 
 def test_half_precision_and_double(saved: Path, tmp_path: Path) -> None:
@@ -193,6 +197,24 @@ def test_half_precision_and_double(saved: Path, tmp_path: Path) -> None:
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, state[name].to(dtype).float())
+
+
+@pytest.mark.parametrize(
+    "options", [dict(image_size=48), dict(patch_size=4, image_size=16), dict(channels=2)], ids=str
+)
+def test_half_precision_is_adapted_in_float32(options: dict[str, Any]) -> None:
+    half = {k: v.bfloat16() for k, v in plain().items()}
+    expected = fastvit.load_checkpoint({k: v.float() for k, v in half.items()}, heads=2, **options)
+    got = fastvit.load_checkpoint(half, heads=2, **options)
+    assert got.load_report.adapted
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name
+
+
+def test_a_fresh_head_has_small_weights_and_the_model_is_in_eval_mode() -> None:
+    model: Any = fastvit.load_checkpoint(plain(), heads=2, num_classes=4)
+    assert not model.training and not model.head.bias.any()
+    assert 0.01 < model.head.weight.std() < 0.03
 
 
 def test_mean_and_std_are_of_the_channels_that_there_are(saved: Path) -> None:
@@ -372,6 +394,13 @@ def test_as_many_positions_as_the_named_grid_has_are_copied() -> None:
         assert torch.equal(loaded.state_dict()["pos_embed"], model.state_dict()["pos_embed"])
 
 
+def test_positions_of_a_square_and_cls_are_resampled_to_a_grid_of_as_many() -> None:
+    """17 positions are 4 x 4 and <cls>, though 1 x 17 patches would take them as they are."""
+    loaded: Any = fastvit.load_checkpoint(plain(), heads=2, image_size=(8, 136))
+    assert any("grid (4, 4) to (1, 17)" in line for line in loaded.load_report.adapted)
+    assert not loaded.no_embed_class and loaded.pos_embed.shape[1] == 18
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -413,6 +442,15 @@ def test_the_model_says_what_another_size_leaves_open() -> None:
         model.load_weights(plain(pos_embed=torch.zeros(1, 11, 32)))
 
 
+def test_a_norm_behind_the_pooling_says_that_it_averages() -> None:
+    """Even beside a <cls> token."""
+    model = fastvit.ViT(**OURS, num_classes=3, pool="mean").eval()
+    assert model.config["class_token"]
+    loaded = fastvit.load_checkpoint(model.state_dict(), heads=2)
+    images = torch.randn(2, 3, 32, 32)
+    assert loaded.pool == "mean" and torch.equal(loaded(images), model(images))
+
+
 def test_what_a_state_dict_cannot_say_is_said() -> None:
     notes = fastvit.load_checkpoint(plain(), heads=2, activation="gelu_tanh").load_report.notes
     assert notes == ["no config: norm_eps 1e-06, pool 'cls' assumed; pass what is otherwise"]
@@ -429,8 +467,6 @@ def test_what_a_state_dict_cannot_say_is_said() -> None:
     ids=str,
 )
 def test_our_own_config_at_fault(change: dict, message: str | None, tmp_path: Path) -> None:
-    from fastvit.saving import save_checkpoint
-
     path = save_checkpoint(tmp_path / "m.safetensors", fastvit.ViT(**OURS, num_classes=3))
     config = json.loads((tmp_path / "m.json").read_text())
     (config["model"] if set(change) & {"depth", "dim"} else config).update(change)
@@ -571,8 +607,6 @@ def test_a_json_beside_the_weights_that_is_no_config(text: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("keep", [0, 1, 10, 30, -2])
 def test_our_own_config_must_be_whole(keep: int, tmp_path: Path) -> None:
-    from fastvit.saving import save_checkpoint
-
     path = save_checkpoint(tmp_path / "m.safetensors", fastvit.ViT(**OURS, num_classes=3))
     text = (tmp_path / "m.json").read_text()
     (tmp_path / "m.json").write_text(text[:keep])
