@@ -170,6 +170,30 @@ def test_config_files_are_utf8(tmp_path: Path) -> None:
     assert "label_names" not in model.default_cfg
 
 
+def test_class_names_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Of numbers, not of words, where 10 comes before 2."""
+    names = [f"class {i}" for i in range(11)]
+    hf.ViTForImageClassification(hf.ViTConfig(**VIT, num_labels=11)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = {str(i): names[i] for i in reversed(range(11))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert fastvit.load_checkpoint(tmp_path).default_cfg["label_names"] == names
+
+
+def test_a_preprocessor_that_divides_by_zero(tmp_path: Path) -> None:
+    hf.ViTModel(hf.ViTConfig(**VIT)).save_pretrained(tmp_path)
+    text = json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5, 0.0, 0.5]})
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(UsageError, match="std must be positive numbers"):
+        fastvit.load_checkpoint(tmp_path)
+
+
+def test_tensors_alone_of_a_vit_have_the_eps_of_transformers() -> None:
+    theirs = hf.ViTModel(hf.ViTConfig(**VIT))
+    loaded = fastvit.load_checkpoint(theirs.state_dict(), heads=2)
+    assert loaded.config["norm_eps"] == theirs.config.layer_norm_eps == 1e-12
+
+
 def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> None:
     narrow: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, image_size=32, patch_size=8)
     for options, message in (
@@ -186,6 +210,7 @@ def test_export_refuses_what_transformers_has_no_place_for(tmp_path: Path) -> No
         ({"class_token": False, "pool": "map"}, "a classifier on attention pooling"),
         ({"pre_norm": True, "patch_bias": True}, r"a patch bias \(patch_bias\) with pre_norm"),
         ({"pre_norm": True, "pool": "max", "fc_norm": False}, "CLIPVisionModel .* pool 'max'"),
+        ({"pre_norm": True}, "Projection .* a head with a bias that is not zero"),
         ({"pre_norm": True, "final_norm": False}, "CLIPVisionModel .* without a final norm"),
         ({"pre_norm": True, "image_size": (16, 32)}, r"images of \(16, 32\) or patches of"),
         ({"pre_norm": True, "mlp": "swiglu_packed"}, "CLIPVisionModel .* mlp 'swiglu_packed'"),
