@@ -10,6 +10,8 @@ from originals.make import pixels
 from peers import Truth, check, close, renamed
 
 import fastvit
+from fastvit.checkpoint_files import read_source
+from fastvit.dialects import read
 from fastvit.jax_npz import is_jax, read_jax
 from fastvit.pos_embed import Resample
 
@@ -80,6 +82,13 @@ def test_another_resampling_would_not_do() -> None:
     assert any("gelu_tanh" in note for note in ours.load_report.notes)
     with pytest.raises(AssertionError, match="output"):
         check(ours, truth, False)
+
+
+def test_open_clip_says_quick_gelu_in_its_config() -> None:
+    source = read_source(FOLDER / "open_clip")
+    assert read(source.state, source.config).known["activation"] == "gelu"
+    source.config["model_cfg"]["quick_gelu"] = True
+    assert read(source.state, source.config).known["activation"] == "quick_gelu"
 
 
 def test_resampled_once_is_resampled_at_run_time() -> None:

@@ -1,6 +1,7 @@
 """timm checkpoints of a narrow model of each preset family, loaded and exported back to timm."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def test_timm_reads_our_export(name: str, tmp_path: Path) -> None:
     [
         dict(patch_bias=False),
         dict(norm="rmsnorm"),
-        dict(rope="eva", qkv_bias="qv"),
+        dict(rope="eva", qkv_bias="qv", rope_theta=50.0),
+        dict(dim=56, mlp_dim=61),  # int(56 * (61 / 56)) is 60
         dict(pre_norm=True, norm_eps=1e-5),
     ],
     ids=str,
@@ -97,12 +99,24 @@ def test_arguments_without_a_preset_go_to_timm_and_back(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     sizes: dict[str, Any] = dict(dim=32, depth=2, heads=2, mlp_dim=64, image_size=32, patch_size=8)
-    ours = randomize_weights(fastvit.ViT(**sizes, num_classes=5, **options))
+    ours = randomize_weights(fastvit.ViT(**{**sizes, **options}, num_classes=5))
     fastvit.export_checkpoint(ours, "timm", tmp_path)
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
     close("timm", theirs(images), ours(images))
     close("back", fastvit.load_checkpoint(tmp_path)(images), ours(images))
+
+
+def test_pool_and_image_size_of_the_saved_model_stand_beside_its_arguments(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = dict(dim=32, depth=1, heads=2, mlp_dim=64, patch_size=8)
+    ours = fastvit.ViT(**sizes, image_size=(16, 32), pool="mean", fc_norm=False)
+    fastvit.export_checkpoint(ours, "timm", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("global_pool", "img_size"):
+        del config["model_args"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = fastvit.load_checkpoint(tmp_path)
+    assert (loaded.pool, loaded.patch_embed.img_size) == ("mean", (16, 32))
 
 
 def test_the_eps_that_timm_gives_to_an_rmsnorm_is_said(
