@@ -107,6 +107,7 @@ def test_timm_keyword_arguments() -> None:
     assert block.norm1.eps == block.attn.q_norm.eps == 1e-3
     assert model(torch.randn(2, 4, 32, 32)).shape == (2, 7)
     assert model.default_cfg["input_size"] == (4, 32, 32)
+    assert len(model.default_cfg["mean"]) == len(model.default_cfg["std"]) == 4
 
 
 TRAIN_SCRIPT: dict[str, Any] = dict(  # what timm's train.py and validate.py pass
