@@ -265,14 +265,22 @@ def test_recompiles_after_accelerate_and_restore():
     assert torch.equal(compiled(x), expected)
 
 
+def timm_unscaled():
+    model = timm_vit(drop_path_rate=0.5)
+    for block in model.blocks[1:]:  # the first has rate 0 and no DropPath
+        block.drop_path1.scale_by_keep = block.drop_path2.scale_by_keep = False
+    return model
+
+
 @pytest.mark.parametrize(
     "build",
     [
         partial(timm_vit, drop_path_rate=0.5, init_values=0.5),
+        timm_unscaled,
         partial(hf_dinov2, drop_path_rate=0.5),
         partial(hf_registers, drop_path_rate=0.5),
     ],
-    ids=["timm", "dinov2", "registers"],
+    ids=["timm", "timm-unscaled", "dinov2", "registers"],
 )
 def test_drop_path_draws_as_the_peer(build):
     model, x = make(build(), train=True), images(16)
@@ -582,6 +590,27 @@ def test_transformers_outputs_and_masks(build):
     close({"y": model(x, attention_mask=mask).logits}, {"y": masked})
     if build is hf_vit:  # older Dinov2 takes the mask and ignores it
         assert not torch.allclose(masked, expected.logits, atol=1e-4)
+
+
+def test_a_transformers_layer_that_is_told_to_be_causal():
+    layer, x = make(hf_vit()).vit.layers[0], torch.randn(2, 17, 64)
+    plain, expected = layer(x), layer(x, is_causal=True)
+    fastvit.accelerate(layer)
+    close(
+        {"plain": layer(x), "causal": layer(x, is_causal=True)},
+        {"plain": plain, "causal": expected},
+    )
+    assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+def test_torchvision_attention_to_a_zero_token():
+    model, x = make("torchvision"), images()
+    plain = model(x)
+    model.encoder.layers[0].self_attention.add_zero_attn = True
+    expected = model(x)
+    assert "add_zero_attn" in str(fastvit.accelerate(model))
+    close({"y": model(x)}, {"y": expected})
+    assert not torch.allclose(plain, expected, atol=1e-3)
 
 
 def test_transformers_custom_attention_is_left():
