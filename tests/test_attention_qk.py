@@ -117,6 +117,18 @@ def test_q_and_k_are_what_attention_sees(device: torch.device) -> None:
     check("k", k, eager[1], truth[1])
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_q_and_k_are_of_autocasts_dtype_without_a_gradient(
+    backend: str, device: torch.device
+) -> None:
+    qkv = torch.randn(1, 5, 3, 2, 16, device=device, requires_grad=True)
+    weight = torch.ones(16, device=device)
+    with fastvit.use_backend(backend), torch.autocast(device.type, torch.bfloat16):
+        pair = ops.qk_norm_rope(qkv, q_weight=weight, norm_kind="layernorm")
+    for t in pair:
+        assert t.dtype == torch.bfloat16 and not t.requires_grad
+
+
 def test_prefix_tokens_and_angle_zero_are_left_alone(device: torch.device) -> None:
     qkv = torch.randn(1, 12, 3, 2, 32, device=device)
     angles = torch.zeros(7, 16, device=device)

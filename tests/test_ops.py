@@ -12,7 +12,7 @@ import torch
 from fastvit_kernels.operands import precision
 from parity import results
 from processes import run_python
-from test_strides import OPS
+from test_strides import OPS, qk_params
 from torch.autograd import forward_ad
 
 import fastvit
@@ -187,6 +187,10 @@ NUMPY: Any = Q.numpy()
             lambda: ops.layernorm_mlp(X, N32, N32, W, N48, W.T, N32, dropout=2.0),
             r"layernorm_mlp: dropout must be in \[0, 1\), got 2.0",
         ),
+        (
+            lambda: ops.attention_packed(QKV, torch.tensor([0, 8]), 8, dropout=1.0),
+            r"attention: dropout must be in \[0, 1\), got 1.0",
+        ),
     ],
 )
 def test_bad_operands(call, message: str, autocast: bool, backend: str) -> None:
@@ -331,13 +335,14 @@ def test_forward_mode_takes_the_reference(
         ("linear_residual", ["path_scale"]),
         ("layernorm_mlp", ["path_scale"]),
         ("attention_qkv", ["cos", "sin"]),
+        ("attention_packed", ["cos", "sin"]),
     ],
 )
 def test_gradients_the_kernels_lack_are_the_references(
     op: str, names: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _as_on_a_gpu(monkeypatch)
-    args = OPS[op]()
+    args = OPS[op]() | (qk_params(9) if op == "attention_packed" else {})
     for name in names:
         args[name].requires_grad_()
     got, expected = (results(getattr(f, op), args, device) for f in (ops, reference))
