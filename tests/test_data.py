@@ -131,7 +131,8 @@ def test_folder_one_tree(tmp_path):
     write_folder(tmp_path, ("cat", "dog", "emu"))
     (tmp_path / ".git").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("not an image")
-    data = load_data(f"folder:{tmp_path}", image_size=(16, 12))
+    (tmp_path / "cat" / "._0.png").write_text("what macOS keeps of a file on other disks")
+    data = load_data(f"folder:{tmp_path}", image_size=(16, 12), strict=True)
     assert data.classes == ("cat", "dog", "emu")
     assert [len(s) for s in (data.train, data.val, data.test)] == [21, 3, 6]
     assert isinstance(data.test, Images)
@@ -325,6 +326,14 @@ def test_statistics():
     x = images.double() / 255
     assert mean == pytest.approx(x.mean((0, 2, 3)).tolist())
     assert std == pytest.approx(x.std((0, 2, 3), correction=0).tolist())
+    white = Images(torch.full_like(images, 255), torch.zeros(300))
+    assert statistics(white) == ((1.0, 1.0), pytest.approx((1e-3, 1e-3)))  # no division by 0
+
+
+def test_images_made_smaller_keep_a_share_of_every_pixel():
+    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    images[..., 0, 0] = 255
+    assert Images(images, torch.zeros(1)).resized((2, 2)).images[0, 0, 0, 0] > 0
 
 
 def test_augment_moves_flips_and_repeats():
@@ -375,8 +384,9 @@ def test_deep_pixels_are_scaled_or_refused(tmp_path):
             assert (pixels - expected).abs().max() <= 1, (name, channels)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "turned.tif", exif=exif)
-    assert read_image(tmp_path / "turned.tif", (64, 64))[0, 0, 0] > 200
+    for name in ("turned.png", "turned.tif"):
+        Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / name, exif=exif)
+        assert read_image(tmp_path / name, (64, 64))[0, 0, 0] > 200, name
     for dtype in (np.float32, np.int32):
         Image.fromarray((ramp / 65535).astype(dtype)).save(tmp_path / "b.tif")
         with pytest.raises(UsageError, match="which has no white; save it as 8 bits"):
