@@ -66,8 +66,6 @@ BOUNDS = {
 ALTERNATIVES = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, tma=True),)}
 NO_KERNEL = Config(0, 0)  # stands for None in a table: separate launches are faster
 TILE = 128 * 256  # largest accumulator, in elements, that fits the registers of one program
-
-
 TABLES: dict[str, dict[int, dict[str, Config | None]]] = {
     name: table
     for module in (tuned, tuned_attention)

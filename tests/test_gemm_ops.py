@@ -247,6 +247,7 @@ def test_strided(op: str, device: torch.device) -> None:
     for x in (
         leaf(2, 12, width)[:, 3:],
         leaf(2, 9, 2 * width)[..., ::2],
+        leaf(2, 9, 2 * width)[..., :width],
         # 8, but not 16, divides the length of a row, and not even 8 its stride.
         leaf(2, 9, width + 4)[..., :width],
     ):

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-import torch.fx
 from torch import nn
+from torch.fx import Proxy
 
 from fastvit import ops
 from fastvit.errors import UsageError
@@ -115,7 +114,7 @@ def grid_of(
 
 
 def check_unmasked(attn_mask: Any, is_causal: Any) -> None:
-    if isinstance(attn_mask, torch.fx.Proxy):  # symbolic tracing sets every argument
+    if isinstance(attn_mask, Proxy):  # symbolic tracing sets every argument
         raise UsageError(
             "torch.fx cannot trace a fastvit.ViT symbolically; use its forward_intermediates, "
             "torch.export or torch.compile"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastvit.export_rules import State, class_names, fit_patch_bias, note_resample, refuse
+from fastvit.export_rules import State, fit_patch_bias, note_resample, refuse
 from fastvit.model import ViT
 from fastvit.pos_embed import HUGGING_FACE, Resample
 
@@ -49,7 +49,7 @@ def to_hf(model: ViT, state: State) -> tuple[State, dict[str, Any]]:
         "patch_size": p_h if p_h == p_w else [p_h, p_w],
     }
     if model.num_classes:
-        names = class_names(model) or [f"LABEL_{i}" for i in range(model.num_classes)]
+        names = model.class_names or [f"LABEL_{i}" for i in range(model.num_classes)]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
         config["label2id"] = {name: i for i, name in enumerate(names)}
     if c["rope"] == "dinov3":

@@ -29,12 +29,6 @@ def fit_patch_bias(dialect: str, state: State, pre_norm: bool) -> None:
         del state["patch_embed.proj.bias"]
 
 
-def class_names(model: ViT) -> list[str]:
-    """The class names of the model's checkpoint, or [] if the model has another number."""
-    names = model.default_cfg.get("label_names") or ()
-    return [str(name) for name in names] if len(names) == model.num_classes else []
-
-
 def note_resample(model: ViT, native: Resample, kind: str) -> None:
     if model.resample != native:
         log.warning(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvit.export_rules import State, class_names, fit_patch_bias, note_resample, refuse
+from fastvit.export_rules import State, fit_patch_bias, note_resample, refuse
 from fastvit.model import TIMM_POOLS, ViT
 from fastvit.pos_embed import Resample
 
@@ -77,7 +77,7 @@ def timm_config(model: ViT) -> dict[str, Any]:
             c["norm_eps"],
             eps,
         )
-    left = {"architecture", "tag"} | (set() if class_names(model) else {"label_names"})
+    left = {"architecture", "tag"} | (set() if model.class_names else {"label_names"})
     data = {k: v for k, v in model.default_cfg.items() if k not in left}
     return {
         "architecture": base,

@@ -548,16 +548,18 @@ def _why_branch_unfused(
     name: str, branch: nn.Module, scale_name: str = "", scale: Any = None
 ) -> str | None:
     """Return why a branch must be called on the normed stream alone, as in timm; or None."""
-    if all_plain((branch, _BRANCHES)) and (scale is None or all_plain((scale, (LayerScale,)))):
-        reason = why_not_tensors(name, branch)
-        return reason if reason or scale is None else why_not_tensors(scale_name, scale)
-    if not uses_methods_of(branch, _BRANCHES, "forward"):
-        return f"{name} is {type(branch).__name__} or has its forward replaced"
-    if has_observing_hooks(branch):
-        return f"{name} has hooks"
+    if not all_plain((branch, _BRANCHES)):
+        if not uses_methods_of(branch, _BRANCHES, "forward"):
+            return f"{name} is {type(branch).__name__} or has its forward replaced"
+        if has_observing_hooks(branch):
+            return f"{name} has hooks"
     if reason := why_not_tensors(name, branch):
         return reason
-    return None if scale is None else why_not_fused(**{scale_name: (scale, (LayerScale,))})
+    if scale is None:
+        return None
+    if all_plain((scale, (LayerScale,))):
+        return why_not_tensors(scale_name, scale)
+    return why_not_fused(**{scale_name: (scale, (LayerScale,))})
 
 
 def _add(x: Tensor, branch: Tensor, layer_scale: Any, path_scale: Tensor | None) -> Tensor:

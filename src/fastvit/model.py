@@ -488,6 +488,12 @@ class ViT(Features, VitPytorchNames, nn.Module):
         }
 
     @property
+    def class_names(self) -> list[str]:
+        """The class names of the checkpoint, or [] if the model has another number of classes."""
+        names = self.default_cfg.get("label_names") or ()
+        return [str(name) for name in names] if len(names) == self.num_classes else []
+
+    @property
     def pretrained_cfg(self) -> dict[str, Any]:
         return self.default_cfg
 

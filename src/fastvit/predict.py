@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fastvit.errors import UsageError
-from fastvit.export_rules import class_names
 from fastvit.model import ViT
 from fastvit.read_image import read_image
 
@@ -39,7 +38,7 @@ def predict(
     device = model.patch_embed.proj.weight.device
     cfg = model.default_cfg
     mean, std = (torch.tensor(cfg[k]).view(-1, 1, 1).to(device) for k in ("mean", "std"))
-    classes = class_names(model) or [f"class {i}" for i in range(model.num_classes)]
+    classes = model.class_names or [f"class {i}" for i in range(model.num_classes)]
     model.eval()
     for path in paths:
         try:

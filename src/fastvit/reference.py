@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.jit._trace import TracerWarning
 from torch.utils.checkpoint import checkpoint
 
 
@@ -54,7 +53,7 @@ def norm(
     shape = x.shape[-1:]
     if torch._C._get_tracing_state() is not None:
         with warnings.catch_warnings():  # that the size is a constant in the trace: ONNX needs it
-            warnings.simplefilter("ignore", TracerWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             shape = (int(x.shape[-1]),)
     if kind == "rmsnorm":
         return F.rms_norm(x, shape, weight, eps)

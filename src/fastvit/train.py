@@ -344,7 +344,7 @@ class Run:
         return f"{name} ({'; '.join(reasons)})" if reasons else name
 
 
-STATE_KEYS = ("data", "classes", "files", "amp", "compile", "model", "optimizer", "history")
+STATE_KEYS = "data classes files amp compile model optimizer history seconds".split()
 
 
 def load_state(folder: Path) -> tuple[Settings, dict[str, Any]]:
@@ -357,8 +357,8 @@ def load_state(folder: Path) -> tuple[Settings, dict[str, Any]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         settings = Settings(**state["settings"])
-        for name in STATE_KEYS:
-            state[name]
+        if missing := [name for name in STATE_KEYS if name not in state]:
+            raise KeyError(*missing)
         return settings, state
     except Exception as error:  # the unpickler of a damaged file raises anything
         raise UsageError(f"--resume: {path} is damaged or not a run's state: {error}") from error
