@@ -147,6 +147,10 @@ def test_bare_products_agree(product: str) -> None:
     assert harness.check_provider(case, provider, args, eager, truth) == {}
     wrong = Provider("wrong", lambda a, b: 1.01 * bench_gemm.PRODUCTS[product](a, b))
     assert harness.check_provider(case, wrong, args, eager, truth)["status"] == "failed parity"
+    nan = Provider("nan", lambda a, b: bench_gemm.PRODUCTS[product](a, b) * float("nan"))
+    everywhere = [[t * float("nan") for t in tensors] for tensors in (eager, truth)]
+    found = harness.check_provider(case, nan, args, *everywhere)
+    assert found["reason"].endswith("not finite"), "nor where float64 is not"
 
 
 @MODELS
