@@ -229,7 +229,7 @@ def saved_mb(forward: Callable[[], Any], parameters: Sequence[Tensor] = ()) -> f
         storage = t.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # an op's own output with its grad_fn would be a cycle, never freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = forward()  # alive until counted, so that no address is used twice

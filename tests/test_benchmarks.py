@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,20 @@ def test_saved_for_backward_counts_each_buffer_once() -> None:
     # exp saves y, the product saves y and weight: y counts once, the parameter not at all.
     kept = harness.saved_mb(lambda: (lambda y: y * weight)(x.exp()), [x, weight])
     assert kept == pytest.approx(4000 / 1e6)
+
+
+def test_saved_memory_is_freed_once_counted() -> None:
+    """Though exp saves its own output, which holds the graph."""
+    made: list[weakref.ref] = []
+    x = torch.ones(64, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        y = x.exp()
+        made.append(weakref.ref(y))
+        return y
+
+    assert harness.saved_mb(forward) > 0
+    assert made[0]() is None
 
 
 @pytest.mark.parametrize("name", SIZES)

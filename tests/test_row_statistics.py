@@ -275,8 +275,10 @@ def test_statistics_pass_from_block_to_block_alone(
 
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["alone", "at the end of a block"])
-def test_ops_alone_pass_on_nothing(allowed: bool, folds: list[bool]) -> None:
-    args = {k: v.detach().bfloat16() for k, v in arguments(1, 9, 16, 16).items()}
+def test_ops_alone_pass_on_nothing(
+    allowed: bool, folds: list[bool], device: torch.device
+) -> None:
+    args = {k: v.detach().to(device, torch.bfloat16) for k, v in arguments(1, 9, 16, 16).items()}
     with fastvit.use_backend("triton"), handoff.allowed() if allowed else nullcontext():
         x = ops.linear_residual(args["o"], args["proj"], None, args["x"])
     assert row_statistics.take(x, torch.bfloat16) == (None, None)
