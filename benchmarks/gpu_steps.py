@@ -72,6 +72,8 @@ def steps(device: torch.device, out: Path) -> list[Step]:
         *(Step("parity", f"check {c.key}", 60, _check(c)) for c in _small(device)),
         _train(base),
         _infer(base, batches[-1]),
+        # The CPU's time, which GPUs wait for in small batches, and what is left without it.
+        *(_train(replace(base, batch=batch), "graph") for batch in ((64, 16) if cuda else ())),
         Step("train", f"profile {base.name}", 60, lambda d, _: _profile(d, base)),
         *first,
         _train(base, "compiled"),
