@@ -169,7 +169,10 @@ def failures(result: dict) -> list[str]:
 def provenance(result: dict) -> str:
     e = result["environment"]
     known = [f"{k} {e[k]}" for k in ("driver", "cuda", "torch", "triton", "timm") if e.get(k)]
-    return f"{e['device']}, {', '.join(known)}, commit {e['commit']}"
+    codes = [step["code"] for step in result["steps"].values()]
+    earlier = sum(code != e["code"] for code in codes)
+    mixed = f", {earlier} of {len(codes)} steps by earlier code" if earlier else ""
+    return f"{e['device']}, {', '.join(known)}, commit {e['commit']}{mixed}"
 
 
 def ceilings_line(result: dict) -> str:

@@ -25,11 +25,13 @@ def counted(function: Any, backend: str) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("rope", [None, "eva"], ids=["one op", "three ops"])
 @pytest.mark.parametrize(
     "what", ["forward", "images want gradients", "frozen", "norms alone", "recompute"]
 )
-def test_a_model(what: str, device: torch.device) -> None:
-    vit = model(1, registers=1, pool="mean").to(device)
+def test_a_model(what: str, rope: str | None, device: torch.device) -> None:
+    """Its attention is one op; three with rope."""
+    vit = model(1, registers=1, pool="mean", rope=rope).to(device)
     if what == "recompute":
         vit.set_mlp_recompute()
     if what == "frozen":
@@ -73,8 +75,12 @@ def test_attention_alone(device: torch.device) -> None:
         assert count(q, q, q, 0.25, None, bounds, 8) == unit * 2 * 2 * 8 * 8
 
 
+OPS = ("attention_maps", "attention_qk", "layernorm_attention", "layernorm_mlp", "patch_embed")
+OPS += ("swiglu",)
+
+
 def test_every_op_has_a_formula() -> None:
-    for op in ("attention_maps", "attention_qk", "layernorm_mlp", "patch_embed", "swiglu"):
+    for op in OPS:
         importlib.import_module(f"fastvit_kernels.{op}")
     without = set(library.launchers) - set(flops.FORMULAS)
     assert without == {"attention_qk", "swiglu_fwd", "swiglu_bwd"}  # no products

@@ -1,4 +1,5 @@
-"""layernorm_linear, linear_residual, layernorm_mlp against float64: forward, every gradient."""
+"""layernorm_linear, linear_residual, layernorm_attention, layernorm_mlp against float64: forward,
+every gradient."""
 
 import re
 from collections.abc import Callable
@@ -50,8 +51,21 @@ def layernorm_mlp(B: int, N: int, C: int, F: int) -> dict:
     return {**norm, **fc1, **fc2, **branch}
 
 
-OPS = {f.__name__: f for f in (layernorm_linear, linear_residual, layernorm_mlp)}
-OPTIONAL = ("norm_weight", "norm_bias", "bias", "fc1_bias", "fc2_bias", "layer_scale", "path_scale")
+def layernorm_attention(B: int, N: int, C: int, F: int) -> dict:
+    inner = 2 * min(128, max(16, C // 16 * 8))  # two heads, about as wide as x
+    norm = {"x": leaf(B, N, C), "norm_weight": leaf(C), "norm_bias": leaf(C)}
+    branch = {"layer_scale": leaf(C), "path_scale": torch.tensor([1.25, 0.0, 1.25])[:B]}
+    # Halved: where a few keys get all the weight, one element's error is a matter of luck.
+    qkv = {"qkv_weight": leaf(3 * inner, C, scale=0.5 * C**-0.5), "qkv_bias": leaf(3 * inner)}
+    proj = {"proj_weight": leaf(C, inner, scale=inner**-0.5), "proj_bias": leaf(C)}
+    return {**norm, **qkv, **proj, **branch, "heads": 2}
+
+
+OPS = {
+    f.__name__: f for f in (layernorm_linear, linear_residual, layernorm_attention, layernorm_mlp)
+}
+OPTIONAL = ("norm_weight", "norm_bias", "bias", "qkv_bias", "proj_bias", "fc1_bias", "fc2_bias")
+OPTIONAL += ("layer_scale", "path_scale")
 SIZES = {
     "one row": (1, 1, 8, 16),
     "ragged": (2, 17, 72, 24),
@@ -60,6 +74,17 @@ SIZES = {
     "197": (2, 197, 64, 192),
 }
 every_op = pytest.mark.parametrize("op", OPS)
+WITH_NORM = ["layernorm_linear", "layernorm_attention", "layernorm_mlp"]
+
+
+def placed(args: dict, device: torch.device) -> dict:
+    """Copies of the tensors on the device, without gradients; other arguments as they are."""
+    return {k: v.detach().to(device) if torch.is_tensor(v) else v for k, v in args.items()}
+
+
+def wanting(args: dict) -> list[str]:
+    """The names of the tensors that get a gradient."""
+    return [k for k, v in args.items() if torch.is_tensor(v) and v.requires_grad]
 
 
 @every_op
@@ -97,7 +122,9 @@ def test_a_result_may_be_changed_in_place(op: str, device: torch.device) -> None
     args = OPS[op](2, 17, 72, 24)
     grads = []
     for in_place in (False, True):
-        leaves = {k: v.detach().to(device).requires_grad_(v.requires_grad) for k, v in args.items()}
+        leaves = placed(args, device)
+        for name in wanting(args):
+            leaves[name].requires_grad_()
         with fastvit.use_backend("triton"):
             out = getattr(ops, op)(**leaves)
         out = out.mul_(2.0) if in_place else out * 2.0
@@ -112,12 +139,56 @@ def test_activations(activation: str, dtype: torch.dtype, device: torch.device) 
     check_parity("layernorm_mlp", args, dtype, device)
 
 
-@pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
+@pytest.mark.parametrize("op", WITH_NORM)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_rmsnorm(op: str, dtype: torch.dtype, device: torch.device) -> None:
     args = {**OPS[op](2, 17, 72, 24), "norm_bias": None, "norm_kind": "rmsnorm"}
     check_parity(op, args, dtype, device)
     check_parity(op, args, dtype, device, autocast=dtype != torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_scale_of_attention(dtype: torch.dtype, device: torch.device) -> None:
+    args = {**layernorm_attention(2, 17, 72, 24), "scale": 0.4}
+    check_parity("layernorm_attention", args, dtype, device)
+
+
+def three_ops(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    heads: int,
+    layer_scale: torch.Tensor | None,
+    path_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """What `layernorm_attention` replaces."""
+    qkv, x = ops.layernorm_linear_fork(x, norm_weight, norm_bias, qkv_weight, qkv_bias)
+    o = ops.attention_qkv(qkv.unflatten(-1, (3, heads, -1))).flatten(2)
+    return ops.linear_residual(o, proj_weight, proj_bias, x, layer_scale, path_scale)
+
+
+@pytest.mark.parametrize("absent", ["", "layer_scale", "path_scale", "layer_scale path_scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_attention_branch_is_its_three_ops(
+    dtype: torch.dtype, absent: str, device: torch.device
+) -> None:
+    """Bit for bit: output and every gradient, and the output without gradients; in bfloat16 by
+    autocast, with all arguments in float32."""
+    args = layernorm_attention(3, 50, 72, 24) | dict.fromkeys(absent.split())
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with fastvit.use_backend("triton"), autocast:
+        got, expected = (results(f, args, device) for f in (ops.layernorm_attention, three_ops))
+        with torch.no_grad():
+            given = placed(args, device)
+            got["alone"], expected["alone"] = ops.layernorm_attention(**given), three_ops(**given)
+    assert got.keys() == expected.keys() and len(got) == len(wanting(args)) + 2
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+        assert got[name].dtype == expected[name].dtype, name
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -148,7 +219,7 @@ def test_inference_writes_no_hidden_activation(device: torch.device) -> None:
         with torch.no_grad():
             again = ops.layernorm_mlp(**{k: v.to(device) for k, v in args.items()})
     assert torch.equal(out, again)
-    assert [u.shape for _, u, *_ in given] == [(18, 48), (0, 0)]
+    assert [[t.shape for t in made[1:2]] for made in given] == [[(18, 48)], []]
 
 
 def test_fork_adds_the_residuals_gradient(device: torch.device) -> None:
@@ -188,35 +259,38 @@ def test_one_row_and_its_gradient_at_stride_zero(device: torch.device) -> None:
 
 
 @every_op
-@pytest.mark.parametrize("trained", ["", "norm", "weight", "fc1|^bias", "scale|bias"])
+@pytest.mark.parametrize("trained", ["", "norm", "weight", "fc1|qkv|^bias", "scale|bias"])
 def test_frozen_parameters(op: str, trained: str, device: torch.device) -> None:
     """What is trained beside frozen parameters gets bitwise the gradient that it gets beside
     trained ones, as x does; frozen parameters get none.
     """
     grads: list[dict[str, torch.Tensor]] = []
     for pattern in (".", trained or "^$"):
-        args = {k: v.detach().to(device) for k, v in OPS[op](2, 17, 40, 24).items()}
+        args = placed(OPS[op](2, 17, 40, 24), device)
         torch.manual_seed(0)
         for name, value in args.items():
+            if name == "heads":
+                continue
             value.copy_(torch.randn(value.shape))
             chosen = re.search(pattern, name) and name != "path_scale"
             value.requires_grad_(name in ("x", "residual") or bool(chosen))
         with fastvit.use_backend("triton"):
             getattr(ops, op)(**args).square().sum().backward()
-        assert all(v.requires_grad == (v.grad is not None) for v in args.values())
-        grads.append({k: v.grad for k, v in args.items() if v.grad is not None})
+        tensors = {k: v for k, v in args.items() if k != "heads"}
+        assert all(v.requires_grad == (v.grad is not None) for v in tensors.values())
+        grads.append({k: v.grad for k, v in tensors.items() if v.grad is not None})
     for name, grad in grads[1].items():
         assert torch.equal(grad, grads[0][name]), name
 
 
-@pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
+@pytest.mark.parametrize("op", WITH_NORM)
 def test_no_norm_is_summed_for_frozen_parameters(
     op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, launch = [], layernorm.layernorm_bwd
     monkeypatch.setattr(layernorm, "layernorm_bwd", lambda *a: made.append(launch(*a)) or made[-1])
     for frozen in (False, True):
-        args = {k: v.detach().to(device) for k, v in OPS[op](2, 17, 40, 24).items()}
+        args = placed(OPS[op](2, 17, 40, 24), device)
         args["x"].requires_grad_()
         args["norm_weight"].requires_grad_(not frozen)
         with fastvit.use_backend("triton"):
@@ -224,7 +298,7 @@ def test_no_norm_is_summed_for_frozen_parameters(
     assert [norm_rows is None for *_, norm_rows in made] == [False, True]
 
 
-@pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
+@pytest.mark.parametrize("op", WITH_NORM)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_mean_a_hundred_deviations_away(op: str, dtype: torch.dtype, device: torch.device) -> None:
     args = OPS[op](2, 17, 64, 48)
@@ -282,8 +356,8 @@ def test_more_partial_sums_than_are_added_at_a_time(device: torch.device) -> Non
 @every_op
 def test_empty(op: str, device: torch.device) -> None:
     args = OPS[op](1, 9, 32, 48)
-    empty = {k: v[:0] if k in ("x", "residual", "path_scale") else v for k, v in args.items()}
-    empty = {k: v.detach().requires_grad_(k != "path_scale") for k, v in empty.items()}
+    rows = {k: args[k][:0].detach() for k in ("x", "residual", "path_scale") if k in args}
+    empty = args | {k: v.requires_grad_(k != "path_scale") for k, v in rows.items()}
     with fastvit.use_backend("triton"):
         got = results(getattr(ops, op), empty, device)
     assert got["out"].shape[:2] == (0, 9)
@@ -292,14 +366,16 @@ def test_empty(op: str, device: torch.device) -> None:
 
 @every_op
 def test_nan_stays_in_its_row(op: str, device: torch.device) -> None:
-    args = {k: v.detach().to(device) for k, v in OPS[op](2, 9, 32, 48).items()}
+    args = placed(OPS[op](2, 9, 32, 48), device)
     args["x"][1, 4, 3] = float("nan")
     args["path_scale"] = torch.ones(2, device=device)
     if op == "layernorm_linear":
         del args["path_scale"]
     with fastvit.use_backend("triton"):
         nan = getattr(ops, op)(**args).isnan()
-    assert nan[1, 4].all() and int(nan.sum()) == nan.shape[-1]
+    # All rows of an image attend to its keys.
+    own = nan[1] if op == "layernorm_attention" else nan[1, 4]
+    assert own.all() and int(nan.sum()) == own.numel()
 
 
 @every_op
@@ -315,16 +391,21 @@ def test_saved_bytes_are_what_the_docstring_says(op: str, device: torch.device) 
     """Under autocast: float32 residual stream, bf16 products."""
     B, N, C, F = 2, 33, 48, 64
     args = OPS[op](B, N, C, F)
-    args = {k: v.detach().to(device).requires_grad_(v.requires_grad) for k, v in args.items()}
-    params = {v.untyped_storage().data_ptr() for k, v in args.items() if k != "x"}
+    wanted, args = wanting(args), placed(args, device)
+    for name in wanted:
+        args[name].requires_grad_()
+    params = {args[name].untyped_storage().data_ptr() for name in wanted if name != "x"}
+    params |= {v.untyped_storage().data_ptr() for k, v in args.items() if k == "path_scale"}
     autocast = torch.autocast(device.type, torch.bfloat16)
     with fastvit.use_backend("triton"), autocast, saved_bytes() as saved:
         getattr(ops, op)(**args)
     activations = sum(size for pointer, size in saved.items() if pointer not in params)
     M, stats, weight = B * N, 8, 2 * C * F
+    inner = 48  # 4 of which are qkv and o; lse is one float32 for each of two heads
     expected = {
         "layernorm_linear": M * (4 * C + stats) + weight,
         "linear_residual": M * 2 * F + weight,
+        "layernorm_attention": M * (4 * C + 2 * 4 * inner + 4 * 2 + stats) + 2 * 4 * inner * C,
         "layernorm_mlp": M * (4 * C + 2 * F + stats) + 2 * weight,
     }
     assert activations == expected[op]
@@ -352,7 +433,7 @@ def test_cheap_erf_is_under_half_a_rounding_of_16_bits(device: torch.device) -> 
 
 
 def test_what_the_kernel_lacks_runs_in_eager_and_says_so(device: torch.device) -> None:
-    args = {name: t.to(device) for name, t in layernorm_mlp(2, 5, 16, 24).items()}
+    args = placed(layernorm_mlp(2, 5, 16, 24), device)
     ops.layernorm_mlp(**args, dropout=0.5)
     with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="not in the kernel"):
         ops.layernorm_mlp(**args, dropout=0.5)
@@ -373,4 +454,5 @@ def test_every_argument_of_the_ops_is_tested() -> None:
 
     for op, make in OPS.items():
         arguments = set(inspect.signature(getattr(ops, op)).parameters)
-        assert arguments - _names(make) <= {"eps", "activation", "dropout", "norm_kind", "save"}
+        others = {"eps", "activation", "dropout", "norm_kind", "save", "scale"}
+        assert arguments - _names(make) <= others

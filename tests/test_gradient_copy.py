@@ -70,29 +70,40 @@ def check_model(build: Callable[[], fastvit.ViT], device: torch.device) -> None:
         check(name, grad, eager[name], truth[name], torch.bfloat16)
 
 
-def test_every_op_of_the_body_takes_one(taken: list[bool], device: torch.device) -> None:
-    check_model(model, device)
+# Attention is one op; with rope it is three.
+ways = pytest.mark.parametrize("rope", [None, "eva"], ids=["one op", "three ops"])
+
+
+@ways
+def test_every_op_of_the_body_takes_one(
+    rope: str | None, taken: list[bool], device: torch.device
+) -> None:
+    check_model(lambda: model(rope=rope), device)
     # Two per block; the last MLP gets its gradient from the final norm, which makes no copy.
     assert taken == [False, *[True] * 3]
 
 
-def test_layer_scale_and_drop_path(taken: list[bool], device: torch.device) -> None:
-    check_model(lambda: model(layer_scale=0.5), device)
+@ways
+def test_layer_scale_and_drop_path(
+    rope: str | None, taken: list[bool], device: torch.device
+) -> None:
+    check_model(lambda: model(layer_scale=0.5, rope=rope), device)
     assert taken == [False, *[True] * 3]
     taken.clear()
-    check_model(lambda: model(layer_scale=0.5, drop_path=0.5).train(), device)
+    check_model(lambda: model(layer_scale=0.5, drop_path=0.5, rope=rope).train(), device)
     assert taken == [False, *[True] * 3]
 
 
+@ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_one_dtype_drop_path_alone(
-    dtype: torch.dtype, taken: list[bool], device: torch.device
+    dtype: torch.dtype, rope: str | None, taken: list[bool], device: torch.device
 ) -> None:
-    gradients(model(layer_scale=0.5), device, "triton", dtype, False)
+    gradients(model(layer_scale=0.5, rope=rope), device, "triton", dtype, False)
     assert not taken
 
     def build() -> fastvit.ViT:
-        return model(drop_path=0.5).train()
+        return model(drop_path=0.5, rope=rope).train()
 
     got, eager = (gradients(build(), device, b, dtype, False) for b in ("triton", "reference"))
     truth = gradients(build(), device, "reference", torch.float64, False)
@@ -216,18 +227,20 @@ def test_two_uses_add_up(device: torch.device) -> None:
     check_model(build, device)
 
 
-def test_checkpointed_blocks(device: torch.device) -> None:
+@ways
+def test_checkpointed_blocks(rope: str | None, device: torch.device) -> None:
     def build() -> fastvit.ViT:
-        vit = model()
+        vit = model(rope=rope)
         vit.set_grad_checkpointing(True)
         return vit.train()
 
     check_model(build, device)
 
 
-def test_frozen_blocks(device: torch.device) -> None:
+@ways
+def test_frozen_blocks(rope: str | None, device: torch.device) -> None:
     def build() -> fastvit.ViT:
-        vit = model(3)
+        vit = model(3, rope=rope)
         vit.blocks[1].requires_grad_(False)
         vit.blocks[2].requires_grad_(False)
         return vit

@@ -25,10 +25,12 @@ def _qkv(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def test_auto_takes_the_reference_on_cpu_and_says_why() -> None:
-    model = fastvit.ViT(image_size=8, patch_size=4, dim=32, depth=1, heads=2, mlp_dim=64)
+    model = fastvit.ViT(image_size=8, patch_size=4, dim=32, depth=2, heads=2, mlp_dim=64)
     report = fastvit.backend_report(model, torch.randn(1, 3, 8, 8))
     assert [c.op for c in report.choices] == [
         "patch_embed",
+        "layernorm_attention",
+        "layernorm_mlp",
         "layernorm_linear",
         "attention",
         "linear_residual",
@@ -43,6 +45,11 @@ def test_explicit_triton_raises_with_the_reason(device: torch.device) -> None:
     with fastvit.use_backend("triton"):
         with pytest.raises(RuntimeError, match=r"attention: backend 'triton'.*head dim 12 .*\(1,"):
             ops.attention_qkv(_qkv(1, 5, 3, 2, 12).to(device))
+        args = {k: v.to(device) for k, v in BRANCH.items() if k != "heads"}
+        with pytest.raises(RuntimeError, match=r"layernorm_attention: .*'triton'.*head dim 8 .*"):
+            branch(X.to(device), **args, heads=2)
+        with pytest.raises(RuntimeError, match=r"layernorm_attention: .*scale -1.0 is not pos"):
+            branch(X.to(device), **args, scale=-1.0)
         with pytest.raises(RuntimeError, match=r"float64 is not float32, float16 or bfloat16"):
             ops.attention_qkv(_qkv(1, 5, 3, 2, 16, dtype=torch.float64).to(device))
 
@@ -94,8 +101,14 @@ def test_imports_and_runs_without_triton() -> None:
 X = torch.randn(2, 5, 32)
 W = torch.randn(48, 32)
 N32, N48 = torch.ones(32), torch.ones(48)
+BRANCH: dict[str, Any] = {"norm_weight": N32, "norm_bias": N32, "qkv_weight": W, "heads": 1}
+BRANCH |= {"qkv_bias": N48, "proj_weight": W[:16].T, "proj_bias": N32}
 IMAGES = torch.randn(2, 3, 8, 12)
 KERNEL = torch.randn(16, 3, 4, 4)
+
+
+def branch(x: torch.Tensor, **changed: Any) -> torch.Tensor:
+    return ops.layernorm_attention(x, **BRANCH | changed)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +138,19 @@ KERNEL = torch.randn(16, 3, 4, 4)
             lambda: ops.layernorm_mlp(X, N32, N32, W, N48, W, N32),
             r"fc2_weight must be \(32, 48\), got \(48, 32\)",
         ),
+        (lambda: branch(X[0]), r"layernorm_attention: x must have 3 dimensions, got \(5, 32\)"),
+        (lambda: branch(X[..., :16]), r"x must end in 32, got \(2, 5, 16\)"),
+        (lambda: branch(X, qkv_weight=X), r"qkv_weight must have 2 dimensions, got \(2, 5, 32\)"),
+        (lambda: branch(X, heads=3), r"heads must divide a third of qkv_weight's 48 rows, got 3"),
+        (lambda: branch(X, heads=0), r"heads must divide a third of qkv_weight's 48 rows, got 0"),
+        (lambda: branch(X, norm_weight=N48), r"norm_weight must be \(32,\), got \(48,\)"),
+        (lambda: branch(X, norm_kind="rmsnorm"), "norm_bias must be None: RMSNorm has no bias"),
+        (lambda: branch(X, norm_kind="batchnorm"), r"norm 'batchnorm' is unknown; expected"),
+        (lambda: branch(X, qkv_bias=N32), r"qkv_bias must be \(48,\), got \(32,\)"),
+        (lambda: branch(X, proj_weight=W[:16]), r"proj_weight must be \(32, 16\), got \(16, 32"),
+        (lambda: branch(X, proj_bias=N48), r"proj_bias must be \(32,\), got \(48,\)"),
+        (lambda: branch(X, layer_scale=N48), r"layer_scale must be \(32,\), got \(48,\)"),
+        (lambda: branch(X, path_scale=N32), r"path_scale must be \(2,\), got \(32,\)"),
         (
             lambda: ops.patch_embed(IMAGES[:, :, :0], KERNEL),
             r"at least one patch, got \(2, 3, 0, 12",
@@ -176,6 +202,16 @@ NUMPY: Any = Q.numpy()
             r"norm_bias is torch.float16; expected x's torch.bfloat16 or torch.float32",
         ),
         (lambda: ops.layernorm_linear(X[0, 0, 0], N32, N32, W), r"x must end in 32, got \(\)"),
+        (lambda: branch(X.int()), r"layernorm_attention: x is torch.int32; expected floating"),
+        (lambda: branch(NONE), r"layernorm_attention: x must be a tensor, got NoneType"),
+        (lambda: branch(X, qkv_weight=NONE), r"qkv_weight must be a tensor, got NoneType"),
+        (lambda: branch(X, proj_weight=NONE), r"proj_weight must be a tensor, got NoneType"),
+        (lambda: branch(X, qkv_weight=W.to("meta")), r"qkv_weight is on meta, expected cpu"),
+        (lambda: branch(X, proj_bias=N32.to("meta")), r"proj_bias is on meta, expected cpu"),
+        (
+            lambda: branch(X, norm_weight=N64),
+            r"layernorm_attention: norm_weight is torch.float64; expected x's torch.float32",
+        ),
         (lambda: ops.patch_embed(IMAGES, KERNEL[:, :, :0]), r"weight .* >= 1, got \(16, 3, 0, 4"),
         (lambda: ops.swiglu(X[..., :0]), r"x must end in an even size >= 2, got \(2, 5, 0\)"),
         (lambda: ops.linear_residual(X, W, None, NONE), r"residual must be a tensor, got NoneType"),
@@ -234,6 +270,8 @@ def test_mixed_dtypes_are_refused_by_name() -> None:
         ops.attention(X[None], X[None], X[None].half())
     with pytest.raises(TypeError, match=r"x is torch.float32 but fc2_bias is torch.float64"):
         ops.layernorm_mlp(X, N32, N32, W, N48, W.T, N64)
+    with pytest.raises(TypeError, match=r"x is torch.float32 but proj_weight is torch.bfloat16"):
+        branch(X, proj_weight=W[:16].T.bfloat16())
 
 
 def _model_and_images(device: torch.device) -> tuple[fastvit.ViT, torch.Tensor]:
@@ -323,8 +361,11 @@ def test_forward_mode_takes_the_reference(
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, tangent)
         got = forward_ad.unpack_dual(ops.layernorm_linear(dual, None, None, weight)).tangent
-        with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="forward-mode"):
-            ops.layernorm_linear(dual, None, None, weight)
+        with fastvit.use_backend("triton"):
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                ops.layernorm_linear(dual, None, None, weight)
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                branch(dual, **{k: v.to(device) for k, v in BRANCH.items() if k != "heads"})
     eager = partial(reference.layernorm_linear, norm_weight=None, norm_bias=None, weight=weight)
     torch.testing.assert_close(got, torch.func.jvp(eager, (x,), (tangent,))[1])
 
@@ -333,6 +374,7 @@ def test_forward_mode_takes_the_reference(
     ("op", "names"),
     [
         ("linear_residual", ["path_scale"]),
+        ("layernorm_attention", ["path_scale"]),
         ("layernorm_mlp", ["path_scale"]),
         ("attention_qkv", ["cos", "sin"]),
         ("attention_packed", ["cos", "sin"]),

@@ -91,26 +91,27 @@ def test_global_hooks_see_every_layer() -> None:
     assert layers <= seen
 
 
-def pruned(fc1: nn.Linear) -> Callable[[], Tensor]:
-    prune.random_unstructured(fc1, "weight", amount=0.9)
-    return lambda: fc1.get_parameter("weight_orig")
+def pruned(linear: nn.Linear) -> Callable[[], Tensor]:
+    prune.random_unstructured(linear, "weight", amount=0.9)
+    return lambda: linear.get_parameter("weight_orig")
 
 
-def halved(fc1: nn.Linear) -> Callable[[], Tensor]:
+def halved(linear: nn.Linear) -> Callable[[], Tensor]:
     class Halve(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return weight / 2
 
-    parametrize.register_parametrization(fc1, "weight", Halve())
-    return lambda: fc1.get_parameter("parametrizations.weight.original")
+    parametrize.register_parametrization(linear, "weight", Halve())
+    return lambda: linear.get_parameter("parametrizations.weight.original")
 
 
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1"])
 @pytest.mark.parametrize("change", [pruned, halved])
-def test_pruned_and_parametrized_weights_follow_their_original(change: Callable) -> None:
+def test_pruned_and_parametrized_weights_follow_their_original(change: Callable, name: str) -> None:
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     model = make("mlp")
     before = model(images)
-    original = change(model.get_submodule("blocks.0.mlp.fc1"))
+    original = change(model.get_submodule(f"blocks.0.{name}"))
     changed = model(images)
     assert not torch.allclose(changed, before, rtol=1e-3)
     (grad,) = torch.autograd.grad(changed.sum(), original())

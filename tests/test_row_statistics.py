@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -45,6 +46,24 @@ def chain(name: str):
     return run
 
 
+def branches(name: str):
+    """The branches of a block, and attention again: each passes row statistics to the next."""
+    module = ops if name == "triton" else reference
+
+    def run(x, qkv, proj, fc1, fc2, n1, b1, n2, b2, scale, norm_kind="layernorm", save="all"):
+        def attend(x):
+            params = (n1, b1, qkv, None, proj, None, 1, scale)
+            return module.layernorm_attention(x, *params, norm_kind=norm_kind)
+
+        with fastvit.use_backend(name), handoff.allowed():
+            x = module.layernorm_mlp(
+                attend(x), n2, b2, fc1, None, fc2, None, scale, norm_kind=norm_kind, save=save
+            )
+            return attend(x)
+
+    return run
+
+
 def arguments(B: int, N: int, C: int, F: int, x_mean: float = 0.0) -> dict:
     return {
         "o": leaf(B, N, C),
@@ -58,7 +77,31 @@ def arguments(B: int, N: int, C: int, F: int, x_mean: float = 0.0) -> dict:
     }
 
 
-def compare(args: dict, dtype: torch.dtype, autocast: bool, device: torch.device) -> None:
+def branch_arguments(B: int, N: int, C: int, F: int, x_mean: float = 0.0) -> dict:
+    args, D = arguments(B, N, C, F, x_mean), 16
+    del args["o"], args["linear"]
+    # Halved: where a few keys get all the weight, one element's error is a matter of luck.
+    args["qkv"] = leaf(3 * D, C, scale=0.5 * C**-0.5)
+    return {**args, "proj": leaf(C, D, scale=D**-0.5)}
+
+
+class Chain(NamedTuple):
+    run: Callable
+    arguments: Callable[..., dict]
+    folds: list[bool]  # no op before the first branch knows its rows
+
+
+CHAINS = {
+    "ops": Chain(chain, arguments, [True, True]),
+    "branches": Chain(branches, branch_arguments, [False, True, True]),
+}
+each = pytest.mark.parametrize("chained", CHAINS.values(), ids=CHAINS)
+
+
+def compare(
+    chained: Chain, args: dict, dtype: torch.dtype, autocast: bool, device: torch.device
+) -> None:
+    chain = chained.run
     if not autocast:
         args = {
             k: v.detach().to(dtype).requires_grad_() if isinstance(v, torch.Tensor) else v
@@ -75,6 +118,7 @@ def compare(args: dict, dtype: torch.dtype, autocast: bool, device: torch.device
         check(f"chain {name}", got[name], eager[name], truth[name], dtype if autocast else None)
 
 
+@each
 @half
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("size", [(1, 3, 8, 16), (2, 33, 72, 136), (1, 50, 320, 64)], ids=str)
@@ -82,64 +126,75 @@ def test_chain(
     size: tuple[int, ...],
     autocast: bool,
     dtype: torch.dtype,
+    chained: Chain,
     device: torch.device,
     folds: list[bool],
 ) -> None:
     """Rows in one, two and more pieces; ragged sizes."""
-    compare(arguments(*size), dtype, autocast, device)
-    assert folds == [True, True]
+    compare(chained, chained.arguments(*size), dtype, autocast, device)
+    assert folds == chained.folds
 
 
+@each
 @half
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("mean", [1.0, 100.0, -100.0])
 def test_rows_far_from_zero(
-    mean: float, autocast: bool, dtype: torch.dtype, device: torch.device, folds: list[bool]
+    mean: float,
+    autocast: bool,
+    dtype: torch.dtype,
+    chained: Chain,
+    device: torch.device,
+    folds: list[bool],
 ) -> None:
     """The normed row replaces the 16-bit copy of such rows; at a mean of 1 only of some."""
-    compare(arguments(2, 33, 72, 136, x_mean=mean), dtype, autocast, device)
-    assert folds == [True, True]
+    args = chained.arguments(2, 33, 72, 136, x_mean=mean)
+    compare(chained, args, dtype, autocast, device)
+    assert folds == chained.folds
 
 
+@each
 @half
 @pytest.mark.parametrize("size", [1e-6, 1e-4, 1e4, 1e5])
 def test_rows_beyond_float16(
-    size: float, dtype: torch.dtype, device: torch.device, folds: list[bool]
+    size: float, dtype: torch.dtype, chained: Chain, device: torch.device, folds: list[bool]
 ) -> None:
     """In a float32 stream: the 16-bit copy overflows or underflows; the normed row replaces it."""
-    args = arguments(2, 17, 72, 40)
+    args = chained.arguments(2, 17, 72, 40)
     for name in ("x", "scale") if size < 1 else ("x",):
         args[name] = (args[name].detach() * size).requires_grad_()
-    compare(args, dtype, True, device)
-    assert folds == [True, True]
+    compare(chained, args, dtype, True, device)
+    assert folds == chained.folds
 
 
+@each
 @half
 @pytest.mark.parametrize("autocast", [False, True])
 def test_rmsnorm(
-    autocast: bool, dtype: torch.dtype, device: torch.device, folds: list[bool]
+    autocast: bool, dtype: torch.dtype, chained: Chain, device: torch.device, folds: list[bool]
 ) -> None:
-    args = {**arguments(2, 17, 72, 40, x_mean=3.0), "b1": None, "b2": None}
-    compare({**args, "norm_kind": "rmsnorm"}, dtype, autocast, device)
-    assert folds == [True, True]
+    args = {**chained.arguments(2, 17, 72, 40, x_mean=3.0), "b1": None, "b2": None}
+    compare(chained, {**args, "norm_kind": "rmsnorm"}, dtype, autocast, device)
+    assert folds == chained.folds
 
 
+@each
 @pytest.mark.parametrize("autocast", [False, True])
 def test_fc1_is_recomputed_to_the_bit(
-    autocast: bool, device: torch.device, folds: list[bool]
+    autocast: bool, chained: Chain, device: torch.device, folds: list[bool]
 ) -> None:
     """Without the statistics of pieces, but from the mean and rstd that were saved."""
-    args = arguments(2, 33, 72, 136, x_mean=0.5)
+    args = chained.arguments(2, 33, 72, 136, x_mean=0.5)
     if not autocast:
         args = {k: v.detach().bfloat16().requires_grad_() for k, v in args.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         kept, made = (
-            results(chain("triton"), {**args, "save": save}, device)
+            results(chained.run("triton"), {**args, "save": save}, device)
             for save in ("all", "recompute")
         )
     for name in kept:
         assert torch.equal(kept[name], made[name]), name
-    assert folds == [True, True, True, True, False]
+    assert folds == [*chained.folds, *chained.folds, False]
 
 
 @half
@@ -166,6 +221,9 @@ def test_pieces(C: int, dtype: torch.dtype, device: torch.device) -> None:
 OPS: list[Callable[..., torch.Tensor]] = [
     lambda a: ops.linear_residual(a["o"], a["proj"], None, a["x"]),
     lambda a: ops.layernorm_mlp(a["x"], a["n1"], a["b1"], a["fc1"], None, a["fc2"], None),
+    lambda a: ops.layernorm_attention(
+        a["x"], a["n1"], a["b1"], a["fc1"].repeat(3, 1), None, a["fc2"], None, 1
+    ),
 ]
 MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 
@@ -181,7 +239,7 @@ def told(
         return row_statistics.take(change(op(args)), compute)[0] is not None
 
 
-@pytest.mark.parametrize("op", OPS, ids=["linear_residual", "layernorm_mlp"])
+@pytest.mark.parametrize("op", OPS, ids=["linear_residual", "layernorm_mlp", "layernorm_attention"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.__name__)
 def test_only_the_tensor_that_was_written_is_known(
     mode: Callable, op: Callable, folds: list[bool]
@@ -200,20 +258,21 @@ def test_only_the_tensor_that_was_written_is_known(
         assert not told(op, lambda x: x, compute=torch.float16)
 
 
+@each
 @pytest.mark.parametrize("autocast", [False, True])
 def test_inference_mode_is_told_as_well(
-    autocast: bool, device: torch.device, folds: list[bool]
+    autocast: bool, chained: Chain, device: torch.device, folds: list[bool]
 ) -> None:
-    args = arguments(2, 33, 72, 136, x_mean=0.5)
+    args = chained.arguments(2, 33, 72, 136, x_mean=0.5)
     if not autocast:
         args = {k: v.detach().bfloat16() for k, v in args.items()}
     args = {k: v.detach().to(device) for k, v in args.items()}
     outs = []
     for mode in MODES:
         with mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            outs.append(chain("triton")(**args))
+            outs.append(chained.run("triton")(**args))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[1], outs[2])
-    assert folds == [True] * 6
+    assert folds == chained.folds * 3
 
 
 def test_nothing_outlives_its_tensor(folds: list[bool]) -> None:
@@ -275,9 +334,7 @@ def test_statistics_pass_from_block_to_block_alone(
 
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["alone", "at the end of a block"])
-def test_ops_alone_pass_on_nothing(
-    allowed: bool, folds: list[bool], device: torch.device
-) -> None:
+def test_ops_alone_pass_on_nothing(allowed: bool, folds: list[bool], device: torch.device) -> None:
     args = {k: v.detach().to(device, torch.bfloat16) for k, v in arguments(1, 9, 16, 16).items()}
     with fastvit.use_backend("triton"), handoff.allowed() if allowed else nullcontext():
         x = ops.linear_residual(args["o"], args["proj"], None, args["x"])

@@ -8,7 +8,7 @@ import torch
 import torch.utils.deterministic
 from fastvit_kernels.attention import strides_divisor
 from parity import check_parity, leaf
-from test_gemm_ops import layernorm_linear, layernorm_mlp, linear_residual
+from test_gemm_ops import layernorm_attention, layernorm_linear, layernorm_mlp, linear_residual
 from torch import Tensor
 
 import fastvit
@@ -44,6 +44,7 @@ OPS: dict[str, Callable[[], dict[str, Any]]] = {
     "patch_embed": patch_embed,
     "layernorm_linear": lambda: layernorm_linear(2, 9, 32, 48),
     "linear_residual": lambda: linear_residual(2, 9, 32, 48),
+    "layernorm_attention": lambda: layernorm_attention(2, 9, 32, 48),
     "layernorm_mlp": lambda: layernorm_mlp(2, 9, 32, 48),
     "attention": attention,
     "attention_qkv": attention_qkv,

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-def _product(rows: Tensor, weight: Tensor, times: int = 1) -> int:
-    return 2 * times * len(rows) * weight.numel()
+def _product(x: Tensor, weight: Tensor, times: int = 1) -> int:
+    """FLOPs of `times` products of x's rows and a weight."""
+    return 2 * times * x.shape[:-1].numel() * weight.numel()
 
 
 def _attention(q: Tensor, a: Any, times: int) -> int:
@@ -41,6 +42,15 @@ def _patches(a: Any) -> int:
     return 2 * B * (height // p_h) * (width // p_w) * a.weight.numel()
 
 
+def _branch(a: Any, products: int, of_attention: int) -> int:
+    """FLOPs of the attention branch: `products` times those of its two weights, `of_attention`
+    times those of q k^T.
+    """
+    (B, N, _), inner = a.x.shape, len(a.qkv_param) // 3
+    linear = _product(a.x, a.qkv_param, products) + _product(a.x, a.proj_param, products)
+    return linear + 2 * of_attention * B * N * N * inner
+
+
 FORMULAS: dict[str, Callable[[Any], int]] = {
     "patch_embed_fwd": _patches,
     "patch_embed_bwd": lambda a: _patches(a) * sum(a.needs[:2]),
@@ -48,6 +58,8 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "layernorm_linear_bwd": lambda a: _product(a.x, a.param, 1 + any(a.needs[2:])),
     "linear_residual_fwd": lambda a: _product(a.x, a.weight),
     "linear_residual_bwd": lambda a: _product(a.x, a.weight, 1 + any(a.needs)),
+    "layernorm_attention_fwd": lambda a: _branch(a, 1, 2),
+    "layernorm_attention_bwd": lambda a: _branch(a, 1 + any(a.needs[2:]), 5),
     "layernorm_mlp_fwd": lambda a: _product(a.x, a.fc1_param, 2),
     "layernorm_mlp_bwd": lambda a: _product(
         a.x, a.fc1_param, 2 + 2 * any(a.needs[2:]) + (a.u.numel() == 0)

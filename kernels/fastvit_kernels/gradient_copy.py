@@ -86,7 +86,7 @@ def attached(grad: Tensor, request: CopyRequest | None) -> Tensor | None:
 
 
 def _stream(t: Tensor) -> Any:
-    return torch.cuda.current_stream(t.device) if t.is_cuda else None
+    return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else None
 
 
 def branch_gradient(

@@ -1,7 +1,7 @@
 """LayerNorm's two row kernels: forward, and the whole backward.
 
 forward   mean, rstd = 1 / sqrt(var + eps) and, unless the next product applies the norm itself,
-          y = xhat w + b
+          y = xhat w + b; beside them, weights that the op needs are cast
 backward  dx = rstd * (dy w - mean(dy w) - xhat mean(dy w xhat)) + dresidual; y again, for that
           product's dW; partial sums over runs of rows of dy xhat (for w) and of dy (for b), which
           `parameter_grads` adds in order; a copy, path_scale * dx in the compute dtype, for
@@ -9,6 +9,8 @@ backward  dx = rstd * (dy w - mean(dy w) - xhat mean(dy w xhat)) + dresidual; y 
 RMSNorm is the same with mean = 0 and var = mean(x^2), and without mean(dy w) in dx.
 Bytes: x read, y written; then dy, x, dresidual read, dx, its copy and y written, once each.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -49,26 +51,24 @@ def statistics(x, offs_c, C, eps, RMS: tl.constexpr):
     return mean, 1.0 / tl.sqrt(var + eps)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _layernorm_fwd_kernel(
+@triton.jit
+def _normalize_rows(
     x_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
+    first,
     M,
     C,
     stride_xm,
     eps,
     RMS: tl.constexpr,
-    BY_8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    C, stride_xm = multiple_of_8(C, BY_8), multiple_of_8(stride_xm, BY_8)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_c = tl.arange(0, BLOCK_C)
+    offs_m, offs_c = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
     mask_m, mask_c = offs_m < M, offs_c < C
     mask = mask_m[:, None] & mask_c[None, :]
     x = tl.load(
@@ -81,6 +81,55 @@ def _layernorm_fwd_kernel(
         y = _affine((x - mean[:, None]) * rstd[:, None], norm_weight_ptr, norm_bias_ptr, offs_c, C)
         offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cast(block, from_ptr, to_ptr, size, BLOCK: tl.constexpr):
+    """Store BLOCK elements in the dtype of to_ptr."""
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(from_ptr + offs, mask=offs < size, other=0.0)
+    tl.store(to_ptr + offs, value.to(to_ptr.dtype.element_ty), mask=offs < size)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _layernorm_fwd_kernel(
+    x_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    from1_ptr,
+    to1_ptr,
+    from2_ptr,
+    to2_ptr,
+    M,
+    C,
+    size1,
+    size2,
+    stride_xm,
+    eps,
+    RMS: tl.constexpr,
+    BY_8: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The first programs cast, the others take rows of x."""
+    C, stride_xm = multiple_of_8(C, BY_8), multiple_of_8(stride_xm, BY_8)
+    pid = tl.program_id(0)
+    BLOCK: tl.constexpr = BLOCK_M * BLOCK_C
+    first2 = tl.cdiv(size1, BLOCK)
+    first_row = first2 + tl.cdiv(size2, BLOCK)
+    if pid < first2:
+        if from1_ptr is not None:
+            cast(pid, from1_ptr, to1_ptr, size1, BLOCK)
+    elif pid < first_row:
+        if from2_ptr is not None:
+            cast(pid - first2, from2_ptr, to2_ptr, size2, BLOCK)
+    else:
+        pointers = (x_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, mean_ptr, rstd_ptr)
+        rows = ((pid - first_row) * BLOCK_M, M, C, stride_xm, eps)
+        _normalize_rows(*pointers, *rows, RMS, BLOCK_M, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_program", "tokens"])
@@ -158,6 +207,16 @@ def _layernorm_bwd_kernel(
         tl.store(norm_rows_ptr + (pid * 2 + 1) * C + offs_c, db, mask=mask_c)
 
 
+Casts = Sequence[tuple[Tensor, Tensor]]  # at most two (source, contiguous target)
+
+
+def cast_args(casts: Casts, block: int) -> tuple[int, list[Tensor | None], list[int]]:
+    """The programs that cast, of `block` elements each; the kernel's pointers and sizes."""
+    tensors = [t for source, target in casts for t in (source.contiguous(), target)]
+    sizes = [*(target.numel() for _, target in casts), 0, 0][:2]
+    return sum(cdiv(n, block) for n in sizes), [*tensors, *[None] * 4][:4], sizes
+
+
 def layernorm_fwd(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -165,6 +224,7 @@ def layernorm_fwd(
     eps: float,
     rms: bool,
     y_dtype: torch.dtype | None = None,
+    casts: Casts = (),
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """y = norm(x) in y_dtype (None: not written), mean and rstd.
 
@@ -176,17 +236,20 @@ def layernorm_fwd(
     y = None if y_dtype is None else torch.empty((M, C), dtype=y_dtype, device=x.device)
     if M:
         config = tuned.layernorm_fwd(C)
+        programs, cast_tensors, sizes = cast_args(casts, config.BLOCK_M * config.BLOCK_N)
         launch(
             _layernorm_fwd_kernel,
-            (cdiv(M, config.BLOCK_M),),
+            (programs + cdiv(M, config.BLOCK_M),),
             x,
             norm_weight,
             norm_bias,
             y,
             mean,
             rstd,
+            *cast_tensors,
             M,
             C,
+            *sizes,
             x.stride(0),
             eps,
             RMS=rms,

@@ -19,7 +19,6 @@ read only for far rows. One launch does all this, computes W', s and b', and cas
 the op needs unfolded.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 from fastvit_kernels import tuned
 from fastvit_kernels.common import multiple_of_8
 from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
-from fastvit_kernels.layernorm import statistics
+from fastvit_kernels.layernorm import Casts, cast, cast_args, statistics
 
 ROWS = 64  # rows per program, where it merges the statistics of their pieces
 
@@ -229,13 +228,6 @@ def _merge_rows(
                 tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _cast(block, from_ptr, to_ptr, size, BLOCK: tl.constexpr):
-    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(from_ptr + offs, mask=offs < size, other=0.0)
-    tl.store(to_ptr + offs, value.to(to_ptr.dtype.element_ty), mask=offs < size)
-
-
 @triton.jit(do_not_specialize=["M"])
 def _layernorm_fold_kernel(
     x_ptr,
@@ -301,10 +293,10 @@ def _layernorm_fold_kernel(
         )
     elif pid < first2:
         if from1_ptr is not None:
-            _cast(pid - num_n, from1_ptr, to1_ptr, size1, BLOCK)
+            cast(pid - num_n, from1_ptr, to1_ptr, size1, BLOCK)
     elif pid < first_row:
         if from2_ptr is not None:
-            _cast(pid - first2, from2_ptr, to2_ptr, size2, BLOCK)
+            cast(pid - first2, from2_ptr, to2_ptr, size2, BLOCK)
     elif parts_ptr is not None:
         stats = (parts_ptr, mean_ptr, rstd_ptr)
         rows = ((pid - first_row) * ROWS, M, C, stride_xm, eps, unit)
@@ -327,13 +319,13 @@ def layernorm_fold(
     parts: Tensor | None = None,
     z: Tensor | None = None,
     known: tuple[Tensor, Tensor] | None = None,
-    casts: Sequence[tuple[Tensor, Tensor]] = (),
+    casts: Casts = (),
 ) -> Folded:
     """W' (N, C) and z (M, C) in `dtype`; s, b' (N,), shift, scale, mean and rstd (M,), float32.
 
     x: (M, C), unit column stride; weight: (N, C) in `dtype` or wider; parts: statistics of x's
     pieces (`row_statistics`); z: with parts, a float32 x rounded to `dtype`, whose far rows are
-    overwritten; known: mean and rstd of x, if computed before; casts: at most two (source, target).
+    overwritten; known: mean and rstd of x, if computed before.
     """
     (M, C), N = x.shape, len(weight)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
@@ -348,14 +340,12 @@ def layernorm_fold(
         z = torch.empty((M, C), dtype=dtype, device=x.device) if z is None else z
         shift = torch.empty_like(mean)
     config = tuned.layernorm_fwd(C)
-    casts = [(a.contiguous(), b) for a, b in casts]
-    sizes = [*(a.numel() for a, _ in casts), 0, 0][:2]
-    block = config.BLOCK_M * config.BLOCK_N
+    programs, cast_tensors, sizes = cast_args(casts, config.BLOCK_M * config.BLOCK_N)
     pieces = 0 if parts is None else len(parts)
     rows = config.BLOCK_M if parts is None else ROWS
     launch(
         _layernorm_fold_kernel,
-        (cdiv(N, config.BLOCK_M) + sum(cdiv(n, block) for n in sizes) + cdiv(M, rows),),
+        (cdiv(N, config.BLOCK_M) + programs + cdiv(M, rows),),
         x,
         z,
         shift if rounds else None,
@@ -370,7 +360,7 @@ def layernorm_fold(
         folded,
         sums,
         folded_bias,
-        *[*(t for pair in casts for t in pair), *[None] * 4][:4],
+        *cast_tensors,
         M,
         C,
         N,

@@ -5,9 +5,8 @@ The norm is folded into the product's weight and epilogue if there are many rows
 of x as a float32 product loads them, else written by the row kernel that computes the statistics
 (`tuned.norm_placement` says why).
 Saved for backward: x, mean and rstd (float32, one pair a row), weight in the compute dtype.
-Launches: 2 forward (norm, product), one more if a weight must be cast, except where the norm is
-folded; 4 backward (dh product, norm, dW, the reduction of all partial sums). The norm's backward
-also writes dx's copy (`gradient_copy`).
+Launches: 2 forward (norm, with the weight's cast, and product); 4 backward (dh product, norm, dW,
+the reduction of all partial sums). The norm's backward also writes dx's copy (`gradient_copy`).
 Bytes: forward x twice, or once if its statistics are known (`row_statistics`), and y once; the row
 kernel also writes the norm, and folding a float32 x its 16-bit copy, which the product then reads
 in place of x; backward dy twice, x once, dh twice, dx once, the norm twice, and the dW slabs.

@@ -8,10 +8,10 @@ The norm is applied as in `layernorm_linear`; bias and GELU in fc1's epilogue; b
 drop path and residual in fc2's. In backward the epilogue of dU, which reads u anyway, also writes
 GELU(u) for dW2: computed as dW2 loads its tiles, it would be recomputed for each column of tiles,
 in more issue slots than the products take.
-Launches: 3 forward (norm, fc1, fc2); 6 backward (dU, dW2, dh, norm, dW1, the reduction of all
-partial sums), with LayerScale one more (`linear_residual.dx_operands`). Short rows on sm_90
-(`tuned.mlp_narrow`, mlp_narrow.py): 1 forward, 4 backward. Forward takes one more for each weight
-that must be cast, except where the norm is folded.
+Launches: 3 forward (norm and casts, fc1, fc2); 6 backward (dU, dW2, dh, norm, dW1, the reduction of
+all partial sums), with LayerScale one more (`linear_residual.dx_operands`). Short rows on sm_90
+(`tuned.mlp_narrow`, mlp_narrow.py): 1 forward, one more for each weight that must be cast; 4
+backward.
 """
 
 from collections.abc import Sequence
@@ -53,40 +53,44 @@ def _fwd(
     activation: str,
     dtype: torch.dtype,
     save_u: bool,
-    keeps_weights: bool,
+    backward: bool,
     out_dtype: torch.dtype,
     keeps: bool,
 ) -> list[Tensor]:
-    """out, u (empty unless save_u), mean, rstd, both weights cast to `dtype` (empty unless
-    keeps_weights and the dtypes differ); with `keeps`, unless `mlp_narrow` runs, out's statistics
-    and 16-bit copy (`row_statistics`).
+    """out; with `backward`, also u (empty unless save_u), mean, rstd, both weights cast to `dtype`
+    (empty if they are of that dtype); with `keeps`, unless `mlp_narrow` runs, out's statistics and
+    16-bit copy (`row_statistics`).
 
     parts, copy: those of x.
     """
-    out = row_statistics.empty(x.shape, out_dtype, x.device, keeps)
-    u = x.new_empty((len(x), len(fc1_param)) if save_u else (0, 0), dtype=dtype)
-    narrow = tuned.mlp_narrow("fwd", *x.shape, dtype, x.device.index) is not None
-    needed = keeps_weights or narrow or not norm_is_folded(x, fc1_param, dtype)
+    rows, out = as_rows(x), row_statistics.empty(x.shape, out_dtype, x.device, keeps)
+    u = x.new_empty((len(rows), len(fc1_param)), dtype=dtype) if save_u else None
+    narrow = tuned.mlp_narrow("fwd", *rows.shape, dtype, x.device.index) is not None
+    needed = backward or narrow or not norm_is_folded(rows, fc1_param, dtype)
     fc1_weight, casts1 = plan_cast(fc1_param, dtype, needed)
     fc2_weight, casts2 = plan_cast(fc2_param, dtype)
     casts = [*casts1, *casts2]
-    weights = [
-        returnable(fc1_weight, fc1_param, keeps_weights),
-        returnable(fc2_weight, fc2_param, keeps_weights),
-    ]
+
+    def returned(mean: Tensor, rstd: Tensor, *statistics: Tensor | None) -> list[Tensor]:
+        found = [out]
+        if backward:
+            found += [x.new_empty((0, 0), dtype=dtype) if u is None else u, mean, rstd]
+            weights = ((fc1_weight, fc1_param), (fc2_weight, fc2_param))
+            found += [returnable(*w, True) for w in weights]
+        return [*found, *(t for t in statistics if t is not None)]
+
     config = None
     if narrow and fc1_weight is not None:
-        config = mlp_narrow.config("fwd", x, fc1_weight, fc2_weight)
+        config = mlp_narrow.config("fwd", rows, fc1_weight, fc2_weight)
     if config is not None:
         for source, target in casts:
             target.copy_(source)
         norm, fc = (norm_weight, norm_bias), (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         options = (layer_scale, path_scale, eps, rms, activation)
-        stats = mlp_narrow.mlp_fwd(config, x, *norm, *fc, *options, out, u if save_u else None)
-        return [out, u, *stats, *weights]
-    hidden = x.new_empty((len(x), len(fc1_param)), dtype=dtype)
+        return returned(*mlp_narrow.mlp_fwd(config, rows, *norm, *fc, *options, as_rows(out), u))
+    hidden = x.new_empty((len(rows), len(fc1_param)), dtype=dtype)
     mean, rstd = norm_gemm(
-        x,
+        rows,
         norm_weight,
         norm_bias,
         fc1_weight,
@@ -98,26 +102,26 @@ def _fwd(
         casts=casts,
         epilogue="gelu",
         bias=fc1_bias,
-        u=u if save_u else None,
+        u=u,
         activation=activation,
     )
+    out_rows = as_rows(out)
     out_parts, out_copy = (
-        row_statistics.allocate(hidden, fc2_weight, out) if keeps else (None, None)
+        row_statistics.allocate(hidden, fc2_weight, out_rows) if keeps else (None, None)
     )
     gemm.gemm(
         hidden,
         fc2_weight.t(),
-        out,
+        out_rows,
         epilogue="residual",
         bias=fc2_bias,
-        residual=x,
+        residual=rows,
         copy=out_copy,
         parts=out_parts,
         layer_scale=layer_scale,
         path_scale=path_scale,
     )
-    statistics = [t for t in (out_parts, out_copy) if t is not None]
-    return [out, u, mean, rstd, *weights, *statistics]
+    return returned(mean, rstd, out_parts, out_copy)
 
 
 def _fwd_fake(
@@ -137,15 +141,17 @@ def _fwd_fake(
     activation,
     dtype,
     save_u,
-    keeps_weights,
+    backward,
     out_dtype,
     keeps,
 ):
-    stats = x.new_empty(x.shape[0], dtype=torch.float32)
-    u = x.new_empty((x.shape[0], len(fc1_param)) if save_u else (0, 0), dtype=dtype)
+    out, rows = x.new_empty(x.shape, dtype=out_dtype), x.shape[0] * x.shape[1]
+    if not backward:
+        return [out]
+    u = x.new_empty((rows, len(fc1_param)) if save_u else (0, 0), dtype=dtype)
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     params = (fc1_param, fc2_param)
-    weights = [returnable(plan_cast(p, dtype)[0], p, keeps_weights) for p in params]
-    return [x.new_empty(x.shape, dtype=out_dtype), u, stats, torch.empty_like(stats), *weights]
+    return [out, u, mean, rstd, *(returnable(plan_cast(p, dtype)[0], p, True) for p in params)]
 
 
 def _bwd(
@@ -177,9 +183,10 @@ def _bwd(
     """
     params = (norm_weight, norm_bias, fc1_param, fc1_bias, fc2_param, fc2_bias, layer_scale)
     w_dtype = fc1_weight.dtype
-    if len(x) == 0:
+    if x.numel() == 0:
         return library.zeros(x, library.marked(params, needs), w_dtype if copies else None)
     needs_norm, needs_fc = any(needs[:2]), any(needs[2:])
+    shape, x, dout, g = x.shape, as_rows(x), as_rows(dout), as_rows(g)
     if u.numel() == 0:
         u = fc1_weight.new_empty((len(x), len(fc1_weight)))
         fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -210,7 +217,7 @@ def _bwd(
         dx, copy, y, norm_rows = layernorm.layernorm_bwd(
             dh, x, *norm, rms, dout, *dtypes, path_scale, needs_norm
         )
-    dxs = [dx] if copy is None else [dx, copy]
+    dxs = [dx.view(shape)] if copy is None else [dx.view(shape), copy.view(shape)]
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
     if y is not None and du is not None and fc2_slabs is not None:
         fc1 = (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)
@@ -277,22 +284,23 @@ class LayerNormMlpFunction(torch.autograd.Function):
         dtype: torch.dtype,
         backward: bool,
     ) -> Tensor:
-        x2 = as_rows(x).contiguous()
+        x3 = x.contiguous()
         out_dtype = branch_dtype(x, layer_scale, dtype)
         norm, branch = (norm_weight, norm_bias), (layer_scale, path_scale)
-        fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        options, keeps = (eps, rms, activation), row_statistics.enabled(x2, fc2_weight, dtype)
+        fc1, fc2 = (fc1_weight, fc1_bias), (fc2_weight, fc2_bias)
+        options, keeps = (eps, rms, activation), row_statistics.enabled(x3, fc2_weight, dtype)
         saves = (dtype, save_u, backward, out_dtype, keeps)
-        out, u, mean, rstd, w1, w2, *statistics = layernorm_mlp_fwd(
-            x2, *norm, *fc, *branch, parts, copy, *options, *saves
+        out, *made = layernorm_mlp_fwd(
+            x3, *norm, *fc1, *fc2, *branch, parts, copy, *options, *saves
         )
-        w1, w2 = (p if p.dtype == dtype else w for p, w in ((fc1_weight, w1), (fc2_weight, w2)))
-        fc1, fc2 = (w1, fc1_weight, fc1_bias), (w2, fc2_weight, fc2_bias)
-        ctx.save_for_backward(x2, u, mean, rstd, *norm, *fc1, *fc2, *branch)
-        ctx.options, ctx.upstream = options, gradient_copy.find_request(x, dtype)
-        ctx.copy_request = gradient_copy.make_request(out, dtype, path_scale)
-        out = library.reshaped(out, *x.shape)
-        if statistics:
+        if backward:
+            *saved, w1, w2 = made[:5]
+            w1 = fc1_weight if fc1_weight.dtype == dtype else w1
+            w2 = fc2_weight if fc2_weight.dtype == dtype else w2
+            ctx.save_for_backward(x3, *saved, *norm, w1, *fc1, w2, *fc2, *branch)
+            ctx.options, ctx.upstream = options, gradient_copy.find_request(x, dtype)
+            ctx.copy_request = gradient_copy.make_request(out, dtype, path_scale)
+        if statistics := made[5 if backward else 0 :]:
             row_statistics.keep(out, *statistics)
         return out
 
@@ -303,11 +311,9 @@ class LayerNormMlpFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:8]
         request = gradient_copy.current_request(ctx.upstream)
         g = gradient_copy.branch_gradient(dout, ctx.copy_request, saved[6].dtype, path_scale)
-        dout2 = as_rows(dout).contiguous()
-        g = dout2 if g is dout else as_rows(g).contiguous()
+        dout, g = dout.contiguous(), g.contiguous()
         copy = (request is not None, None if request is None else request.path_scale)
-        dx, *grads = layernorm_mlp_bwd(dout2, g, *saved, *ctx.options, needs, *copy)
-        dx = dx.view(dout.shape)
+        dx, *grads = layernorm_mlp_bwd(dout, g, *saved, *ctx.options, needs, *copy)
         if request is not None:
             gradient_copy.attach(dx, grads.pop(0), request)
         return dx, *library.spread(grads, needs), *(None,) * 9

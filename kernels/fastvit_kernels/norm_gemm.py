@@ -3,7 +3,6 @@
 `tuned.norm_placement` chooses where the norm is applied.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,12 +44,12 @@ def norm_gemm(
     param: Tensor,
     rows: tuple[Tensor | None, Tensor | None] = (None, None),
     known: tuple[Tensor, Tensor] | None = None,
-    casts: Sequence[tuple[Tensor, Tensor]] = (),
+    casts: layernorm.Casts = (),
     **epilogue: Any,
 ) -> tuple[Tensor, Tensor]:
     """Write epilogue(norm(x) weight^T) to out; return mean and rstd. param: weight before its cast;
     rows: parts and copy of x; known: mean and rstd, when this is recomputed in backward; casts:
-    (source, target) pairs, cast in the launch that folds the norm, or before.
+    cast in the norm's launch.
     """
     if norm_is_folded(x, param, out.dtype):
         norm, bias = (norm_weight, norm_bias), epilogue.pop("bias", None)
@@ -60,12 +59,10 @@ def norm_gemm(
         fold = (folded.shift, folded.scale, folded.sums)
         gemm.gemm(folded.z, folded.weight.t(), out, fold=fold, bias=folded.bias, **epilogue)
         return folded.mean, folded.rstd
-    for source, copy in casts:
-        copy.copy_(source)
     assert weight is not None
     loads = tuned.norm_placement(len(x), len(param), out.dtype) == "load"
     y_dtype = None if loads else out.dtype
-    y, mean, rstd = layernorm.layernorm_fwd(x, norm_weight, norm_bias, eps, rms, y_dtype)
+    y, mean, rstd = layernorm.layernorm_fwd(x, norm_weight, norm_bias, eps, rms, y_dtype, casts)
     if y is None:
         norm = (norm_weight, norm_bias, mean, rstd)
         gemm.gemm(x, weight.t(), out, norm=norm, **epilogue)

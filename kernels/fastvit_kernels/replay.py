@@ -39,12 +39,21 @@ class TensorRef(NamedTuple):
     strides: tuple[int, ...]
     whole: bool
 
-    def resolve(self, tensors: list[Any]) -> Tensor:
-        found = tensors[self.index]
+    def source(self, code: "_Code") -> str:
+        found = f"t{self.index}"
         if self.whole:
             return found
-        start = found.storage_offset() + self.offset // found.element_size()
-        return torch.as_strided(found, self.shape, self.strides, start)
+        layout = code.name(tuple(self.shape)), code.name(self.strides)
+        return f"view_at({found}, {', '.join(layout)}, {self.offset})"
+
+    @property
+    def address(self) -> str:
+        return f"p{self.index} + {self.offset}" if self.offset else f"p{self.index}"
+
+
+def _view_at(t: Tensor, shape: Any, strides: Any, offset: int) -> Tensor:
+    """A view of t's memory that begins `offset` bytes behind t."""
+    return t.as_strided(shape, strides, t.storage_offset() + offset // t.element_size())
 
 
 class Allocation(NamedTuple):
@@ -54,15 +63,15 @@ class Allocation(NamedTuple):
     device: torch.device
     has_version_counter: bool  # although it is made in inference mode
 
-    def replay(self, tensors: list[Any], addresses: list[int], _: Any) -> None:
-        shape, strides, dtype, device, has_version_counter = self
-        if has_version_counter:
-            with torch.inference_mode(False):
-                made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        else:
-            made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        tensors.append(made)
-        addresses.append(made.data_ptr())
+    def source(self, code: "_Code") -> str:
+        shape, strides, dtype, device = map(code.name, self[:4])
+        make = "empty_with_version" if self.has_version_counter else "empty_strided"
+        return code.made(f"{make}({shape}, {strides}, dtype={dtype}, device={device})")
+
+
+def _empty_with_version(*args: Any, **kwargs: Any) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty_strided(*args, **kwargs)
 
 
 class Call(NamedTuple):
@@ -73,14 +82,13 @@ class Call(NamedTuple):
     options: dict[str, Any]
     makes: bool
 
-    def replay(self, tensors: list[Any], addresses: list[int], _: Any) -> None:
-        def found(arg: Any) -> Any:
-            return arg.resolve(tensors) if isinstance(arg, TensorRef) else arg
+    def source(self, code: "_Code") -> str:
+        def found(arg: Any) -> str:
+            return arg.source(code) if isinstance(arg, TensorRef) else code.name(arg)
 
-        made = self.op(*map(found, self.args), **{k: found(a) for k, a in self.options.items()})
-        if self.makes:
-            tensors.append(made)
-            addresses.append(made.data_ptr())
+        args = [*map(found, self.args), *(f"{k}={found(a)}" for k, a in self.options.items())]
+        call = f"{code.name(self.op)}({', '.join(args)})"
+        return code.made(call) if self.makes else call
 
 
 class Launch(NamedTuple):
@@ -93,30 +101,31 @@ class Launch(NamedTuple):
     places: list[tuple[int, TensorRef, TensorDescriptor | None]]
     compiled: bool
 
-    def replay(self, tensors: list[Any], addresses: list[int], stream: Any) -> None:
-        args = list(self.args)
-        if self.compiled:
-            for i, place, descriptor in self.places:
-                address = addresses[place.index] + place.offset
-                args[i] = address if descriptor is None else _moved(descriptor, _Address(address))
-        else:
-            for i, place, descriptor in self.places:
-                t = place.resolve(tensors)
-                args[i] = t if descriptor is None else _moved(descriptor, t)
-        self.launch_fn(stream, args)
+    def source(self, code: "_Code") -> str:
+        args = [code.name(a) for a in self.args]
+        for i, place, descriptor in self.places:
+            args[i] = place.address if self.compiled else place.source(code)
+            if descriptor is not None:
+                base = f"Address({args[i]})" if self.compiled else args[i]
+                args[i] = f"moved({code.name(descriptor)}, {base})"
+        stream = "stream" if self.compiled else None
+        return f"{code.name(self.launch_fn)}({stream}, ({', '.join(args)},))"
 
 
 class Release(NamedTuple):
     index: int
 
-    def replay(self, tensors: list[Any], _: list[int], __: Any) -> None:
-        tensors[self.index] = None
+    def source(self, _: Any) -> str:
+        return f"t{self.index} = None"
 
 
-class _Address(NamedTuple):
+class _Address:
     """A TMA descriptor's base as far as Triton's launcher reads it."""
 
-    value: int
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
 
     def data_ptr(self) -> int:
         return self.value
@@ -129,19 +138,63 @@ def _moved(descriptor: TensorDescriptor, base: Any) -> TensorDescriptor:
     return moved
 
 
-class Recipe(NamedTuple):
-    steps: list[Any]
-    results: list[TensorRef]
-    form: type  # of the result: a tensor, or a list or tuple of tensors
-    on_stream: bool
+class _Code:
+    """Python source of a recipe, in which tensor i is `t<i>` and its address `p<i>`, and the
+    constants that the source names.
+    """
 
-    def replay(self, tensors: list[Any]) -> Any:
-        addresses = [t.data_ptr() for t in tensors]
-        stream = launch.current_stream() if self.on_stream else None
-        for step in self.steps:
-            step.replay(tensors, addresses, stream)
-        found = [place.resolve(tensors) for place in self.results]
-        return self.form(found) if self.form in (list, tuple) else found[0]
+    def __init__(self, inputs: int, addressed: set[int]) -> None:
+        self.count, self.addressed = inputs, addressed
+        self.constants: dict[str, Any] = {
+            "empty_strided": torch.empty_strided,
+            "empty_with_version": _empty_with_version,
+            "view_at": _view_at,
+            "moved": _moved,
+            "Address": _Address,
+            "current_stream": launch.current_stream,
+        }
+
+    def name(self, constant: Any) -> str:
+        """The source of a constant."""
+        if constant is None or type(constant) in (int, bool):
+            return repr(constant)
+        name = f"c{len(self.constants)}"
+        self.constants[name] = constant
+        return name
+
+    def made(self, value: str) -> str:
+        """The source of the next tensor's making."""
+        i, self.count = self.count, self.count + 1
+        made = f"t{i} = {value}"
+        return f"{made}; p{i} = t{i}.data_ptr()" if i in self.addressed else made
+
+
+def _function(
+    inputs: int, steps: list[Any], results: list[TensorRef], form: type
+) -> Callable[..., Any]:
+    """A function of `inputs` tensors that does the steps: straight-line code takes half the time of
+    a loop over them.
+    """
+    launches = [step for step in steps if isinstance(step, Launch) and step.compiled]
+    addressed = {place.index for step in launches for _, place, _ in step.places}
+    code = _Code(inputs, addressed)
+    lines = [f"p{i} = t{i}.data_ptr()" for i in range(inputs) if i in addressed]
+    lines += ["stream = current_stream()"] if launches else []
+    lines += [step.source(code) for step in steps]
+    found = ", ".join(place.source(code) for place in results)
+    if form in (list, tuple):
+        found = f"[{found}]" if form is list else f"({found},)"
+    arguments = ", ".join(f"t{i}" for i in range(inputs))
+    source = "\n    ".join([f"def repeat({arguments}):", *lines, f"return {found}"])
+    exec(source, code.constants)
+    return code.constants["repeat"]
+
+
+class Recipe(NamedTuple):
+    """What a launcher does. repeat(*tensors) does it to other tensors."""
+
+    steps: list[Any]
+    repeat: Callable[..., Any]
 
 
 _ALLOCATE = {
@@ -249,8 +302,8 @@ class Recorder(TorchDispatchMode):
                 places.add(made)
             steps += [*map(Release, sorted(places - used)), step]
             used |= places
-        on_stream = any(isinstance(step, Launch) and step.compiled for step in steps)
-        return Recipe(steps[::-1], results, form, on_stream)
+        steps.reverse()
+        return Recipe(steps, _function(inputs, steps, results, form))
 
 
 def _shares(t: Tensor, base: Tensor) -> bool:
@@ -287,7 +340,7 @@ def replay(launcher: Callable[..., Any], args: tuple) -> Any:
         return launcher(*args)
     recipe = _recipes.get(key)
     if type(recipe) is Recipe:
-        return recipe.replay(tensors)
+        return recipe.repeat(*tensors)
     if recipe is None:
         if len(_recipes) >= MAX_RECIPES:
             _recipes.clear()

@@ -17,13 +17,13 @@ from torch import Tensor
 from fastvit_kernels import gemm, handoff, library, tuned
 
 
-def enabled(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether to record the statistics of rows weight^T, multiplied in `dtype`."""
+def enabled(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether to record the statistics of x's rows times weight^T, multiplied in `dtype`."""
     if torch.compiler.is_compiling() or not handoff.state.depth:
         return False
-    if library.has_subclass(rows, weight):
+    if library.has_subclass(x, weight):
         return False
-    return tuned.keeps_row_statistics(len(rows), len(weight), dtype)
+    return tuned.keeps_row_statistics(x.shape[:-1].numel(), len(weight), dtype)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, keeps: bool) -> Tensor:

@@ -23,12 +23,10 @@ from torch.utils.flop_counter import flop_registry
 
 from fastvit_kernels import (
     aot,
-    attention,
     handoff,
-    layernorm_linear,
+    layernorm_attention,
     layernorm_mlp,
     library,
-    linear_residual,
     patch_embed,
 )
 
@@ -122,7 +120,7 @@ def sizes(name: str, batch: int, autocast: bool = False) -> Sizes:
 
 # The tensors that each kernel writes; it reads its others.
 WRITES = {
-    "layernorm_fwd": ("y", "mean", "rstd"),
+    "layernorm_fwd": ("y", "mean", "rstd", "to1", "to2"),
     "layernorm_fold": (
         *("mean", "rstd", "z", "shift", "scale"),
         *("folded", "sums", "folded_bias", "to1", "to2"),
@@ -245,7 +243,8 @@ class Counter(TorchDispatchMode):
             self.op = "autograd"
             return out
         out = func(*args, **kwargs)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        read = args[1:] if func is torch.ops.aten.copy_.default else args
+        inputs = [t for t in tree_leaves((read, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.numel()]
         if not _moves_nothing(func, inputs, outputs):
             self.passes.append(
@@ -356,12 +355,9 @@ def block_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
 def block(s: Sizes, x: Tensor, **p: Tensor) -> Tensor:
     """One encoder block on fastvit's kernels."""
     norm1, norm2 = ((p[f"norm{i}_weight"], p[f"norm{i}_bias"]) for i in (1, 2))
-    qkv, x = layernorm_linear.layernorm_linear(
-        x, *norm1, p["qkv_weight"], p["qkv_bias"], 1e-6, False, s.dtype
-    )
-    o = attention.attention_qkv(qkv.unflatten(-1, (3, s.heads, s.dim // s.heads)))
-    x = linear_residual.linear_residual(
-        o.flatten(2), p["proj_weight"], p["proj_bias"], x, None, None, s.dtype
+    linears = (p["qkv_weight"], p["qkv_bias"], p["proj_weight"], p["proj_bias"])
+    x = layernorm_attention.layernorm_attention(
+        x, *norm1, *linears, None, None, s.heads, None, 1e-6, False, s.dtype
     )
     mlp = (p["fc1_weight"], p["fc1_bias"], p["fc2_weight"], p["fc2_bias"])
     return layernorm_mlp.layernorm_mlp(

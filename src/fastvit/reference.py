@@ -254,6 +254,30 @@ def linear_residual(
     return add_branch(residual, F.linear(x, weight, bias), layer_scale, path_scale, dropout)
 
 
+def layernorm_attention(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    heads: int,
+    layer_scale: Tensor | None = None,
+    path_scale: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_kind: str = "layernorm",
+    scale: float | None = None,
+) -> Tensor:
+    """x + path_scale * layer_scale * proj(attention(qkv(LayerNorm(x)))). x: (B, N, C).
+
+    qkv_weight: (3 heads D, C); proj_weight: (C, heads D); layer_scale: (C,); path_scale: (B,).
+    """
+    qkv = layernorm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, norm_kind)
+    o = attention_qkv(qkv.unflatten(-1, (3, heads, -1)), scale).flatten(2)
+    return linear_residual(o, proj_weight, proj_bias, x, layer_scale, path_scale)
+
+
 def layernorm_mlp(
     x: Tensor,
     norm_weight: Tensor | None,
