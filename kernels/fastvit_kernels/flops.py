@@ -42,13 +42,11 @@ def _patches(a: Any) -> int:
     return 2 * B * (height // p_h) * (width // p_w) * a.weight.numel()
 
 
-def _branch(a: Any, products: int, of_attention: int) -> int:
-    """FLOPs of the attention branch: `products` times those of its two weights, `of_attention`
-    times those of q k^T.
-    """
+def _branch(a: Any, qkv: int, proj: int, scores: int) -> int:
+    """FLOPs of the attention branch: so many products of each weight, and of the size of q k^T."""
     (B, N, _), inner = a.x.shape, len(a.qkv_param) // 3
-    linear = _product(a.x, a.qkv_param, products) + _product(a.x, a.proj_param, products)
-    return linear + 2 * of_attention * B * N * N * inner
+    linear = _product(a.x, a.qkv_param, qkv) + _product(a.x, a.proj_param, proj)
+    return linear + 2 * scores * B * N * N * inner
 
 
 FORMULAS: dict[str, Callable[[Any], int]] = {
@@ -58,8 +56,8 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "layernorm_linear_bwd": lambda a: _product(a.x, a.param, 1 + any(a.needs[2:])),
     "linear_residual_fwd": lambda a: _product(a.x, a.weight),
     "linear_residual_bwd": lambda a: _product(a.x, a.weight, 1 + any(a.needs)),
-    "layernorm_attention_fwd": lambda a: _branch(a, 1, 2),
-    "layernorm_attention_bwd": lambda a: _branch(a, 1 + any(a.needs[2:]), 5),
+    "layernorm_attention_fwd": lambda a: _branch(a, 1, 1, 2),
+    "layernorm_attention_bwd": lambda a: _branch(a, 1 + any(a.needs[2:4]), 1 + any(a.needs[4:]), 5),
     "layernorm_mlp_fwd": lambda a: _product(a.x, a.fc1_param, 2),
     "layernorm_mlp_bwd": lambda a: _product(
         a.x, a.fc1_param, 2 + 2 * any(a.needs[2:]) + (a.u.numel() == 0)

@@ -170,27 +170,23 @@ def _bwd(
     dtype = qkv_weight.dtype
     if x.numel() == 0:
         return library.zeros(x, library.marked(params, needs), dtype if copies else None)
-    needs_norm, needs_weights = any(needs[:2]), any(needs[2:])
-    rows, g, o_rows = as_rows(x), as_rows(g), o.view(-1, proj_weight.shape[1])
+    needs_norm, needs_qkv, needs_proj = any(needs[:2]), any(needs[2:4]), any(needs[4:])
+    rows, o_rows, residual = as_rows(x), o.view(-1, proj_weight.shape[1]), as_rows(dout)
+    g = residual if g is dout else as_rows(g)
     do = gemm.gemm(*dx_operands(g, proj_weight, proj_param, layer_scale), torch.empty_like(o_rows))
-    proj_slabs = gemm_dw.gemm_dw(g, o_rows) if needs_weights else None
+    proj = (gemm_dw.gemm_dw(g, o_rows), proj_param, proj_bias, layer_scale) if needs_proj else None
     packed = qkv.view(*o.shape[:2], 3, *o.shape[2:])
     dqkv = as_rows(attention._bwd_qkv(do.view(o.shape), packed, o, lse, scale).flatten(2))
     del do, g
     dh = gemm.gemm(dqkv, qkv_weight, qkv_weight.new_empty(rows.shape))
-    dtypes = (dtype if written else None for written in (needs_weights, copies))
+    dtypes = (dtype if written else None for written in (needs_qkv, copies))
     norm = (mean, rstd, norm_weight, norm_bias)
     dx, dx_copy, y, norm_rows = layernorm.layernorm_bwd(
-        dh, rows, *norm, rms, as_rows(dout), *dtypes, path_scale, needs_norm
+        dh, rows, *norm, rms, residual, *dtypes, path_scale, needs_norm
     )
+    first = None if y is None else (gemm_dw.gemm_dw(dqkv, y), qkv_param, qkv_bias)
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
-    if y is None or proj_slabs is None:
-        grads = parameter_grads.reduce_norm(sums)
-    else:
-        second = (gemm_dw.gemm_dw(dqkv, y), qkv_param, qkv_bias)
-        grads = parameter_grads.reduce_slabs(
-            proj_slabs, proj_param, proj_bias, layer_scale, second, norm=sums
-        )
+    grads = parameter_grads.reduce_branch(proj, first, sums)
     dnorm, dqkv_params = (grads.norm_weight, grads.norm_bias), (grads.weight2, grads.bias2)
     found = (*dnorm, *dqkv_params, grads.weight, grads.bias, grads.layer_scale)
     dxs = [dx] if dx_copy is None else [dx, dx_copy]
@@ -279,9 +275,10 @@ class LayerNormAttentionFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:8]
         request = gradient_copy.current_request(ctx.upstream)
         g = gradient_copy.branch_gradient(dout, ctx.copy_request, saved[8].dtype, path_scale)
+        residual = dout.contiguous()
+        g = residual if g is dout else g.contiguous()
         copy = (request is not None, None if request is None else request.path_scale)
-        dout, g = dout.contiguous(), g.contiguous()
-        dx, *grads = layernorm_attention_bwd(dout, g, *saved, *ctx.options, needs, *copy)
+        dx, *grads = layernorm_attention_bwd(residual, g, *saved, *ctx.options, needs, *copy)
         if request is not None:
             gradient_copy.attach(dx, grads.pop(0), request)
         return dx, *library.spread(grads, needs), *(None,) * 9

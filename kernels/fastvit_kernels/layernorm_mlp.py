@@ -186,7 +186,8 @@ def _bwd(
     if x.numel() == 0:
         return library.zeros(x, library.marked(params, needs), w_dtype if copies else None)
     needs_norm, needs_fc = any(needs[:2]), any(needs[2:])
-    shape, x, dout, g = x.shape, as_rows(x), as_rows(dout), as_rows(g)
+    shape, x, residual = x.shape, as_rows(x), as_rows(dout)
+    dout, g = residual, residual if g is dout else as_rows(g)
     if u.numel() == 0:
         u = fc1_weight.new_empty((len(x), len(fc1_weight)))
         fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -219,12 +220,9 @@ def _bwd(
         )
     dxs = [dx.view(shape)] if copy is None else [dx.view(shape), copy.view(shape)]
     sums = None if norm_rows is None else (norm_rows, norm_weight, norm_bias)
-    if y is not None and du is not None and fc2_slabs is not None:
-        fc1 = (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)
-        fc2 = (fc2_slabs, fc2_param, fc2_bias)
-        grads = parameter_grads.reduce_slabs(*fc2, layer_scale, second=fc1, norm=sums)
-    else:
-        grads = parameter_grads.reduce_norm(sums)
+    fc2 = None if fc2_slabs is None else (fc2_slabs, fc2_param, fc2_bias, layer_scale)
+    fc1 = None if y is None or du is None else (gemm_dw.gemm_dw(du, y), fc1_param, fc1_bias)
+    grads = parameter_grads.reduce_branch(fc2, fc1, sums)
     dnorm, dfc1 = (grads.norm_weight, grads.norm_bias), (grads.weight2, grads.bias2)
     found = (*dnorm, *dfc1, grads.weight, grads.bias, grads.layer_scale)
     return [*dxs, *library.marked(found, needs)]
@@ -311,9 +309,10 @@ class LayerNormMlpFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:8]
         request = gradient_copy.current_request(ctx.upstream)
         g = gradient_copy.branch_gradient(dout, ctx.copy_request, saved[6].dtype, path_scale)
-        dout, g = dout.contiguous(), g.contiguous()
+        residual = dout.contiguous()
+        g = residual if g is dout else g.contiguous()
         copy = (request is not None, None if request is None else request.path_scale)
-        dx, *grads = layernorm_mlp_bwd(dout, g, *saved, *ctx.options, needs, *copy)
+        dx, *grads = layernorm_mlp_bwd(residual, g, *saved, *ctx.options, needs, *copy)
         if request is not None:
             gradient_copy.attach(dx, grads.pop(0), request)
         return dx, *library.spread(grads, needs), *(None,) * 9

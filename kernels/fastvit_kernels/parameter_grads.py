@@ -337,5 +337,21 @@ def reduce_norm(norm: tuple[Tensor, Tensor | None, Tensor | None] | None) -> Gra
     return grads
 
 
+def reduce_branch(
+    last: tuple[Slabs, Tensor, Tensor | None, Tensor | None] | None,
+    first: tuple[Slabs, Tensor, Tensor | None] | None,
+    norm: tuple[Tensor, Tensor | None, Tensor | None] | None,
+) -> Grads:
+    """The gradients of a residual branch, each None if not trained: weight, bias and layer_scale of
+    its last product, `last`; weight2 and bias2 of its first; norm as in `reduce_slabs`.
+    """
+    if last is not None:
+        return reduce_slabs(*last, second=first, norm=norm)
+    if first is None:
+        return reduce_norm(norm)
+    grads = reduce_slabs(*first, norm=norm)
+    return grads._replace(weight=None, bias=None, weight2=grads.weight, bias2=grads.bias)
+
+
 def _like(p: Tensor | None) -> Tensor | None:
     return None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device)
