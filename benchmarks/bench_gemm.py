@@ -1,7 +1,8 @@
 """Plain GEMMs of a ViT's projections against cuBLAS: y = x W^T, dx = dy W, dW = dy^T x.
 
 Without fused prologues and epilogues: the rate of the kernels' main loops alone, for dW with the
-reduction of its split-K partial sums. x: (M, K); W: (N, K); dy: (M, N).
+reduction of its split-K partial sums. Our dW also sums db, for which cuBLAS's needs a pass over dy
+of its own: a second peer makes it. x: (M, K); W: (N, K); dy: (M, N).
 """
 
 from collections.abc import Callable
@@ -43,12 +44,20 @@ def case(
         return pair[0].to(dtype), pair[1].to(dtype)
 
     work = Work(2 * M * N * K, (M * K + N * K + M * N) * dtype.itemsize)
+    peer = "cuBLAS" if device.type == "cuda" else "torch.mm"
     providers = [
         peers.entry("fastvit", peers.missing(device=device), lambda: ours(product)),
-        Provider("cuBLAS" if device.type == "cuda" else "torch.mm", PRODUCTS[product]),
+        Provider(peer, PRODUCTS[product]),
     ]
+    if product == "dy^T x":
+        providers.append(Provider(f"{peer} and dy.sum(0)", _dw_and_db))
     shape = f"{name} M{M} {product}"
     return Case("gemm", shape, dtype, inputs, PRODUCTS[product], providers, work)
+
+
+def _dw_and_db(dy: Tensor, x: Tensor) -> Tensor:
+    dy.sum(0)
+    return torch.mm(dy.t(), x)
 
 
 def ours(product: str) -> Callable[[Tensor, Tensor], Tensor]:
