@@ -20,6 +20,7 @@ from benchmarks import (
     bench_attention,
     bench_block,
     bench_gemm,
+    bench_layernorm_attention,
     bench_layernorm_linear,
     bench_layernorm_mlp,
     bench_linear_residual,
@@ -40,6 +41,7 @@ PARTS = ("parity", "ops", "train", "infer", "numerics", "autotune", "tune")
 OPS = (
     bench_block,
     bench_attention,
+    bench_layernorm_attention,
     bench_layernorm_mlp,
     bench_layernorm_linear,
     bench_linear_residual,

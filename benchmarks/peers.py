@@ -99,6 +99,29 @@ def attention(device: torch.device) -> list[Provider]:
     ]
 
 
+def layernorm_attention(device: torch.device) -> list[Provider]:
+    return [
+        ours(ops.layernorm_attention, device),
+        Provider("timm eager (SDPA)", attention_branch),
+        *(compiled(attention_branch, mode, device) for mode in COMPILED),
+    ]
+
+
+def attention_branch(
+    x: Tensor,
+    nw: Tensor,
+    nb: Tensor,
+    w: Tensor,
+    b: Tensor,
+    proj: Tensor,
+    proj_b: Tensor,
+    heads: int,
+) -> Tensor:
+    qkv = F.linear(F.layer_norm(x, x.shape[-1:], nw, nb, 1e-6), w, b)
+    o = sdpa_qkv(qkv.unflatten(-1, (3, heads, -1))).flatten(2)
+    return x + F.linear(o, proj, proj_b)
+
+
 def _sdpa(which: SDPBackend) -> Callable[..., Tensor]:
     def call(qkv: Tensor) -> Tensor:
         with sdpa_kernel(which):
@@ -276,8 +299,7 @@ def chain(room: Any) -> Callable[..., Tensor]:
     def block(x: Tensor, *parameters: Tensor) -> Tensor:
         nw, nb, w, b, proj, proj_b, *mlp = parameters
         with handoff.allowed():  # as in `fastvit.layers.Block`
-            qkv = room.layernorm_linear(x, nw, nb, w, b).unflatten(-1, (3, -1, 64))
-            x = room.linear_residual(room.attention_qkv(qkv).flatten(2), proj, proj_b, x)
+            x = room.layernorm_attention(x, nw, nb, w, b, proj, proj_b, x.shape[-1] // 64)
             return room.layernorm_mlp(x, *mlp)
 
     return block

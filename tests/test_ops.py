@@ -41,14 +41,22 @@ def test_auto_takes_the_reference_on_cpu_and_says_why() -> None:
     assert "attention" in str(report) and "reference" in str(report)
 
 
+def test_projections_stay_beside_attention_that_has_no_kernel() -> None:
+    """A head dim of 144: the branch runs as three ops, of which attention alone falls back."""
+    model = fastvit.ViT(image_size=16, patch_size=8, dim=288, depth=2, heads=2, mlp_dim=32)
+    choices = fastvit.backend_report(model, torch.zeros(1, 3, 16, 16)).choices
+    parts = ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp"]
+    assert [c.op for c in choices] == ["patch_embed", *parts, *parts]
+
+
 def test_explicit_triton_raises_with_the_reason(device: torch.device) -> None:
     with fastvit.use_backend("triton"):
         with pytest.raises(RuntimeError, match=r"attention: backend 'triton'.*head dim 12 .*\(1,"):
             ops.attention_qkv(_qkv(1, 5, 3, 2, 12).to(device))
         args = {k: v.to(device) for k, v in BRANCH.items() if k != "heads"}
-        with pytest.raises(RuntimeError, match=r"layernorm_attention: .*'triton'.*head dim 8 .*"):
+        with pytest.raises(RuntimeError, match=r"^attention: .*'triton'.*head dim 8 .*"):
             branch(X.to(device), **args, heads=2)
-        with pytest.raises(RuntimeError, match=r"layernorm_attention: .*scale -1.0 is not pos"):
+        with pytest.raises(RuntimeError, match=r"^attention: .*scale -1.0 is not pos"):
             branch(X.to(device), **args, scale=-1.0)
         with pytest.raises(RuntimeError, match=r"float64 is not float32, float16 or bfloat16"):
             ops.attention_qkv(_qkv(1, 5, 3, 2, 16, dtype=torch.float64).to(device))

@@ -1,6 +1,7 @@
 """Replaced layers, hooks and pruning take effect: modules then run themselves, not the fused op."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -119,6 +120,53 @@ def test_pruned_and_parametrized_weights_follow_their_original(change: Callable,
     with torch.no_grad():
         original().mul_(2)
     assert not torch.allclose(model(images), changed, rtol=1e-3)
+
+
+class Shadowed(nn.Linear):
+    """Multiplies by half of its parameter."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return 0.5 * self._parameters["weight"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("how", ["property", "attribute"])
+def test_a_weight_in_front_of_the_parameter_is_read(how: str, name: str) -> None:
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model = make("mlp")
+    plain = model(images)
+    parent, child = part(model, name)
+    linear = parent.get_submodule(child)
+    if how == "property":
+        linear.__class__ = Shadowed
+    else:
+        linear.__dict__["weight"] = 0.5 * linear.get_parameter("weight").detach()
+    got = model(images)
+    assert not torch.allclose(got, plain, rtol=1e-3)
+    linear.register_forward_hook(lambda *_: None)  # the layer then runs itself
+    torch.testing.assert_close(got, model(images), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["class", "instance"])
+def test_an_overridden_projection_is_called(how: str) -> None:
+    """Of q, k and v, in blocks whose attention branch could be one op."""
+    images = torch.randn(2, 3, 16, 16)
+    model = make("mlp").float()
+    plain, calls, attn = model(images), [], model.blocks[0].attn
+    project = type(attn).project
+
+    def halved(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        qkv, x = project(self, *args)
+        return 0.5 * qkv, x
+
+    if how == "class":
+        attn.__class__ = type("Own", (type(attn),), {"project": halved})
+    else:
+        attn.project = partial(halved, attn)
+    assert not torch.allclose(model(images), plain, rtol=1e-3)
+    assert calls == [1]
 
 
 def test_a_part_compiles_beside_a_foreign_module() -> None:

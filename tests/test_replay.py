@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fastvit_kernels import replay, tuned
+from fastvit_kernels.recipe import Program
 from test_gradient_copy import model
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -39,9 +40,9 @@ class Checked:
             return done
         recorded, recipe = replay.record(launcher, args, tensors)
         assert recipe is not None, f"{launcher.__module__} cannot be repeated"
-        assert not _held(recipe)
+        assert not _held(list(recipe.__globals__.values()))  # type: ignore[attr-defined]
         others = [t for t in elsewhere(args) if isinstance(t, Tensor)]
-        repeated = recipe.repeat(*others)
+        repeated = recipe(*others)
         for got in (recorded, repeated):
             assert type(got) is type(done)
             torch.testing.assert_close(got, done, rtol=0, atol=0, equal_nan=True, check_stride=True)
@@ -173,14 +174,14 @@ def test_the_third_call_is_repeated(device: torch.device) -> None:
 def test_compiled_ops_are_repeated(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile passes lists for tuples."""
     repeats: list[Callable] = []
-    function = replay._function
+    function = Program.function
 
-    def counted(*args: Any) -> Callable[..., Any]:
-        repeat = function(*args)
+    def counted(program: Program) -> Callable[..., Any]:
+        repeat = function(program)
         return lambda *tensors: repeats.append(repeat) or repeat(*tensors)
 
     monkeypatch.setattr(replay, "run", replay.replay)
-    monkeypatch.setattr(replay, "_function", counted)
+    monkeypatch.setattr(Program, "function", counted)
     images, weight = torch.randn(2, 3, 8, 8, device=device), torch.randn(16, 3, 4, 4, device=device)
     compiled = torch.compile(ops.patch_embed, backend="aot_eager", fullgraph=True)
     grads = []
@@ -215,12 +216,15 @@ def test_tensors_are_let_go_after_their_last_use(device: torch.device) -> None:
         second.copy_(first)
         return second.mul(2)
 
-    _, recipe = replay.record(launcher, (x := torch.randn(4, device=device),), [x])
-    assert recipe is not None
-    names = [type(step).__name__ for step in recipe.steps]
+    x = torch.randn(4, device=device)
+    with replay.Recorder([x]) as watch:
+        result = launcher(x)
+    program = watch.program("launcher", 1, result)
+    assert program is not None
+    names = [type(step).__name__ for step in program.steps]
     add, end = "Call", "Release"
     assert names == [add, add, end, "Allocation", "Call", end, "Call", end]
-    assert torch.equal(recipe.repeat(x + 1), 2 * (x + 2))
+    assert torch.equal(program.function()(x + 1), 2 * (x + 2))
 
 
 def test_so_many_recipes_are_kept(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Launch kernels with little CPU overhead.
 
-A ViT block makes 7 launches forward and 15 backward, of some 25 arguments each; in small batches
+A ViT block makes 7 launches forward and 14 backward, of some 25 arguments each; in small batches
 and small models the GPU waits for them. Triton binds and classifies every argument of every call;
 here a compiled kernel is cached under the few facts that Triton specializes on, and is called with
 the arguments as they are. `replay` goes further and repeats all launches of a call of an op.

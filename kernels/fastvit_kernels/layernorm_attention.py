@@ -1,14 +1,16 @@
 """x + path_scale * layer_scale * (attention(LayerNorm(x) W_qkv^T + b_qkv) W_proj^T + b_proj).
 
 The attention branch of a block, from the kernels of `layernorm_linear`, `attention` and
-`linear_residual`. As one op it costs the CPU a third of what those three do, all its weights are
-cast in one launch, and the partial sums of all its parameters' gradients are added in another.
+`linear_residual`. As one op it costs the CPU less than those three, both weights are cast in one
+launch, and the partial sums of all parameters' gradients are added in another. In backward qkv, o
+and g live until its end.
 
 x: (B, N, C); qkv_weight: (3 H D, C); proj_weight: (C, H D); layer_scale: (C,); path_scale: (B,).
 Saved for backward: x, qkv, o, lse, mean and rstd (float32), both weights in the compute dtype.
 Launches: 4 forward (norm and casts, QKV, attention, projection); 8 backward (dO and dW of the
 projection, attention, dh, norm, dW of QKV, the reduction of all partial sums) if attention takes
-two, and with LayerScale one more (`linear_residual.dx_operands`).
+two; one more each with LayerScale (`linear_residual.dx_operands`), and if g is not attached to dout
+(`gradient_copy`).
 Bytes: those of the three ops.
 """
 
@@ -20,9 +22,9 @@ from torch import Tensor
 
 from fastvit_kernels import (
     attention,
+    branch,
     gemm,
     gemm_dw,
-    gradient_copy,
     layernorm,
     library,
     parameter_grads,
@@ -98,7 +100,7 @@ def _fwd(
     if not backward:
         return [out, *statistics]
     weights = ((qkv_weight, qkv_param), (proj_weight, proj_param))
-    return [out, qkv, o, lse, mean, rstd, *(returnable(*w, True) for w in weights), *statistics]
+    return [out, qkv, o, lse, mean, rstd, *(returnable(*w) for w in weights), *statistics]
 
 
 def _fwd_fake(
@@ -134,7 +136,7 @@ def _fwd_fake(
     params = (qkv_param, proj_param)
     return [
         *(out, qkv, o, lse, mean, rstd),
-        *(returnable(plan_cast(p, dtype)[0], p, True) for p in params),
+        *(returnable(plan_cast(p, dtype)[0], p) for p in params),
     ]
 
 
@@ -250,20 +252,20 @@ class LayerNormAttentionFunction(torch.autograd.Function):
     ) -> Tensor:
         x3 = x.contiguous()
         keeps = row_statistics.enabled(x3, proj_weight, dtype)
-        norm, branch = (norm_weight, norm_bias), (layer_scale, path_scale)
+        norm, scales = (norm_weight, norm_bias), (layer_scale, path_scale)
         qkv, proj = (qkv_weight, qkv_bias), (proj_weight, proj_bias)
         options = (heads, scale, eps, rms, dtype, backward)
         out_dtype = branch_dtype(x, layer_scale, dtype)
         out, *made = layernorm_attention_fwd(
-            x3, *norm, *qkv, *proj, *branch, parts, copy, *options, out_dtype, keeps
+            x3, *norm, *qkv, *proj, *scales, parts, copy, *options, out_dtype, keeps
         )
         if backward:
             *saved, w_qkv, w_proj = made[:7]
             w_qkv = qkv_weight if qkv_weight.dtype == dtype else w_qkv
             w_proj = proj_weight if proj_weight.dtype == dtype else w_proj
-            ctx.save_for_backward(x3, *saved, *norm, w_qkv, *qkv, w_proj, *proj, *branch)
-            ctx.options, ctx.upstream = (scale, rms), gradient_copy.find_request(x, dtype)
-            ctx.copy_request = gradient_copy.make_request(out, dtype, path_scale)
+            ctx.save_for_backward(x3, *saved, *norm, w_qkv, *qkv, w_proj, *proj, *scales)
+            ctx.options = (scale, rms)
+            branch.connect(ctx, x, out, dtype, path_scale)
         if statistics := made[7 if backward else 0 :]:
             row_statistics.keep(out, *statistics)
         return out
@@ -271,17 +273,7 @@ class LayerNormAttentionFunction(torch.autograd.Function):
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
-        *saved, path_scale = ctx.saved_tensors  # checkpointing lets them be read once
-        needs = ctx.needs_input_grad[1:8]
-        request = gradient_copy.current_request(ctx.upstream)
-        g = gradient_copy.branch_gradient(dout, ctx.copy_request, saved[8].dtype, path_scale)
-        residual = dout.contiguous()
-        g = residual if g is dout else g.contiguous()
-        copy = (request is not None, None if request is None else request.path_scale)
-        dx, *grads = layernorm_attention_bwd(residual, g, *saved, *ctx.options, needs, *copy)
-        if request is not None:
-            gradient_copy.attach(dx, grads.pop(0), request)
-        return dx, *library.spread(grads, needs), *(None,) * 9
+        return branch.backward(ctx, dout, layernorm_attention_bwd)
 
 
 def layernorm_attention(

@@ -53,14 +53,14 @@ def _fwd(
     out = param.new_empty((len(x), len(param)), dtype=dtype)
     norm, rows = (norm_weight, norm_bias), (parts, copy)
     mean, rstd = norm_gemm(x, *norm, weight, out, eps, rms, param, rows, casts=casts, bias=bias)
-    return out, mean, rstd, returnable(weight, param, keeps_weight)
+    return out, mean, rstd, returnable(weight if keeps_weight else None, param)
 
 
 def _fwd_fake(x, norm_weight, norm_bias, param, bias, parts, copy, eps, rms, dtype, keeps_weight):
     out = param.new_empty((x.shape[0], len(param)), dtype=dtype)
     stats = x.new_empty(x.shape[0], dtype=torch.float32)
     weight, _ = plan_cast(param, dtype, keeps_weight)
-    return out, stats, torch.empty_like(stats), returnable(weight, param, keeps_weight)
+    return out, stats, torch.empty_like(stats), returnable(weight, param)
 
 
 def _bwd(

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels import (
+    branch,
     gemm,
     gemm_dw,
-    gradient_copy,
     layernorm,
     library,
     mlp_narrow,
@@ -70,15 +70,9 @@ def _fwd(
     fc1_weight, casts1 = plan_cast(fc1_param, dtype, needed)
     fc2_weight, casts2 = plan_cast(fc2_param, dtype)
     casts = [*casts1, *casts2]
-
-    def returned(mean: Tensor, rstd: Tensor, *statistics: Tensor | None) -> list[Tensor]:
-        found = [out]
-        if backward:
-            found += [x.new_empty((0, 0), dtype=dtype) if u is None else u, mean, rstd]
-            weights = ((fc1_weight, fc1_param), (fc2_weight, fc2_param))
-            found += [returnable(*w, True) for w in weights]
-        return [*found, *(t for t in statistics if t is not None)]
-
+    kept = [x.new_empty((0, 0), dtype=dtype) if u is None else u] if backward else []
+    pairs = ((fc1_weight, fc1_param), (fc2_weight, fc2_param)) if backward else ()
+    weights = [returnable(*pair) for pair in pairs]
     config = None
     if narrow and fc1_weight is not None:
         config = mlp_narrow.config("fwd", rows, fc1_weight, fc2_weight)
@@ -87,7 +81,8 @@ def _fwd(
             target.copy_(source)
         norm, fc = (norm_weight, norm_bias), (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         options = (layer_scale, path_scale, eps, rms, activation)
-        return returned(*mlp_narrow.mlp_fwd(config, rows, *norm, *fc, *options, as_rows(out), u))
+        stats = mlp_narrow.mlp_fwd(config, rows, *norm, *fc, *options, as_rows(out), u)
+        return [out, *kept, *stats, *weights] if backward else [out]
     hidden = x.new_empty((len(rows), len(fc1_param)), dtype=dtype)
     mean, rstd = norm_gemm(
         rows,
@@ -121,7 +116,8 @@ def _fwd(
         layer_scale=layer_scale,
         path_scale=path_scale,
     )
-    return returned(mean, rstd, out_parts, out_copy)
+    statistics = [t for t in (out_parts, out_copy) if t is not None]
+    return [out, *kept, mean, rstd, *weights, *statistics] if backward else [out, *statistics]
 
 
 def _fwd_fake(
@@ -151,7 +147,7 @@ def _fwd_fake(
     u = x.new_empty((rows, len(fc1_param)) if save_u else (0, 0), dtype=dtype)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     params = (fc1_param, fc2_param)
-    return [out, u, mean, rstd, *(returnable(plan_cast(p, dtype)[0], p, True) for p in params)]
+    return [out, u, mean, rstd, *(returnable(plan_cast(p, dtype)[0], p) for p in params)]
 
 
 def _bwd(
@@ -284,20 +280,20 @@ class LayerNormMlpFunction(torch.autograd.Function):
     ) -> Tensor:
         x3 = x.contiguous()
         out_dtype = branch_dtype(x, layer_scale, dtype)
-        norm, branch = (norm_weight, norm_bias), (layer_scale, path_scale)
+        norm, scales = (norm_weight, norm_bias), (layer_scale, path_scale)
         fc1, fc2 = (fc1_weight, fc1_bias), (fc2_weight, fc2_bias)
         options, keeps = (eps, rms, activation), row_statistics.enabled(x3, fc2_weight, dtype)
         saves = (dtype, save_u, backward, out_dtype, keeps)
         out, *made = layernorm_mlp_fwd(
-            x3, *norm, *fc1, *fc2, *branch, parts, copy, *options, *saves
+            x3, *norm, *fc1, *fc2, *scales, parts, copy, *options, *saves
         )
         if backward:
             *saved, w1, w2 = made[:5]
             w1 = fc1_weight if fc1_weight.dtype == dtype else w1
             w2 = fc2_weight if fc2_weight.dtype == dtype else w2
-            ctx.save_for_backward(x3, *saved, *norm, w1, *fc1, w2, *fc2, *branch)
-            ctx.options, ctx.upstream = options, gradient_copy.find_request(x, dtype)
-            ctx.copy_request = gradient_copy.make_request(out, dtype, path_scale)
+            ctx.save_for_backward(x3, *saved, *norm, w1, *fc1, w2, *fc2, *scales)
+            ctx.options = options
+            branch.connect(ctx, x, out, dtype, path_scale)
         if statistics := made[5 if backward else 0 :]:
             row_statistics.keep(out, *statistics)
         return out
@@ -305,17 +301,7 @@ class LayerNormMlpFunction(torch.autograd.Function):
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
-        *saved, path_scale = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:8]
-        request = gradient_copy.current_request(ctx.upstream)
-        g = gradient_copy.branch_gradient(dout, ctx.copy_request, saved[6].dtype, path_scale)
-        residual = dout.contiguous()
-        g = residual if g is dout else g.contiguous()
-        copy = (request is not None, None if request is None else request.path_scale)
-        dx, *grads = layernorm_mlp_bwd(residual, g, *saved, *ctx.options, needs, *copy)
-        if request is not None:
-            gradient_copy.attach(dx, grads.pop(0), request)
-        return dx, *library.spread(grads, needs), *(None,) * 9
+        return branch.backward(ctx, dout, layernorm_mlp_bwd)
 
 
 def layernorm_mlp(

@@ -28,9 +28,9 @@ def plan_cast(
     return weight, [(param, weight)]
 
 
-def returnable(weight: Tensor | None, param: Tensor, keeps: bool) -> Tensor:
-    """weight for an op to return: empty if not kept or if it is param, an argument of the op."""
-    return param.new_empty(0) if weight is None or weight is param or not keeps else weight
+def returnable(weight: Tensor | None, param: Tensor) -> Tensor:
+    """weight for an op to return: empty if it is None or param, an argument of the op."""
+    return param.new_empty(0) if weight is None or weight is param else weight
 
 
 def norm_gemm(

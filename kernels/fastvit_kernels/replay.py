@@ -7,12 +7,11 @@ waits for it. So the second call with the same key is recorded as a recipe, and 
 its allocations and launches with the addresses of their own tensors. Shapes that occur once are not
 recorded.
 
-A recipe refers to tensors by number: first the launcher's arguments, then the tensors it makes, in
-order. Replay drops each tensor after its last use, no later than the launcher does.
+A recipe (`recipe`) drops each tensor after its last use, no later than the launcher does.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,180 +22,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastvit_kernels import launch, tuned
 from fastvit_kernels.common import INTERPRET
 from fastvit_kernels.operands import precision
+from fastvit_kernels.recipe import Allocation, Call, Launch, Program, Release, TensorRef, moved
 
 MAX_RECIPES = 4096  # recipes kept
 _SEEN = object()  # marks a key of which one call was made
 _recipes: dict[tuple, Any] = {}
 tuned.on_clear(_recipes.clear)
-
-
-class TensorRef(NamedTuple):
-    """Where a tensor lies: `offset` bytes into tensor `index`. whole: it is that tensor."""
-
-    index: int
-    offset: int
-    shape: torch.Size
-    strides: tuple[int, ...]
-    whole: bool
-
-    def source(self, code: "_Code") -> str:
-        found = f"t{self.index}"
-        if self.whole:
-            return found
-        layout = code.name(tuple(self.shape)), code.name(self.strides)
-        return f"view_at({found}, {', '.join(layout)}, {self.offset})"
-
-    @property
-    def address(self) -> str:
-        return f"p{self.index} + {self.offset}" if self.offset else f"p{self.index}"
-
-
-def _view_at(t: Tensor, shape: Any, strides: Any, offset: int) -> Tensor:
-    """A view of t's memory that begins `offset` bytes behind t."""
-    return t.as_strided(shape, strides, t.storage_offset() + offset // t.element_size())
-
-
-class Allocation(NamedTuple):
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    has_version_counter: bool  # although it is made in inference mode
-
-    def source(self, code: "_Code") -> str:
-        shape, strides, dtype, device = map(code.name, self[:4])
-        make = "empty_with_version" if self.has_version_counter else "empty_strided"
-        return code.made(f"{make}({shape}, {strides}, dtype={dtype}, device={device})")
-
-
-def _empty_with_version(*args: Any, **kwargs: Any) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.empty_strided(*args, **kwargs)
-
-
-class Call(NamedTuple):
-    """A call of a PyTorch op. makes: its result is a new tensor, not one of its arguments."""
-
-    op: Any
-    args: tuple
-    options: dict[str, Any]
-    makes: bool
-
-    def source(self, code: "_Code") -> str:
-        def found(arg: Any) -> str:
-            return arg.source(code) if isinstance(arg, TensorRef) else code.name(arg)
-
-        args = [*map(found, self.args), *(f"{k}={found(a)}" for k, a in self.options.items())]
-        call = f"{code.name(self.op)}({', '.join(args)})"
-        return code.made(call) if self.makes else call
-
-
-class Launch(NamedTuple):
-    """A kernel launch. places: for each tensor in args its index and place; for each TMA descriptor
-    the index, its base's place and the descriptor.
-    """
-
-    launch_fn: launch.LaunchFn
-    args: tuple
-    places: list[tuple[int, TensorRef, TensorDescriptor | None]]
-    compiled: bool
-
-    def source(self, code: "_Code") -> str:
-        args = [code.name(a) for a in self.args]
-        for i, place, descriptor in self.places:
-            args[i] = place.address if self.compiled else place.source(code)
-            if descriptor is not None:
-                base = f"Address({args[i]})" if self.compiled else args[i]
-                args[i] = f"moved({code.name(descriptor)}, {base})"
-        stream = "stream" if self.compiled else None
-        return f"{code.name(self.launch_fn)}({stream}, ({', '.join(args)},))"
-
-
-class Release(NamedTuple):
-    index: int
-
-    def source(self, _: Any) -> str:
-        return f"t{self.index} = None"
-
-
-class _Address:
-    """A TMA descriptor's base as far as Triton's launcher reads it."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-    def data_ptr(self) -> int:
-        return self.value
-
-
-def _moved(descriptor: TensorDescriptor, base: Any) -> TensorDescriptor:
-    """The descriptor with another base, without the checks that the original has passed."""
-    moved = object.__new__(TensorDescriptor)
-    moved.__dict__.update(descriptor.__dict__, base=base)
-    return moved
-
-
-class _Code:
-    """Python source of a recipe, in which tensor i is `t<i>` and its address `p<i>`, and the
-    constants that the source names.
-    """
-
-    def __init__(self, inputs: int, addressed: set[int]) -> None:
-        self.count, self.addressed = inputs, addressed
-        self.constants: dict[str, Any] = {
-            "empty_strided": torch.empty_strided,
-            "empty_with_version": _empty_with_version,
-            "view_at": _view_at,
-            "moved": _moved,
-            "Address": _Address,
-            "current_stream": launch.current_stream,
-        }
-
-    def name(self, constant: Any) -> str:
-        """The source of a constant."""
-        if constant is None or type(constant) in (int, bool):
-            return repr(constant)
-        name = f"c{len(self.constants)}"
-        self.constants[name] = constant
-        return name
-
-    def made(self, value: str) -> str:
-        """The source of the next tensor's making."""
-        i, self.count = self.count, self.count + 1
-        made = f"t{i} = {value}"
-        return f"{made}; p{i} = t{i}.data_ptr()" if i in self.addressed else made
-
-
-def _function(
-    inputs: int, steps: list[Any], results: list[TensorRef], form: type
-) -> Callable[..., Any]:
-    """A function of `inputs` tensors that does the steps: straight-line code takes half the time of
-    a loop over them.
-    """
-    launches = [step for step in steps if isinstance(step, Launch) and step.compiled]
-    addressed = {place.index for step in launches for _, place, _ in step.places}
-    code = _Code(inputs, addressed)
-    lines = [f"p{i} = t{i}.data_ptr()" for i in range(inputs) if i in addressed]
-    lines += ["stream = current_stream()"] if launches else []
-    lines += [step.source(code) for step in steps]
-    found = ", ".join(place.source(code) for place in results)
-    if form in (list, tuple):
-        found = f"[{found}]" if form is list else f"({found},)"
-    arguments = ", ".join(f"t{i}" for i in range(inputs))
-    source = "\n    ".join([f"def repeat({arguments}):", *lines, f"return {found}"])
-    exec(source, code.constants)
-    return code.constants["repeat"]
-
-
-class Recipe(NamedTuple):
-    """What a launcher does. repeat(*tensors) does it to other tensors."""
-
-    steps: list[Any]
-    repeat: Callable[..., Any]
-
-
 _ALLOCATE = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -261,7 +92,7 @@ class Recorder(TorchDispatchMode):
         places = []
         for i, arg in enumerate(args):
             if isinstance(arg, TensorDescriptor):
-                places.append((i, self._place(arg.base), _moved(arg, None)))
+                places.append((i, self._place(arg.base), moved(arg, None)))
             elif isinstance(arg, Tensor):
                 places.append((i, self._place(arg), None))
         self.steps.append(Launch(launch_fn, _without_tensors(args), places, compiled))
@@ -286,8 +117,8 @@ class Recorder(TorchDispatchMode):
         whole = offset == 0 and (t.shape, t.stride()) == self.counted[number]
         return TensorRef(number, offset, t.shape, t.stride(), whole)
 
-    def recipe(self, inputs: int, result: Any) -> Recipe | None:
-        """The recipe of a launcher with `inputs` tensors that returned `result`, None if none."""
+    def program(self, name: str, inputs: int, result: Any) -> Program | None:
+        """What a launcher of `inputs` tensors that returned `result` did, None if inexpressible."""
         form = type(result)
         results = [self._place(t) for t in (result if form in (list, tuple) else [result])]
         if self.lost or any(place.index < inputs for place in results):
@@ -302,8 +133,7 @@ class Recorder(TorchDispatchMode):
                 places.add(made)
             steps += [*map(Release, sorted(places - used)), step]
             used |= places
-        steps.reverse()
-        return Recipe(steps, _function(inputs, steps, results, form))
+        return Program(name, inputs, steps[::-1], results, form)
 
 
 def _shares(t: Tensor, base: Tensor) -> bool:
@@ -339,8 +169,8 @@ def replay(launcher: Callable[..., Any], args: tuple) -> Any:
     if key is None or launch.recording.recorder is not None:
         return launcher(*args)
     recipe = _recipes.get(key)
-    if type(recipe) is Recipe:
-        return recipe.repeat(*tensors)
+    if callable(recipe):
+        return recipe(*tensors)
     if recipe is None:
         if len(_recipes) >= MAX_RECIPES:
             _recipes.clear()
@@ -354,11 +184,12 @@ def replay(launcher: Callable[..., Any], args: tuple) -> Any:
 
 def record(
     launcher: Callable[..., Any], args: tuple, tensors: list[Tensor]
-) -> tuple[Any, Recipe | None]:
+) -> tuple[Any, Callable[..., Any] | None]:
     """launcher(*args) and its recipe. tensors: those among args, in order."""
     with Recorder(tensors) as watch:
         result = launcher(*args)
-    return result, watch.recipe(len(tensors), result)
+    program = watch.program(launcher.__module__, len(tensors), result)
+    return result, None if program is None else program.function()
 
 
 def _cache_key(launcher: Callable[..., Any], args: tuple) -> tuple[tuple | None, list[Any]]:

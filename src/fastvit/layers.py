@@ -211,6 +211,8 @@ class Attention(nn.Module):
         """Return qkv and proj if `ops.layernorm_attention` computes what the modules would."""
         if self.q_bias is not None or self.q_norm is not None or self.k_norm is not None:
             return None
+        if not uses_methods_of(self, (Attention,), "project", "qk_options"):
+            return None
         qkv, proj = fetch(self, "qkv"), fetch(self, "proj")
         parts = {"norm": (norm, _NORMS), "qkv": (qkv, _LINEAR), "proj": (proj, _LINEAR)}
         return None if why_not_fused(**parts) else (qkv, proj)
@@ -446,7 +448,7 @@ class Block(nn.Module):
         norm1, attn, ls1 = (fetch(self, name) for name in ("norm1", "attn", "ls1"))
         path = self.path_scale(x)
         if reason := _why_branch_unfused("attn", attn, "ls1", ls1):
-            ops.record_fallback("layernorm_linear", x, reason)
+            ops.record_fallback("layernorm_attention", x, reason)
             y = attn(norm1(x)) if rope is None else attn(norm1(x), rope=rope)
             x = _add(x, y, ls1, path)[:, :rows]
         else:

@@ -34,7 +34,10 @@ def bare_name(name: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
 
 
 def fetch(module: nn.Module, name: str) -> Any:
-    """getattr(module, name), in a fifth of its time where that is a parameter or a submodule."""
+    """getattr(module, name), in less time where that is a parameter or a submodule."""
+    # As in getattr, a property or an entry of __dict__ goes first.
+    if name in module.__dict__ or hasattr(type(module), name):
+        return getattr(module, name)
     found = module._parameters.get(name)
     if found is None:
         found = module._modules.get(name)
