@@ -29,6 +29,7 @@ round_to_bfloat16_as_a_gpu_does()
 import fastvit
 from benchmarks import (
     bench_attention,
+    bench_layernorm_attention,
     bench_layernorm_linear,
     bench_layernorm_mlp,
     bench_linear_residual,
@@ -266,6 +267,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[harness.Case]:
     yield bench_layernorm_linear.case(device, name, b, c, dtype, True)
     yield bench_attention.case(device, b, 197, c // 64, 64, dtype, True)
     yield bench_linear_residual.case(device, name, b, c, dtype, True)
+    yield bench_layernorm_attention.case(device, name, b, c, dtype, True)
     yield bench_layernorm_mlp.case(device, name, b, c, dtype, True)
 
 
