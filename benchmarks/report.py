@@ -179,9 +179,10 @@ def ceilings_line(result: dict) -> str:
     c = result["ceilings"]
     rates = ", ".join(f"{k} {number(v / 1e12)} TFLOP/s" for k, v in c["flops"].items())
     return (
-        f"Measured in the same run: matrix products {rates}; copy {c['bandwidth'] / 1e9:.0f} GB/s. "
+        f"Measured in the last run: matrix products {rates}; copy {c['bandwidth'] / 1e9:.0f} GB/s. "
         "MFU is relative to that rate. A floor is the longer of FLOPs at that rate and bytes at "
-        "that bandwidth. For every provider, FLOPs are those of all tokens in all blocks."
+        "that bandwidth. Both are by the rates of a row's own run. For every provider, FLOPs are "
+        "those of all tokens in all blocks."
     )
 
 

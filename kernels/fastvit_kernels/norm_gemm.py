@@ -48,8 +48,8 @@ def norm_gemm(
     **epilogue: Any,
 ) -> tuple[Tensor, Tensor]:
     """Write epilogue(norm(x) weight^T) to out; return mean and rstd. param: weight before its cast;
-    rows: parts and copy of x; known: mean and rstd, when this is recomputed in backward; casts:
-    cast in the norm's launch.
+    rows: parts and copy of x; known: mean and rstd, when this is recomputed in backward; casts: of
+    weights, in the norm's launch.
     """
     if norm_is_folded(x, param, out.dtype):
         norm, bias = (norm_weight, norm_bias), epilogue.pop("bias", None)

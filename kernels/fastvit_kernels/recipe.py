@@ -1,7 +1,7 @@
 """A recipe: Python source that repeats a launcher's allocations and launches for other tensors.
 
 Tensor i is `t<i>` there and its address `p<i>`: first the launcher's arguments, then the tensors it
-makes, in order. Straight-line code takes half the time of a loop over the steps.
+makes, in order. Straight-line code takes less time than a loop over the steps.
 """
 
 from collections.abc import Callable

@@ -147,12 +147,15 @@ def run(w: Workload) -> None:
         layernorm_linear._fwd(x, vector, vector, *qkv[1:], *known, 1e-6, False, w.dtype, True)
     linear_residual._bwd(out, out, proj, proj.to(master), vector, layer_scale, [True] * 3)
 
-    # The weights' partial sums are added together in the attention branch as one op.
-    packed, mask = new(w.batch, N, 3 * w.dim), [True] * 7
-    linears = (*qkv, proj, proj.to(master), vector, layer_scale)
-    x3, out3 = x.view(w.batch, N, w.dim), out.view(w.batch, N, w.dim)
-    saved = (packed, o, lse, *norm, *linears)
-    layernorm_attention._bwd(x3, out3, x3, *saved, 0.125, False, mask, False, None)
+    packed = new(w.batch, N, 3 * w.dim)
+    x3, out3 = (t.view(w.batch, N, w.dim) for t in (x, out))
+    linears, options = (*qkv[1:], proj.to(master), vector), (w.heads, 0.125, 1e-6, False, w.dtype)
+    for known in told:
+        layernorm_attention._fwd(
+            x3, vector, vector, *linears, *branch, *known, *options, True, master, keeps
+        )
+    saved = (packed, o, lse, *norm, *qkv, proj, proj.to(master), vector, layer_scale)
+    layernorm_attention._bwd(x3, out3, x3, *saved, 0.125, False, [True] * 7, False, None)
 
     fc1, fc1_b, fc2 = new(w.mlp_dim, w.dim), new(w.mlp_dim, dtype=master), new(w.dim, w.mlp_dim)
     for act in ("gelu", "gelu_tanh", "quick_gelu"):
