@@ -1,8 +1,11 @@
 """Attention against float64: forward and every gradient, odd sizes, all head dims, bad values."""
 
+import math
+
 import pytest
 import torch
 from checks import check, dtype_name
+from fastvit_kernels import tuned
 from parity import (
     DTYPES,
     check_compiles,
@@ -55,13 +58,46 @@ def test_autocast(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-@pytest.mark.parametrize("N", [40, 140, 400])
-def test_large_scores(N: int, dtype: torch.dtype, device: torch.device, on_gpu: bool) -> None:
+@pytest.mark.parametrize(("size", "N"), [(1, 40), (1, 140), (1, 400), (512, 140), (512, 400)])
+def test_large_scores(
+    size: int, N: int, dtype: torch.dtype, device: torch.device, on_gpu: bool
+) -> None:
+    """q and k of 1e3; and of 5e5, where dQ scales scores by a power of two."""
     qkv = leaf(1, N, 3, 1, 16, grad=False)
     qkv[:, :, :2] *= 1e3
     if not on_gpu:  # numpy's order of summation depends on the shape: make all sums exact
         qkv[:, :, :2] = 16 * (qkv[:, :, :2] / 16).round()
+    qkv[:, :, :2] *= size
     check_parity("attention_qkv", {"qkv": qkv.requires_grad_()}, dtype, device)
+
+
+def test_large_scores_do_not_round_dq(device: torch.device) -> None:
+    """The exponent of p is rounded by up to half a unit, which dQ makes good. Scores of 9e6, off by
+    a few: eager rounds them as much, so that dQ is compared with float64 alone."""
+    q, k, v = torch.randn(3, 1, 256, 1, 16).unbind(0)
+    q = torch.zeros_like(q)
+    q[..., 0], k[..., 0] = 3e6, 1
+    do = torch.randn_like(v)
+
+    def dq(backend: str, *tensors: torch.Tensor) -> torch.Tensor:
+        q, k, v, do = (t.to(device) for t in tensors)
+        with fastvit.use_backend(backend):
+            o = ops.attention(q.requires_grad_(), k, v, scale=math.log(2) / 3)
+        return torch.autograd.grad(o, q, do)[0].double()
+
+    got = dq("triton", q, k, v, do)
+    truth = dq("reference", *(t.double() for t in (q, k, v, do)))
+    torch.testing.assert_close(got, truth, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("N", [140, 180])
+def test_tiles_of_sm_90(N: int, device: torch.device, on_gpu: bool) -> None:
+    """The last tile of queries takes one step in dK and dV, then two; that of keys is one of 16
+    rows, then a whole one with a mask."""
+    if on_gpu:
+        pytest.skip("the GPU has tiles of its own")
+    with tuned.target(90, sms=1):
+        check_parity("attention_qkv", {"qkv": leaf(1, N, 3, 1, 64)}, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize(("N", "H"), [(20, 2), (20, 1), (130, 2)])
@@ -167,6 +203,15 @@ def test_tails_are_cut_to_size(N: int, arch: int) -> None:
     keys = c["KEYS"] if "KEYS" in c else N // c["BLOCK_N"] * c["BLOCK_N"] + c["TAIL_N"]
     assert rows >= N and keys >= N
     assert 1 - N * N / (rows * keys) < 0.12
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_columns_without_a_mask_are_keys(arch: int) -> None:
+    from fastvit_kernels.attention_plan import plan_fwd
+
+    for N in range(1, 225):
+        c = plan_fwd(256 * 12, N, 64, torch.bfloat16, False, arch, 132).constants
+        assert c["MASK_FROM"] < N <= c["KEYS"]
 
 
 def test_batch_beyond_a_grid_is_refused_or_served_by_the_reference(device: torch.device) -> None:

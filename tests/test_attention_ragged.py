@@ -91,6 +91,12 @@ def test_what_padding_holds_does_not_matter(bad: float, device: torch.device) ->
         assert (grad[b, n:, 1:] == 0).all()
 
 
+def test_a_longest_length_may_be_far_too_long(device: torch.device) -> None:
+    x, ends = torch.randn(43, 3, 2, 16, device=device), bounds([40, 3]).to(device)
+    with fastvit.use_backend("triton"):
+        assert torch.equal(*(ops.attention_packed(x, ends, n) for n in (40, 1 << 30)))
+
+
 def test_ragged_is_repeatable_and_compiles(device: torch.device) -> None:
     lengths = [40, 3, 70]
     args = {"qkv": leaf(sum(lengths), 3, 2, 16), "cu_seqlens": bounds(lengths), "max_seqlen": 70}

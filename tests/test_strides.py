@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.deterministic
-from fastvit_kernels.attention import strides_divisor
+from fastvit_kernels.attention import strides_divisor, with_int32_offsets
 from parity import check_parity, leaf
 from test_gemm_ops import layernorm_attention, layernorm_linear, layernorm_mlp, linear_residual
 from torch import Tensor
@@ -120,12 +120,15 @@ def test_rows_are_read_by_eights_only_where_all_strides_permit_it() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["resident", "walked over"])
-def test_heads_half_the_range_of_32_bits_apart(
-    dropout: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("apart", ["heads", "tokens"])
+def test_half_the_range_of_32_bits_apart(
+    apart: str, dropout: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Strides span 4 GiB, of which only the pages that hold the three heads are touched."""
-    N, D = 9, 16
+    """Strides span 4 GiB, of which only the pages of three heads or three tokens are touched."""
+    N, D = (9, 16) if apart == "heads" else (3, 16)
     strides = (3 * N * D, 3 * D, D, 1 << 30, 1)
+    if apart == "tokens":
+        strides = (9 * D, 1 << 30, 3 * D, D, 1)
     with monkeypatch.context() as patch:
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
         qkv = torch.empty_strided((1, N, 3, 3, D), strides, dtype=torch.float16, device=device)
@@ -139,3 +142,10 @@ def test_heads_half_the_range_of_32_bits_apart(
             results.append((out, *torch.autograd.grad(out, x, x.detach()[:, :, 0])))
         for got, expected in zip(*results, strict=True):
             assert torch.equal(got, expected)
+
+
+def test_a_sequence_too_long_for_32_bit_offsets_is_refused() -> None:
+    q = torch.empty(1, 1 << 20, 12, 64, device="meta")
+    with pytest.raises(RuntimeError, match=r"one sequence, 1048576 tokens, 12 heads .* 2\*\*31"):
+        with_int32_offsets(q, q.shape[1])
+    assert with_int32_offsets(q) is q  # a packed batch of short sequences

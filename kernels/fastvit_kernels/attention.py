@@ -58,12 +58,22 @@ def strides_divisor(*tensors: Tensor) -> int:
     return 8 if all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1]) else 1
 
 
-def with_int32_offsets(t: Tensor) -> Tensor:
-    """t, copied if its heads or channels are so far apart that their offsets overflow 32 bits. The
-    kernels use 32-bit offsets there: 64-bit ones cost some of them a quarter more registers.
+def with_int32_offsets(t: Tensor, tokens: int = 0) -> Tensor:
+    """t, copied if its heads, its channels or `tokens` of its rows are so far apart that their
+    offsets overflow 32 bits. The kernels use 32-bit offsets there: 64-bit ones cost instructions
+    in their loops, and some of them a quarter more registers.
+
+    RuntimeError: the gradient of a packed qkv of so many tokens, whose rows lie 3 H D apart, would
+    overflow too.
     """
-    (H, D), (stride_h, stride_d) = t.shape[-2:], t.stride()[-2:]
-    return t if max(H * stride_h, D * stride_d) < 2**31 else t.contiguous()
+    (H, D), (stride_n, stride_h, stride_d) = t.shape[-2:], t.stride()[-3:]
+    if 3 * tokens * H * D >= 2**31:
+        raise RuntimeError(
+            f"attention: q, k and v of one sequence, {tokens} tokens, {H} heads and head dim {D}, "
+            "must have under 2**31 elements"
+        )
+    within = max(tokens * stride_n, H * stride_h, D * stride_d) < 2**31
+    return t if within else t.contiguous()
 
 
 def _constants(*tensors: Tensor) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def _layout(
 ) -> _Layout:
     if cu_seqlens is None:
         return _Layout(q.shape[0], q.shape[1], lengths, None)
-    return _Layout(len(cu_seqlens) - 1, max_seqlen, lengths, cu_seqlens)
+    return _Layout(len(cu_seqlens) - 1, min(max_seqlen, q.shape[1]), lengths, cu_seqlens)
 
 
 def _fwd(
@@ -122,8 +132,8 @@ def _fwd(
     lse = q.new_empty((B, H, N), dtype=torch.float32)
     if q.numel() == 0:
         return o, lse
-    q, k, v = map(with_int32_offsets, (q, k, v))
     at = _layout(q, lengths, cu_seqlens, max_seqlen)
+    q, k, v = (with_int32_offsets(t, at.longest) for t in (q, k, v))
     plan = plan_fwd(*_plan_facts(q, at, dropout))
     strides = (*at.strides(q), *at.strides(k), *at.strides(v))
     constants = _constants(q, k, v)
@@ -171,8 +181,8 @@ def _bwd_into(
     if q.numel() == 0:
         return
     H = q.shape[2]
-    q, k, v, do = map(with_int32_offsets, (q, k, v, do))
     at = _layout(q, lengths, cu_seqlens, max_seqlen)
+    q, k, v, do = (with_int32_offsets(t, at.longest) for t in (q, k, v, do))
     plans = plan_bwd(*_plan_facts(q, at, dropout))
     strides = [at.strides(t) for t in (q, k, v, do)]
     strides = [stride for group in strides for stride in group]

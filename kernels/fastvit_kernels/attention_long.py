@@ -19,6 +19,7 @@ from fastvit_kernels.attention_tiles import (
     dot_tile,
     dropout_of,
     finish_tile,
+    is_float32,
     is_narrow,
     keep_mask,
     load_tile,
@@ -32,7 +33,7 @@ from fastvit_kernels.attention_tiles import (
     store_tile,
     zero_tile,
 )
-from fastvit_kernels.common import exp2
+from fastvit_kernels.common import exp2, log2, reciprocal
 
 
 @triton.jit
@@ -124,14 +125,14 @@ def _fwd_rows(
                 ALIGN,
                 PRECISION,
             )
-    inverse = 1.0 / row_sum
+    inverse = reciprocal(row_sum)
     if RAGGED:
         inverse = tl.where(keys > 0, inverse, 0.0)
     if len(drop):
         inverse *= drop[2]
     acc = finish_tile(acc, broadcast_rows(inverse, T), T)
     store_tile(o_rows, acc, offs_m, N, MASK_M, D, ALIGN)
-    lse = shift + tl.log2(row_sum) / scale_log2
+    lse = shift + log2(row_sum, is_float32(o_rows)) * (1.0 / scale_log2)
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < N)
 
 

@@ -6,8 +6,8 @@ rowsum(o * do), which "dkv" reads. "both" is one grid with both kinds of program
 tile computes delta for itself: for few heads, where two launches take longer.
 
 Above 128 keys no program owns a whole head, as it does in `attention_resident`: with 208 keys at
-D = 64, sm_90, 8 warps and tiles of 32 query rows take all 255 registers and spill 16 bytes (64 rows
-672 bytes; 16 warps, of 128 registers each, 1,248), so one CTA would fill an SM.
+D = 64, sm_90, 8 warps and tiles of 32 query rows take 230 registers, so that one CTA fills an SM,
+and for N = 197 a third more instructions than both kernels here. Tiles of 64 rows spill.
 """
 
 import triton
@@ -21,6 +21,7 @@ from fastvit_kernels.attention_tiles import (
     finish_tile,
     is_narrow,
     keep_mask,
+    load_rows,
     load_tile,
     num_pieces,
     piece_bounds,
@@ -32,7 +33,24 @@ from fastvit_kernels.attention_tiles import (
     store_tile,
     zero_tile,
 )
-from fastvit_kernels.common import exp2
+from fastvit_kernels.common import exp2, fma
+
+
+@triton.jit
+def _exponent_terms(lse, scale_log2):
+    """(factor, shift, excess) of each row: exp2(s * factor - shift) is 2**excess times p.
+
+    One FFMA then makes the exponent, where a difference and its scaling take two instructions; that
+    `shift` is rounded costs only the excess, which is a row's own and so a factor of dQ. Where it
+    could exceed 8, two scores that differ do so by 2**16 in p at least: there the next power of two
+    as a factor makes no difference, and rounds nothing.
+    """
+    bits = tl.cast(tl.cast(scale_log2, tl.float32), tl.int32, bitcast=True)
+    power_of_two = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    is_small = tl.abs(lse * scale_log2) < 2.0**28
+    factor = tl.where(is_small, scale_log2, power_of_two)
+    shift = lse * factor
+    return factor, shift, tl.where(is_small, fma(lse, factor, -shift), 0.0)
 
 
 @triton.jit
@@ -41,12 +59,12 @@ def _dq_keys(
     dq,
     q,
     do,
-    lse,
+    factor,
+    shift,
     delta,
     k_rows,
     v_rows,
     keys,
-    scale_log2,
     offs_m,
     drop,
     T: tl.constexpr,
@@ -60,7 +78,8 @@ def _dq_keys(
     offs_n = n + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, keys, MASK_N, D, ALIGN)
     v = load_tile(v_rows, offs_n, keys, MASK_N, D, ALIGN)
-    p = exp2((dot_rows(q, k, PRECISION, T) - broadcast_rows(lse, T)) * scale_log2)
+    s = dot_rows(q, k, PRECISION, T)
+    p = exp2(fma(s, broadcast_rows(factor, T), -broadcast_rows(shift, T)))
     if MASK_N:
         p = tl.where(broadcast_rows(offs_n < keys, not T), p, 0.0)
     dp = dot_rows(do, v, PRECISION, T)
@@ -102,9 +121,10 @@ def _dq_rows(
     delta = row_dots(load_tile(o_rows, offs_m, N, MASK_M, D, ALIGN), do)
     if delta_ptr is not None:
         tl.store(delta_ptr + offs_m, delta, mask=offs_m < N)
-    lse = tl.load(lse_ptr + offs_m, mask=offs_m < N, other=float("inf"))
+    lse = load_rows(lse_ptr, offs_m, N, MASK_M, float("inf"))
     dq = zero_tile(BLOCK_M, D, T)
-    args = (q, do, lse, delta, k_rows, v_rows, keys, scale_log2, offs_m, drop)
+    factor, shift, excess = _exponent_terms(lse, scale_log2)
+    args = (q, do, factor, shift, delta, k_rows, v_rows, keys, offs_m, drop)
     full = keys // BLOCK_N * BLOCK_N
     for n in range(0, full, BLOCK_N):
         dq = _dq_keys(n, dq, *args, T, False, BLOCK_N, D, ALIGN, PRECISION)
@@ -114,7 +134,8 @@ def _dq_rows(
             dq = _dq_keys(
                 n, dq, *args, T, True, piece_size(TAIL_N, BLOCK_N, i), D, ALIGN, PRECISION
             )
-    store_tile(dq_rows, finish_tile(dq, scale, T), offs_m, N, MASK_M, D, ALIGN)
+    dq = finish_tile(dq, broadcast_rows(scale * exp2(-excess), T), T)
+    store_tile(dq_rows, dq, offs_m, N, MASK_M, D, ALIGN)
 
 
 @triton.jit
@@ -136,7 +157,7 @@ def _dkv_rows(
     drop,
     T: tl.constexpr,
     MASK_M: tl.constexpr,
-    MASK_N: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
@@ -145,18 +166,19 @@ def _dkv_rows(
 ):
     """dk and dv plus the contribution of query rows m .. m + BLOCK_M."""
     offs_m = m + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < N
     q = load_tile(q_rows, offs_m, N, MASK_M, D, ALIGN)
     do = load_tile(do_rows, offs_m, N, MASK_M, D, ALIGN)
-    # Rows past N take lse = +inf, hence p = 0.
-    lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
+    # Rows past N take lse = +inf, hence p = 0. Beside the load of o, one of lse without a mask has
+    # ptxas serialize all wgmmas.
+    lse = load_rows(lse_ptr, offs_m, N, MASK_M or delta_ptr is None, float("inf"))
     if delta_ptr is not None:
-        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+        delta = load_rows(delta_ptr, offs_m, N, MASK_M, 0.0)
     else:
         delta = row_dots(load_tile(o_rows, offs_m, N, MASK_M, D, ALIGN), do)
     # Keys x queries: p and ds are then the left operands of dV and dK, still in registers.
     p = exp2((dot_rows(k, q, PRECISION, T) - broadcast_rows(lse, not T)) * scale_log2)
-    if MASK_N:
+    # Padded keys get a gradient, of zero. Keys past N get none, and no other's depends on their p.
+    if RAGGED:
         p = tl.where(broadcast_rows(mask_n, T), p, 0.0)
     kept = p
     if len(drop):
@@ -189,6 +211,7 @@ def _dkv_keys(
     scale_log2,
     drop,
     MASK_N: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
@@ -220,7 +243,7 @@ def _dkv_keys(
     full = N // BLOCK_M * BLOCK_M
     for m in range(0, full, BLOCK_M):
         dk, dv = _dkv_rows(
-            m, dk, dv, *args, T, False, MASK_N, BLOCK_M, BLOCK_N, D, ALIGN, PRECISION
+            m, dk, dv, *args, T, False, RAGGED, BLOCK_M, BLOCK_N, D, ALIGN, PRECISION
         )
     for i in tl.static_range(num_pieces(TAIL_M, BLOCK_M)):
         first, end = piece_bounds(full, N, TAIL_M, BLOCK_M, i)
@@ -232,7 +255,7 @@ def _dkv_keys(
                 *args,
                 T,
                 True,
-                MASK_N,
+                RAGGED,
                 piece_size(TAIL_M, BLOCK_M, i),
                 BLOCK_N,
                 D,
@@ -374,6 +397,7 @@ def _attention_bwd_kernel(
                 pid_n * BLOCK_N,
                 *args,
                 RAGGED,
+                RAGGED,
                 BLOCK_N,
                 STEP_M,
                 STEP_TAIL_M,
@@ -387,6 +411,7 @@ def _attention_bwd_kernel(
                     tiles * BLOCK_N + piece_start(TAIL_N, BLOCK_N, i),
                     *args,
                     True,
+                    RAGGED,
                     piece_size(TAIL_N, BLOCK_N, i),
                     STEP_M,
                     STEP_TAIL_M,

@@ -101,7 +101,7 @@ def _maps(q: Tensor, k: Tensor, lse: Tensor | None, rows: Tensor, scale: float) 
     maps = q.new_empty((B, H, R, N), dtype=torch.float32)
     if maps.numel() == 0:
         return maps
-    q, k = with_int32_offsets(q), with_int32_offsets(k)
+    q, k = with_int32_offsets(q, N), with_int32_offsets(k, N)
     blocks = cdiv(R, _BLOCK_R)
     splits = tuned_attention.maps_splits(B * H * blocks, cdiv(N, _BLOCK_N), q.device.index)
     launch(

@@ -2,7 +2,8 @@
 
 Where all sequences have N tokens, the last tile is one power of two or the sum of two, at least 16
 (`round_up`), so N = 197 costs 208 x 208 scores in forward. The share of wasted scores is 39 % at
-N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 4 % at 785, 2 % at 1029 and 1 % at 1370.
+N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 7 % at 785, 2 % at 1029 and 3 % at 1370 on sm_90 (4 %
+and 1 % at 785 and 1370 where a tile of 32 rows costs half one of 64: `mma_rows`).
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from fastvit_kernels.attention_resident import (
     _attention_fwd_resident_kernel,
 )
 from fastvit_kernels.launch import cdiv, launch
+from fastvit_kernels.tuned_attention import mma_rows
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Launch:
         )
 
 
-def round_up(n: int, pieces: int, largest: int) -> int:
+def round_up(n: int, pieces: int, largest: int, least: int = 16) -> int:
     """The padded length of n rows: the least multiple of 16, at least n, that consists of tiles of
-    `largest` and a tail of at most `pieces` powers of two.
+    `largest` and a tail of at most `pieces` powers of two: 16, or `least` and more.
     """
     n = cdiv(n, 16) * 16
+    if n % least > 16:
+        n = cdiv(n, least) * least
     while (n % largest).bit_count() > pieces:
         n += n & -n
     return n
@@ -78,12 +82,13 @@ def plan_fwd(
         if resident is not None and N <= resident.BLOCK_N:
             # Few heads: one program per query tile, although each then loads all keys.
             splits = cdiv(N, resident.BLOCK_M) if heads * 2 <= sms else 1
-            constants = _resident(N, resident, 2) | {"SPLITS": splits}
+            constants = _resident(N, resident, 2, mma_rows(arch))
+            constants |= {"SPLITS": splits, "MASK_FROM": _mask_from(constants["KEYS"])}
             return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
     config = tuned_attention.config("fwd", D, dtype, arch, dropout)
     if heads * cdiv(N, config.BLOCK_M) < sms:
         config = tuned_attention.config("fwd_small", D, dtype, arch, dropout)
-    sizes = _sizes("M", config, "N", N, ragged, 2, always=dropout)
+    sizes = _sizes("M", config, "N", N, ragged, 2, mma_rows(arch), always=dropout)
     return Launch(_attention_fwd_kernel, _programs(N, sizes, "M", ragged), sizes, config)
 
 
@@ -114,9 +119,10 @@ def plan_bwd(
     dq, dkv = (tuned_attention.config(name, D, dtype, arch, dropout) for name in names)
     if N <= tuned_attention.FEWER_QUERIES and not (ragged or dropout or beside):
         dkv = tuned_attention.find("dkv_fewer_queries", D, dtype, arch) or dkv
+    rows = mma_rows(arch)
     pieces = 2 if D <= 64 else 1  # wider tiles leave no registers for a tail in two pieces
-    dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, "STEP_")
-    dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, "STEP_", always=beside)
+    dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, rows, "STEP_")
+    dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, rows, "STEP_", always=beside)
     programs = [_programs(N, dq_sizes, "M", ragged), _programs(N, dkv_sizes, "N", ragged)]
     if beside:
         constants = {"PART": "both"} | dq_sizes | dkv_sizes
@@ -129,14 +135,23 @@ def plan_bwd(
     ]
 
 
-def _resident(N: int, config: tuned.Config, pieces: int) -> dict[str, Any]:
+def _resident(N: int, config: tuned.Config, pieces: int, rows: int = 16) -> dict[str, Any]:
     block_m = config.BLOCK_M
     return {
         "HAS_FULL": N >= block_m,
         "BLOCK_M": block_m,
-        "TAIL_M": round_up(N % block_m, 1, block_m),
-        "KEYS": max(32, round_up(N, pieces, 128)),
+        "TAIL_M": round_up(N % block_m, 1, block_m, min(rows, block_m)),
+        "KEYS": _keys(N, pieces),
     }
+
+
+def _keys(N: int, pieces: int) -> int:
+    return max(32, round_up(N, pieces, 128))
+
+
+def _mask_from(keys: int) -> int:
+    """The most keys that all sequences padded to `keys`, in two pieces, have more of."""
+    return max((n for n in range(0, keys, 16) if _keys(n, 2) < keys), default=0)
 
 
 def _sizes(
@@ -146,20 +161,28 @@ def _sizes(
     N: int,
     ragged: bool,
     pieces: int,
+    rows: int,
     step: str = "",
     always: bool = False,
 ) -> dict[str, int]:
     """Tile sizes of a kernel whose programs each own a block of one side (M queries or N keys) and
-    loop over the other.
+    loop over the other; `rows` are `mma_rows`.
 
     always: compile the inner tail loop even where there is no tail (it then runs zero iterations).
     Without it ptxas serializes the wgmmas of some kernels.
+
+    Where registers are limited, for one more CTA per SM, tails must do with those of the main loop,
+    at every N: the owned one has 16 rows or a whole tile, the other is walked in steps of 16.
     """
     blocks = {"M": config.BLOCK_M, "N": config.BLOCK_N}
+    limited = config.maxnreg is not None and config.maxnreg < 255
     sizes = {}
     for side, prefix in ((owned, ""), (walked, step)):
         block = blocks[side]
-        tail = block if ragged else round_up(N % block, pieces, block)
+        least = 16 if side == walked else block if limited else min(rows, block)
+        tail = block if ragged else round_up(N % block, pieces, block, least)
+        if limited and side == walked:
+            tail = 16
         if always and side == walked:
             tail = tail or block
         names = (f"BLOCK_{side}", f"TAIL_{side}")

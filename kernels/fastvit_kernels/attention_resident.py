@@ -18,8 +18,10 @@ from fastvit_kernels.attention_tiles import (
     dot_rows,
     dot_tile,
     finish_tile,
+    is_float32,
     is_last,
     is_narrow,
+    load_rows,
     load_tile,
     num_pieces,
     piece_offsets,
@@ -29,7 +31,7 @@ from fastvit_kernels.attention_tiles import (
     store_tile,
     zero_tile,
 )
-from fastvit_kernels.common import exp2
+from fastvit_kernels.common import exp2, log2, reciprocal
 
 
 @triton.jit
@@ -40,6 +42,12 @@ def _load_keys(rows, N, KEYS: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr
         offs_n = piece_offsets(KEYS, 128, i)
         tiles = tiles + (load_tile(rows, offs_n, N, is_last(KEYS, 128, i), D, ALIGN),)
     return tiles
+
+
+@triton.jit
+def _is_key(offs_n, N, MASK_FROM: tl.constexpr):
+    """offs_n < N, where N is over MASK_FROM: columns before it then need no mask."""
+    return (offs_n < MASK_FROM) | (offs_n < N)
 
 
 @triton.jit
@@ -55,6 +63,7 @@ def _fwd_rows(
     MASK_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
+    MASK_FROM: tl.constexpr,
     D: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -69,7 +78,8 @@ def _fwd_rows(
     for i in tl.static_range(len(k)):
         s = dot_rows(q, k[i], PRECISION, T)
         if i == len(k) - 1:
-            s = tl.where(broadcast_rows(piece_offsets(KEYS, 128, i) < N, not T), s, float("-inf"))
+            mask_n = _is_key(piece_offsets(KEYS, 128, i), N, MASK_FROM)
+            s = tl.where(broadcast_rows(mask_n, not T), s, float("-inf"))
         scores = scores + (s,)
         row_max = tl.maximum(row_max, tl.max(s, axis=0 if T else 1))
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -78,9 +88,9 @@ def _fwd_rows(
         p = exp2((scores[i] - broadcast_rows(row_max, T)) * scale_log2)
         row_sum += tl.sum(p, axis=0 if T else 1)
         acc = dot_tile(acc, p, v[i], PRECISION, T)
-    acc = finish_tile(acc, broadcast_rows(1.0 / row_sum, T), T)
+    acc = finish_tile(acc, broadcast_rows(reciprocal(row_sum), T), T)
     store_tile(o_rows, acc, offs_m, N, MASK_M, D, ALIGN)
-    lse = row_max + tl.log2(row_sum) / scale_log2
+    lse = row_max + log2(row_sum, is_float32(o_rows)) * (1.0 / scale_log2)
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < N)
 
 
@@ -111,6 +121,7 @@ def _attention_fwd_resident_kernel(
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
     KEYS: tl.constexpr,
+    MASK_FROM: tl.constexpr,
     D: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -128,12 +139,12 @@ def _attention_fwd_resident_kernel(
     args = (q_rows, o_rows, lse_ptr, k, v, N, scale_log2)
     if HAS_FULL:
         for m in tl.range(pid_s * BLOCK_M, full, SPLITS * BLOCK_M, disable_licm=True):
-            _fwd_rows(m, *args, False, BLOCK_M, KEYS, D, ALIGN, PRECISION)
+            _fwd_rows(m, *args, False, BLOCK_M, KEYS, MASK_FROM, D, ALIGN, PRECISION)
     if TAIL_M:
         # A loop of at most one iteration: unrolled, it would be scheduled into the loop above.
         end = tl.where(pid_s == SPLITS - 1, N, full)
         for m in tl.range(full, end, TAIL_M, num_stages=1, disable_licm=True):
-            _fwd_rows(m, *args, True, TAIL_M, KEYS, D, ALIGN, PRECISION)
+            _fwd_rows(m, *args, True, TAIL_M, KEYS, MASK_FROM, D, ALIGN, PRECISION)
 
 
 @triton.jit
@@ -196,7 +207,7 @@ def _bwd_rows(
     do = load_tile(do_rows, offs_m, N, MASK_M, D, ALIGN)
     delta = row_dots(load_tile(o_rows, offs_m, N, MASK_M, D, ALIGN), do)
     # Rows past N take lse = +inf, hence p = 0.
-    lse = tl.load(lse_ptr + offs_m, mask=offs_m < N, other=float("inf"))
+    lse = load_rows(lse_ptr, offs_m, N, MASK_M, float("inf"))
     # dQ is summed transposed for any BLOCK_M.
     dq = zero_tile(BLOCK_M, D, True)
     new_dk = ()

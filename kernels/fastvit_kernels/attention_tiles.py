@@ -53,9 +53,14 @@ def piece_offsets(N: tl.constexpr, LARGEST: tl.constexpr, PIECE: tl.constexpr):
 
 @triton.jit
 def piece_bounds(start, n, N: tl.constexpr, LARGEST: tl.constexpr, PIECE: tl.constexpr):
-    """Bounds [first, end) of one piece of the tail that begins at `start`; end is at most n."""
+    """Bounds [first, end) of one piece of the tail, which begins at `start` and ends at n: the last
+    piece may take several steps.
+    """
     first = start + piece_start(N, LARGEST, PIECE)
-    return first, tl.minimum(n, start + piece_end(N, LARGEST, PIECE))
+    end = n
+    if not is_last(N, LARGEST, PIECE):
+        end = tl.minimum(n, start + piece_end(N, LARGEST, PIECE))
+    return first, end
 
 
 @triton.jit
@@ -67,12 +72,21 @@ def rows_of(ptr, offset, stride_n, stride_d, ALIGN: tl.constexpr):
     return (ptr + tl.multiple_of(offset, ALIGN), stride_n, stride_d)
 
 
+@triton.constexpr_function
+def is_float32(rows):
+    return rows[0].dtype.element_ty == tl.float32
+
+
 @triton.jit
 def load_tile(rows, offs_n, n, MASK: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows offs_n, as a tuple of column pieces; zero past row n (with MASK) and past column D."""
+    """Rows offs_n, as a tuple of column pieces; zero past row n (with MASK) and past column D.
+
+    Offsets within a sequence are 32 bits wide, as `with_int32_offsets` grants: 64-bit ones cost a
+    loop over tiles one instruction in ten and up to 24 registers.
+    """
     ptr, stride_n, stride_d = rows
     tile = ()
-    offset = tl.multiple_of(offs_n.to(tl.int64) * stride_n, ALIGN)
+    offset = tl.multiple_of(offs_n * stride_n, ALIGN)
     for i in tl.static_range(num_pieces(D, 128)):
         offs_d = piece_offsets(D, 128, i)
         ptrs = ptr + offset[:, None] + offs_d[None, :] * stride_d
@@ -90,7 +104,7 @@ def load_tile(rows, offs_n, n, MASK: tl.constexpr, D: tl.constexpr, ALIGN: tl.co
 def store_tile(rows, tile, offs_n, n, MASK: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr):
     """Write a tile of float32 pieces as rows offs_n (with MASK, those under n)."""
     ptr, stride_n, stride_d = rows
-    offset = tl.multiple_of(offs_n.to(tl.int64) * stride_n, ALIGN)
+    offset = tl.multiple_of(offs_n * stride_n, ALIGN)
     for i in tl.static_range(num_pieces(D, 128)):
         offs_d = piece_offsets(D, 128, i)
         ptrs = ptr + offset[:, None] + offs_d[None, :] * stride_d
@@ -101,6 +115,15 @@ def store_tile(rows, tile, offs_n, n, MASK: tl.constexpr, D: tl.constexpr, ALIGN
             tl.store(ptrs, block, mask=(offs_n < n)[:, None])
         else:
             tl.store(ptrs, block)
+
+
+@triton.jit
+def load_rows(ptr, offs_n, n, MASK: tl.constexpr, OTHER: tl.constexpr):
+    """One number per row: ptr[offs_n]; OTHER past row n (with MASK)."""
+    if MASK:
+        return tl.load(ptr + offs_n, mask=offs_n < n, other=OTHER)
+    else:
+        return tl.load(ptr + offs_n)
 
 
 @triton.constexpr_function

@@ -34,12 +34,30 @@ def multiple_of_8(n, BY_8: tl.constexpr):
 
 
 @triton.jit
+def fma(a, b, c):
+    """a * b + c, rounded once: one FFMA."""
+    if INTERPRET:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
 def exp2(x):
     """2**x, flushing denormals: one MUFU.EX2 and no range fix-up."""
     if INTERPRET:
         return tl.exp2(x)
     return tl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def log2(x, EXACT: tl.constexpr):
+    """log2(x); without EXACT by one MUFU.LG2, to 2**-22 (of the result, where it is over 1)."""
+    if INTERPRET or EXACT:
+        return tl.log2(x)
+    return tl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
 
 

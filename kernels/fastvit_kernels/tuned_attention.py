@@ -80,7 +80,7 @@ _WGMMA: dict[str, Config | None] = {
     "dq_to_128_dropout": Config(64, 32, num_warps=4, num_stages=1),
     "dkv_dropout": Config(32, 64, num_warps=4, num_stages=2),
     "dkv_to_128_dropout": Config(16, 64, num_warps=8, num_stages=1),
-    "float32": Config(16, 32, num_warps=8, num_stages=1),
+    "float32": Config(16, 32, num_warps=8, num_stages=1, maxnreg=255),
 }
 ATTENTION: dict[int, dict[str, Config | None]] = {
     0: {
@@ -106,6 +106,8 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "fwd_resident_40": Config(32, 176, num_warps=4, num_stages=1),
         "fwd_resident_32": Config(32, 256, num_warps=4, num_stages=1, maxnreg=168),
         "dq_to_128": Config(64, 32, num_warps=8, num_stages=1),
+        "dq_64": Config(64, 32, num_warps=4, num_stages=2, maxnreg=128),
+        "dq_64_dropout": Config(64, 32, num_warps=4, num_stages=2),
         "dq_40": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
         "dq_72": Config(64, 32, num_warps=8, num_stages=2),
         "dq_80": Config(64, 32, num_warps=8, num_stages=2),
@@ -124,16 +126,29 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "fwd_64": Config(64, 64, num_warps=4, num_stages=3),
         "dq_64": Config(64, 64, num_warps=4, num_stages=3),
         # H200, 12 heads, us for dQ, dK and dV with this line / with "dkv": 256 x 197 tokens
-        # 534 / 567, 87 x 577 997 / 1016, 36 x 1370 1347 / 1238.
-        "dkv_fewer_queries_64": Config(32, 64, num_warps=4, num_stages=3),
-        "fwd_80": Config(64, 64, num_warps=4, num_stages=2),
+        # 534 / 567, 87 x 577 997 / 1016, 36 x 1370 1347 / 1238. Since then the loops are shorter by
+        # a sixth and maxnreg admits a fourth CTA per SM.
+        "dkv_fewer_queries_64": Config(32, 64, num_warps=4, num_stages=3, maxnreg=128),
+        # Timed at 80 alone, where 4 warps take half the time of 8: as many warps per SM, or more,
+        # in CTAs that do not wait for each other. So in dK and dV.
+        "fwd_to_128": Config(64, 64, num_warps=4, num_stages=2),
+        "fwd_104": Config(64, 64, num_warps=4, num_stages=2),
+        "fwd_120": Config(64, 64, num_warps=4, num_stages=2),
+        "fwd_120_dropout": Config(128, 32, num_warps=8, num_stages=2),
+        "dkv_88": Config(16, 64, num_warps=4, num_stages=1),
+        "dkv_96": Config(32, 64, num_warps=4, num_stages=1),
+        "dkv_112": Config(32, 64, num_warps=4, num_stages=1),
+        "dkv_128": Config(16, 64, num_warps=4, num_stages=1),
+        "dkv_88_dropout": Config(16, 64, num_warps=8, num_stages=1),
+        "dkv_96_dropout": Config(16, 64, num_warps=8, num_stages=1),
+        "dkv_112_dropout": Config(16, 64, num_warps=8, num_stages=1),
+        "dkv_128_dropout": Config(16, 64, num_warps=8, num_stages=1),
+        "dq_88_dropout": Config(64, 32, num_warps=8, num_stages=1),
         "dq_80": Config(64, 32, num_warps=4, num_stages=3),
         "dkv_80": Config(32, 64, num_warps=4, num_stages=1),
-        # Not timed: as at 80, where 4 warps take half the time of 8.
-        "fwd_72": Config(64, 64, num_warps=4, num_stages=2),
         "fwd_fewer_keys_72": Config(64, 32, num_warps=4, num_stages=1, maxnreg=96),
         "dkv_72": Config(32, 64, num_warps=4, num_stages=2),
-        "fwd_72_dropout": Config(128, 64, num_warps=8, num_stages=2),
+        "fwd_72_dropout": Config(128, 32, num_warps=8, num_stages=2),
         "dkv_72_dropout": Config(16, 64, num_warps=8, num_stages=1),
         "fwd_64_dropout": Config(128, 64, num_warps=8, num_stages=2),
         "dq_64_dropout": Config(64, 64, num_warps=4, num_stages=2),
@@ -150,7 +165,6 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "dq_120": Config(64, 32, num_warps=8, num_stages=1),
         "dq_120_dropout": Config(64, 16, num_warps=8, num_stages=1),
         "dkv_120_dropout": Config(16, 32, num_warps=4, num_stages=1),
-        "dkv_88": Config(16, 64, num_warps=8, num_stages=1),
         "fwd_small_112_dropout": Config(64, 32, num_warps=4, num_stages=2),
         "fwd_128_dropout": Config(128, 32, num_warps=8, num_stages=2),
         "dq_128": Config(64, 32, num_warps=4, num_stages=1),
@@ -169,6 +183,8 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "fwd_resident_88": Config(64, 128, num_warps=8, num_stages=1),
         "fwd_resident_120": Config(64, 128, num_warps=8, num_stages=1),
         "fwd_40": Config(128, 64, num_warps=8, num_stages=2),
+        "fwd_80": Config(128, 64, num_warps=8, num_stages=1, maxnreg=128),
+        "fwd_80_dropout": Config(128, 32, num_warps=8, num_stages=2),
         "fwd_to_128": Config(128, 64, num_warps=8, num_stages=1),
         "fwd_120": Config(128, 32, num_warps=8, num_stages=1),
         "fwd_small_120_dropout": Config(64, 32, num_warps=4, num_stages=2),
@@ -190,6 +206,8 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "fwd_small_16_dropout": Config(64, 32, num_warps=4, num_stages=1),
         "fwd_88_dropout": Config(128, 16, num_warps=8, num_stages=2),
         "dq_32_dropout": Config(64, 32, num_warps=8, num_stages=2),
+        "dq_64": Config(64, 32, num_warps=4, num_stages=2, maxnreg=168),
+        "dq_64_dropout": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
         "dq_40": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
         "dq_40_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "dq_112": Config(32, 32, num_warps=8, num_stages=2),
@@ -202,7 +220,7 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "dkv_80": Config(32, 64, num_warps=8, num_stages=1),
         "dkv_88": Config(16, 32, num_warps=8, num_stages=2),
         "dkv_96": Config(16, 32, num_warps=4, num_stages=1),
-        "float32": Config(16, 16, num_warps=4, num_stages=1),
+        "float32": Config(16, 16, num_warps=4, num_stages=1, maxnreg=255),
     },
 }
 
@@ -214,6 +232,11 @@ BOUNDED: dict[int, tuple[int | str, ...]] = {
     100: (16, 24, 32, 40, 48, 56, 72, 88, 96, 104, 112, 120),
     120: ("maps_56", "qk_128"),
 }
+
+# Rows of the products that tensor cores read from shared memory. A last tile of fewer, but more
+# than 16, takes mma.sync: on sm_90 as many instructions as one of 64, and for 193 to 224 keys the
+# shared memory of a second CTA; on sm_100 up to half again as many registers.
+MMA_ROWS: dict[int, int] = {DEFAULT: 16, 90: 64, 100: 64}
 
 # Up to this many keys, where heads are few and the table has "dq_beside", the programs of
 # "dq_beside" and "dkv_beside" share one launch, in which each key tile computes delta itself. H200,
@@ -231,9 +254,9 @@ def find(
 ) -> Config | None:
     """The configuration of one attention kernel at head dim D; None if it does not serve there."""
     table = look_up(ATTENTION, arch)
-    one_launch = any(word in kernel for word in ("resident", "keys", "beside"))
+    optional = any(word in kernel for word in ("resident", "keys", "beside", "queries"))
     if dtype == torch.float32 and arch != 0:
-        return None if one_launch else table["float32"]
+        return None if optional else table["float32"]
     widths = (f"_{D}", *("_to_112",) * (80 < D <= 112), *("_to_128",) * (D > 64), "")
     kinds = ("_dropout", "") if dropout else ("",)
     names = (kernel + width + kind for width in widths for kind in kinds)
@@ -247,6 +270,10 @@ def config(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool = F
     found = find(kernel, D, dtype, arch, dropout)
     assert found is not None
     return found
+
+
+def mma_rows(arch: int) -> int:
+    return look_up(MMA_ROWS, arch)
 
 
 def max_registers(of: int | str, arch: int) -> int | None:
