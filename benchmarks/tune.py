@@ -65,6 +65,8 @@ BOUNDS = {
 # overlaps the main loop of the other, at a third more loads.
 ALTERNATIVES = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, tma=True),)}
 NO_KERNEL = Config(0, 0)  # stands for None in a table: separate launches are faster
+OPTIONAL = re.compile(r"MLP_NARROW|ATTENTION (fwd_resident|fwd_fewer|bwd_|dq_beside|dkv_fewer)")
+REGISTERS = (96, 128, 168)  # of a thread, with which five, four and three CTAs of 4 warps fit an SM
 TILE = 128 * 256  # largest accumulator, in elements, that fits the registers of one program
 TABLES: dict[str, dict[int, dict[str, Config | None]]] = {
     name: table
@@ -118,11 +120,14 @@ def lines(arch: int) -> list[Line]:
 
 def neighbours(line: Line, config: Config) -> list[Config]:
     """Configurations to try next: one field halved or doubled, one stage more or less, the line's
-    ALTERNATIVES, and for MLP_NARROW no kernel at all.
+    ALTERNATIVES, for attention other register limits, and no kernel at all where another serves.
     """
     if config == NO_KERNEL:
         return []
-    found = [NO_KERNEL] if line.table == "MLP_NARROW" else []
+    found = [NO_KERNEL] if OPTIONAL.search(f"{line.table} {line.name}") else []
+    if line.table == "ATTENTION":
+        limits = [None, *REGISTERS]
+        found += [replace(config, maxnreg=n) for n in limits if n != config.maxnreg]
     if line.table == "GEMM" and config.tma:
         found += [rival for rival in ALTERNATIVES.get(line.name, ()) if rival != config]
     extra = ("GROUP_M", "SUBTILES", *(("CTAS",) if getattr(config, "tma", False) else ()))

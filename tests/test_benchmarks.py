@@ -313,6 +313,17 @@ def test_a_product_through_tma_meets_its_rivals() -> None:
     assert set(tune.ALTERNATIVES["tma_wide"]) < set(around)
 
 
+def test_neighbours_of_attention_have_room_for_more_ctas_or_leave_it_to_another_kernel() -> None:
+    configs = {name: tune.Line("ATTENTION", 90, name).config for name in ("fwd_64", "bwd_64_keys")}
+    around = {
+        name: tune.neighbours(tune.Line("ATTENTION", 90, name), config)
+        for name, config in configs.items()
+    }
+    for name, config in configs.items():
+        assert {replace(config, maxnreg=n) for n in tune.REGISTERS} < set(around[name])
+    assert tune.NO_KERNEL in around["bwd_64_keys"] and tune.NO_KERNEL not in around["fwd_64"]
+
+
 @pytest.mark.parametrize("config", [LINE.config, tune.Config(64, 32, 16, 8, 3, SUBTILES=2)])
 def test_a_line_is_printed_as_it_is_written(config: tune.Config) -> None:
     assert tune.parse(tune.literal(config)) == config
