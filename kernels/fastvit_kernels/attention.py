@@ -11,8 +11,8 @@ q, k, v: (B, N, H, D), any strides, or packed (B, N, 3, H, D) and, for images of
 (total, 3, H, D); D a multiple of 8 in 16..128; float32, float16 or bfloat16. o: (B, N, H, D)
 contiguous; lse: (B, H, N) float32.
 Saved for backward: q, k, v (or qkv), o and lse. Backward recomputes p from lse.
-Forward: one launch. Up to 256 keys are held at once (`attention_resident`; 224 at D = 64 on sm_80
-and sm_120, for shared memory), more take an online softmax (`attention_long`).
+Forward: one launch. Up to 256 keys are held at once (`attention_resident`; on some parts fewer, as
+224 at D = 64 on sm_80 and sm_120), more take an online softmax (`attention_long`).
 Backward: with many heads and up to 128 keys, one launch of one program per head
 (`attention_resident`); with few heads and up to 384 keys, one launch with programs for dQ and
 programs for dK, dV side by side (`attention_long_bwd`); else a launch for dQ and delta (float32,
