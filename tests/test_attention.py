@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from checks import check, dtype_name
-from fastvit_kernels import tuned
+from fastvit_kernels import tuned, tuned_attention
 from parity import (
     DTYPES,
     check_compiles,
@@ -91,12 +91,11 @@ def test_large_scores_do_not_round_dq(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("N", [140, 180])
-def test_tiles_of_sm_90(N: int, device: torch.device, on_gpu: bool) -> None:
-    """The last tile of queries takes one step in dK and dV, then two; that of keys is one of 16
-    rows, then a whole one with a mask."""
-    if on_gpu:
-        pytest.skip("the GPU has tiles of its own")
-    with tuned.target(90, sms=1):
+def test_tiles_of_many_heads(N: int, device: torch.device, on_gpu: bool) -> None:
+    """One head fills the one SM. On sm_90 the last queries take one step in dK and dV, then two;
+    the last keys a tile of 16, then a whole one with a mask."""
+    arch = tuned.arch(torch.cuda.current_device()) if on_gpu else 90
+    with tuned.target(arch, sms=1):
         check_parity("attention_qkv", {"qkv": leaf(1, N, 3, 1, 64)}, torch.bfloat16, device)
 
 
@@ -203,6 +202,12 @@ def test_tails_are_cut_to_size(N: int, arch: int) -> None:
     keys = c["KEYS"] if "KEYS" in c else N // c["BLOCK_N"] * c["BLOCK_N"] + c["TAIL_N"]
     assert rows >= N and keys >= N
     assert 1 - N * N / (rows * keys) < 0.12
+
+
+@pytest.mark.parametrize("kernel", ["fwd_resident", "bwd_64_keys", "dkv_fewer_queries"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_what_16_bits_alone_take_is_not_for_float32(arch: int, kernel: str) -> None:
+    assert tuned_attention.find(kernel, 64, torch.float32, arch) is None
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -149,3 +149,5 @@ def test_a_sequence_too_long_for_32_bit_offsets_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"one sequence, 1048576 tokens, 12 heads .* 2\*\*31"):
         with_int32_offsets(q, q.shape[1])
     assert with_int32_offsets(q) is q  # a packed batch of short sequences
+    qkv = torch.empty(3, 2048, 1370, 12, 64, device="meta").permute(1, 2, 0, 3, 4)
+    assert with_int32_offsets(qkv) is qkv  # q, k and v lie far apart, their heads do not

@@ -7,7 +7,7 @@ tile computes delta for itself: for few heads, where two launches take longer.
 
 Above 128 keys no program owns a whole head, as it does in `attention_resident`: with 208 keys at
 D = 64, sm_90, 8 warps and tiles of 32 query rows take 230 registers, so that one CTA fills an SM,
-and for N = 197 a third more instructions than both kernels here. Tiles of 64 rows spill.
+and for N = 197 some 30 % more instructions than both kernels here. Tiles of 64 rows spill.
 """
 
 import triton

@@ -179,12 +179,15 @@ def _sizes(
     sizes = {}
     for side, prefix in ((owned, ""), (walked, step)):
         block = blocks[side]
-        least = 16 if side == walked else block if limited else min(rows, block)
-        tail = block if ragged else round_up(N % block, pieces, block, least)
-        if limited and side == walked:
+        if side == walked and limited:
             tail = 16
-        if always and side == walked:
-            tail = tail or block
+        elif ragged:
+            tail = block
+        elif side == owned:
+            tail = round_up(N % block, pieces, block, block if limited else min(rows, block))
+        else:
+            tail = round_up(N % block, pieces, block)
+            tail = tail or block if always else tail
         names = (f"BLOCK_{side}", f"TAIL_{side}")
         if prefix:
             names = (f"STEP_{side}", f"STEP_TAIL_{side}")

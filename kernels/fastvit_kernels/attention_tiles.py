@@ -82,7 +82,7 @@ def load_tile(rows, offs_n, n, MASK: tl.constexpr, D: tl.constexpr, ALIGN: tl.co
     """Rows offs_n, as a tuple of column pieces; zero past row n (with MASK) and past column D.
 
     Offsets within a sequence are 32 bits wide, as `with_int32_offsets` grants: 64-bit ones cost a
-    loop over tiles one instruction in ten and up to 24 registers.
+    loop over tiles one instruction in fifteen and up to 24 registers (sm_90, D = 64).
     """
     ptr, stride_n, stride_d = rows
     tile = ()

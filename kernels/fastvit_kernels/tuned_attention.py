@@ -251,8 +251,8 @@ BOUNDED: dict[int, tuple[int | str, ...]] = {
 }
 
 # Rows of the products that tensor cores read from shared memory. A last tile of fewer, but more
-# than 16, takes mma.sync: on sm_90 as many instructions as one of 64, and for 209 to 224 keys the
-# shared memory of a second CTA; on sm_100 up to half again as many registers.
+# than 16, takes mma.sync: in forward on sm_90 a third more instructions than one of 64, and for 209
+# to 224 keys the shared memory of a second CTA; on sm_100 up to half again as many registers.
 MMA_ROWS: dict[int, int] = {DEFAULT: 16, 90: 64, 100: 64}
 
 # Up to this many keys, where heads are few and the table has "dq_beside", the programs of
