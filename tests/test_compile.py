@@ -102,6 +102,25 @@ def test_attention_at_every_head_dim(arch: int, tmp_path: Path) -> None:
     check_rows(rows)
 
 
+def test_rows_of_an_odd_multiple_of_8_are_loaded_by_16_bytes() -> None:
+    """16 divides neither the head dim nor the distance of two tokens; Triton sees 16 alone."""
+    code = """if True:
+        import torch
+        from fastvit_kernels import aot, attention
+        with aot.record(90) as cases:
+            q, k, v = torch.empty(64, 257, 3, 9, 72, dtype=torch.bfloat16, device="meta").unbind(2)
+            o, lse = attention._fwd(q, k, v, 0.1)
+            attention._bwd(o, q, k, v, o, lse, 0.1)
+        for case in cases:
+            print(aot.build(case, 90).asm["ptx"])
+    """
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=env_compiled(), capture_output=True, text=True, check=True)
+    loads = re.findall(r"(?:ld|st)\.global\S*|cp\.async\.c[ag]\S*", run.stdout)
+    assert any("v4" in load for load in loads) and any("async" in load for load in loads)
+    assert not [load for load in loads if "16" in load]
+
+
 def test_a_descriptor_made_of_a_parameter_is_found() -> None:
     code = """
         /*0000*/                   ULDC.64 UR26, c[0x0][0x210] ;

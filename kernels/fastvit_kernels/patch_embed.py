@@ -14,6 +14,7 @@ FLOPs: 2 B m K dim forward, K = C p_h p_w; the same for dW, and for dimages.
 Bytes: images and tokens once forward; images once and dout twice backward (three with dimages).
 """
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
@@ -81,13 +82,14 @@ def _patch_embed_fwd_kernel(
     P_W: tl.constexpr,
     VEC: tl.constexpr,
     BY_8: tl.constexpr,
+    K_STEP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    N = multiple_of_8(N, BY_8)
+    N, K = multiple_of_8(N, BY_8), K // K_STEP * K_STEP
     M = B * (P + m)
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -156,13 +158,14 @@ def _patch_embed_dw_kernel(
     P_W: tl.constexpr,
     VEC: tl.constexpr,
     BY_8: tl.constexpr,
+    K_STEP: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    N = multiple_of_8(N, BY_8)
+    N, K = multiple_of_8(N, BY_8), K // K_STEP * K_STEP
     pid_n, pid_k, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -251,6 +254,7 @@ def _patch_embed_dimages_kernel(
     P_W: tl.constexpr,
     VEC: tl.constexpr,
     BY_8: tl.constexpr,
+    K_STEP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -258,7 +262,7 @@ def _patch_embed_dimages_kernel(
     GROUP_M: tl.constexpr,
 ):
     """dimages = dout W, as (B m, K), BLOCK_N of its columns a program; the reduction is over N."""
-    N = multiple_of_8(N, BY_8)
+    N, K = multiple_of_8(N, BY_8), K // K_STEP * K_STEP
     M = B * m
     pid_m, pid_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -303,7 +307,10 @@ def vector_width(images: Tensor, p_w: int) -> int:
 def _geometry(images: Tensor, weight: Tensor) -> dict[str, int]:
     p_h, p_w = weight.shape[2:]
     vec = vector_width(images, p_w)
-    return {"P_H": p_h, "P_W": p_w, "VEC": vec, "BY_8": only_multiples_of_8(len(weight))}
+    # What divides K, where 16 does not: without it masks of columns allow no load of two elements.
+    step = math.gcd(weight[0].numel(), 16) % 16 or 1
+    by_8 = only_multiples_of_8(len(weight))
+    return {"P_H": p_h, "P_W": p_w, "VEC": vec, "BY_8": by_8, "K_STEP": step}
 
 
 def _access(images: Tensor, geometry: dict[str, int]) -> str:
