@@ -65,7 +65,9 @@ BOUNDS = {
 # overlaps the main loop of the other, at a third more loads.
 ALTERNATIVES = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, tma=True),)}
 NO_KERNEL = Config(0, 0)  # stands for None in a table: separate launches are faster
-OPTIONAL = re.compile(r"MLP_NARROW|ATTENTION (fwd_resident|fwd_fewer|bwd_|dq_beside|dkv_fewer)")
+OPTIONAL = re.compile(
+    r"MLP_NARROW|ATTENTION (fwd_resident|fwd_fewer|bwd_|dq_beside|\w+_(long|even)_)"
+)
 REGISTERS = (96, 128, 168)  # of a thread, with which five, four and three CTAs of 4 warps fit an SM
 TILE = 128 * 256  # largest accumulator, in elements, that fits the registers of one program
 TABLES: dict[str, dict[int, dict[str, Config | None]]] = {
@@ -120,7 +122,8 @@ def lines(arch: int) -> list[Line]:
 
 def neighbours(line: Line, config: Config) -> list[Config]:
     """Configurations to try next: one field halved or doubled, one stage more or less, the line's
-    ALTERNATIVES, for attention other register limits, and no kernel at all where another serves.
+    ALTERNATIVES, for attention other register limits and other numbers of warps with as many rows
+    each, and no kernel at all where another serves.
     """
     if config == NO_KERNEL:
         return []
@@ -128,6 +131,15 @@ def neighbours(line: Line, config: Config) -> list[Config]:
     if line.table == "ATTENTION":
         limits = [None, *REGISTERS]
         found += [replace(config, maxnreg=n) for n in limits if n != config.maxnreg]
+        # Twice or half the rows that a program owns, in as many more or fewer warps.
+        owned = "BLOCK_N" if line.name.startswith("dkv") else "BLOCK_M"
+        rows, warps = getattr(config, owned), config.num_warps
+        pairs = (rows * 2, warps * 2), (rows // 2, warps // 2)
+        found += [
+            replace(config, **{owned: rows}, num_warps=warps)
+            for rows, warps in pairs
+            if rows <= 256 and 4 <= warps <= 16
+        ]
     if line.table == "GEMM" and config.tma:
         found += [rival for rival in ALTERNATIVES.get(line.name, ()) if rival != config]
     extra = ("GROUP_M", "SUBTILES", *(("CTAS",) if getattr(config, "tma", False) else ()))
@@ -282,7 +294,7 @@ def workloads(device: torch.device) -> list[Case]:
     shapes = [*((*size, bf16) for size in sizes), ("S", 8, 384, bf16), ("B", 8, 768, f32)]
     tokens = [(256, 197, 12, 64), (512, 50, 12, 64), (256, 128, 12, 64), (1, 197, 12, 64)]
     tokens += [(64, 577, 16, 64), (1, 577, 12, 64), (64, 257, 16, 80), (512, 50, 12, 80)]
-    tokens += [(256, 128, 12, 80), (16, 577, 12, 128)]
+    tokens += [(256, 128, 12, 80), (16, 577, 12, 128), (36, 1370, 12, 64), (64, 729, 16, 72)]
     passes = (False, True)
     return [
         *(m.case(device, *shape, passed) for shape in shapes for m in rows for passed in passes),

@@ -61,10 +61,10 @@ def test_attention(N: int, D: int) -> None:
     check_parity("attention_qkv", {"qkv": leaf(1, N, 3, 1, D)}, torch.bfloat16)
 
 
-@pytest.mark.parametrize("N", [140, 180])
+@pytest.mark.parametrize("N", [140, 180, 330])
 def test_attention_of_many_heads(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One head fills the one SM. On sm_90 the last queries take one step in dK and dV, then two;
-    the last keys a tile of 16, then a whole one with a mask."""
+    the last keys a tile of 16, then a whole one with a mask; 330 queries take tiles of 128."""
     monkeypatch.setattr(tuned, "num_sms", lambda _: 1)
     check_parity("attention_qkv", {"qkv": leaf(1, N, 3, 1, 64)}, torch.bfloat16)
 

@@ -90,10 +90,10 @@ def test_large_scores_do_not_round_dq(device: torch.device) -> None:
     torch.testing.assert_close(got, truth, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("N", [140, 180])
+@pytest.mark.parametrize("N", [140, 180, 330])
 def test_tiles_of_many_heads(N: int, device: torch.device, on_gpu: bool) -> None:
     """One head fills the one SM. On sm_90 the last queries take one step in dK and dV, then two;
-    the last keys a tile of 16, then a whole one with a mask."""
+    the last keys a tile of 16, then a whole one with a mask; 330 queries take tiles of 128."""
     arch = tuned.arch(torch.cuda.current_device()) if on_gpu else 90
     with tuned.target(arch, sms=1):
         check_parity("attention_qkv", {"qkv": leaf(1, N, 3, 1, 64)}, torch.bfloat16, device)
@@ -204,7 +204,7 @@ def test_tails_are_cut_to_size(N: int, arch: int) -> None:
     assert 1 - N * N / (rows * keys) < 0.12
 
 
-@pytest.mark.parametrize("kernel", ["fwd_resident", "bwd_64_keys", "dkv_fewer_queries"])
+@pytest.mark.parametrize("kernel", ["fwd_resident", "bwd_64_keys", "dq_long", "dkv_even"])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_what_16_bits_alone_take_is_not_for_float32(arch: int, kernel: str) -> None:
     assert tuned_attention.find(kernel, 64, torch.float32, arch) is None

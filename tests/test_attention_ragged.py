@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from checks import check, dtype_name
+from fastvit_kernels import tuned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import DTYPES, check_compiles, check_parity, check_repeatable, leaf
@@ -38,6 +39,20 @@ def bounds(lengths: list[int]) -> Tensor:
 def test_packed(lengths: list[int], dtype: torch.dtype, device: torch.device) -> None:
     args = {"qkv": leaf(sum(lengths), 3, 2, 32), "cu_seqlens": bounds(lengths)}
     check_parity("attention_packed", {**args, "max_seqlen": max(lengths)}, dtype, device)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_tiles_of_128_queries(packed: bool, device: torch.device, on_gpu: bool) -> None:
+    """Three heads fill the one SM. On sm_90 the longest image takes three tiles, the others one."""
+    arch = tuned.arch(torch.cuda.current_device()) if on_gpu else 90
+    lengths = [330, 20, 0]
+    with tuned.target(arch, sms=1):
+        if packed:
+            args = {"qkv": leaf(350, 3, 1, 64), "cu_seqlens": bounds(lengths), "max_seqlen": 330}
+            check_parity("attention_packed", args, torch.bfloat16, device)
+        else:
+            args = {"qkv": leaf(3, 330, 3, 1, 64), "key_padding": torch.tensor(lengths)}
+            check_parity("attention_qkv", args, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -314,14 +314,20 @@ def test_a_product_through_tma_meets_its_rivals() -> None:
 
 
 def test_neighbours_of_attention_have_room_for_more_ctas_or_leave_it_to_another_kernel() -> None:
-    configs = {name: tune.Line("ATTENTION", 90, name).config for name in ("fwd_64", "bwd_64_keys")}
+    configs = {name: tune.Line("ATTENTION", 90, name).config for name in ("fwd", "bwd_64_keys")}
     around = {
         name: tune.neighbours(tune.Line("ATTENTION", 90, name), config)
         for name, config in configs.items()
     }
     for name, config in configs.items():
         assert {replace(config, maxnreg=n) for n in tune.REGISTERS} < set(around[name])
-    assert tune.NO_KERNEL in around["bwd_64_keys"] and tune.NO_KERNEL not in around["fwd_64"]
+    assert tune.NO_KERNEL in around["bwd_64_keys"] and tune.NO_KERNEL not in around["fwd"]
+
+
+def test_neighbours_of_attention_own_more_rows_in_more_warps() -> None:
+    long, dkv = (tune.Line("ATTENTION", 90, name) for name in ("fwd_long", "dkv"))
+    assert replace(long.config, BLOCK_M=64, num_warps=4) in tune.neighbours(long, long.config)
+    assert replace(dkv.config, BLOCK_N=128, num_warps=8) in tune.neighbours(dkv, dkv.config)
 
 
 @pytest.mark.parametrize("config", [LINE.config, tune.Config(64, 32, 16, 8, 3, SUBTILES=2)])

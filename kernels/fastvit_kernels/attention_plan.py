@@ -88,7 +88,10 @@ def plan_fwd(
     config = tuned_attention.config("fwd", D, dtype, arch, dropout)
     if heads * cdiv(N, config.BLOCK_M) < sms:
         config = tuned_attention.config("fwd_small", D, dtype, arch, dropout)
-    sizes = _sizes("M", config, "N", N, ragged, 2, mma_rows(arch), always=dropout)
+    elif not dropout:
+        config = _long("fwd_long", heads, N, D, dtype, arch, sms) or config
+    rows, spare = mma_rows(arch), D <= 64
+    sizes = _sizes("M", config, "N", N, ragged, 2, rows, always=dropout, spare=spare)
     return Launch(_attention_fwd_kernel, _programs(N, sizes, "M", ragged), sizes, config)
 
 
@@ -117,8 +120,9 @@ def plan_bwd(
     beside = beside and tuned_attention.find("dq_beside", D, dtype, arch) is not None
     names = ("dq_beside", "dkv_beside") if beside else ("dq", "dkv")
     dq, dkv = (tuned_attention.config(name, D, dtype, arch, dropout) for name in names)
-    if N <= tuned_attention.FEWER_QUERIES and not (ragged or dropout or beside):
-        dkv = tuned_attention.find("dkv_fewer_queries", D, dtype, arch) or dkv
+    if not (dropout or beside):
+        dq = _long("dq_long", heads, N, D, dtype, arch, sms) or dq
+        dkv = (None if ragged else tuned_attention.find("dkv_even", D, dtype, arch)) or dkv
     rows = mma_rows(arch)
     pieces = 2 if D <= 64 else 1  # wider tiles leave no registers for a tail in two pieces
     dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, rows, "STEP_")
@@ -133,6 +137,15 @@ def plan_bwd(
         Launch(_attention_bwd_kernel, programs[0], to_dq, dq),
         Launch(_attention_bwd_kernel, programs[1], to_dkv, dkv),
     ]
+
+
+def _long(
+    kernel: str, heads: int, N: int, D: int, dtype: torch.dtype, arch: int, sms: int
+) -> tuned.Config | None:
+    """The configuration of a kernel for many tokens and many programs, None for others."""
+    config = tuned_attention.find(kernel, D, dtype, arch) if N >= tuned_attention.LONG else None
+    fills = config is not None and heads * cdiv(N, config.BLOCK_M) >= 2 * sms
+    return config if fills else None
 
 
 def _resident(N: int, config: tuned.Config, pieces: int, rows: int = 16) -> dict[str, Any]:
@@ -164,6 +177,7 @@ def _sizes(
     rows: int,
     step: str = "",
     always: bool = False,
+    spare: bool = False,
 ) -> dict[str, int]:
     """Tile sizes of a kernel whose programs each own a block of one side (M queries or N keys) and
     loop over the other; `rows` are `mma_rows`.
@@ -172,17 +186,18 @@ def _sizes(
     Without it ptxas serializes the wgmmas of some kernels.
 
     Where registers are limited, for one more CTA per SM, tails must do with those of the main loop,
-    at every N: the owned one has 16 rows or a whole tile, the other is walked in steps of 16.
+    at every N: the owned one has 16 rows or a whole tile (in eight warps 16 rows spill: a whole
+    tile), the other is walked in steps of 16. spare: there are registers for any tail.
     """
     blocks = {"M": config.BLOCK_M, "N": config.BLOCK_N}
-    limited = config.maxnreg is not None and config.maxnreg < 255
+    limited = config.maxnreg is not None and config.maxnreg < 255 and not spare
     sizes = {}
     for side, prefix in ((owned, ""), (walked, step)):
         block = blocks[side]
         if side == walked and limited:
             tail = 16
-        elif ragged:
-            tail = block
+        elif ragged or (limited and config.num_warps == 8):
+            tail = block if ragged or N % block else 0
         elif side == owned:
             tail = round_up(N % block, pieces, block, block if limited else min(rows, block))
         else:

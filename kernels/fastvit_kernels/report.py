@@ -194,10 +194,11 @@ def run_attention_regimes(D: int, H: int = 12) -> None:
     seed = new(1, dtype=torch.int64)
     for B in (256, 1):
         lengths, cu_seqlens = new(B, dtype=torch.int32), new(B + 1, dtype=torch.int32)
-        padded = (new(B, 197, 3, H, D), lengths, None, 0)
-        packed = (new(1, B * 197, 3, H, D), None, cu_seqlens, 197)
         batches = [((new(B, N, 3, H, D), None, None, 0), (0.1, seed)) for N in LENGTHS]
-        batches += product((padded, packed), ((0.0, None), (0.1, seed)))
+        for N in (197, 577):
+            padded = (new(B, N, 3, H, D), lengths, None, 0)
+            packed = (new(1, B * N, 3, H, D), None, cu_seqlens, N)
+            batches += product((padded, packed), ((0.0, None), (0.1, seed)))
         for (qkv, *sequences), dropout in batches:
             q, k, v = qkv.unbind(2)
             options = (*sequences, *dropout)

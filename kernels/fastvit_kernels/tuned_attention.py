@@ -12,7 +12,8 @@ from fastvit_kernels.tuned import DEFAULT, Config, arch, look_up, num_sms
 
 # "fwd_resident", "fwd_fewer_keys" and "bwd_*_keys" hold all keys of a row, at most BLOCK_N of them;
 # the others loop over blocks of keys (fwd, dq) or of queries (dkv). "fwd_small": so few programs
-# that none takes registers from another; "dkv_fewer_queries": at most FEWER_QUERIES queries.
+# that none takes registers from another; "*_long": LONG tokens or more; "dkv_even": no padding or
+# packing, whose run-time lengths take registers.
 # Suffixes: "_to_128" serves head dims over 64, "_to_112" those of 88 to 112 (several blocks of
 # columns each), "_72" that one alone; "_dropout" rows with dropout, whose random numbers take
 # registers. None: no kernel.
@@ -103,7 +104,7 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "fwd_resident_64": Config(32, 224, num_warps=4, num_stages=1, maxnreg=255),
         "fwd_resident_56": Config(32, 224, num_warps=8, num_stages=1),
         "fwd_resident_48": Config(32, 208, num_warps=4, num_stages=1),
-        "fwd_resident_40": Config(32, 176, num_warps=4, num_stages=1),
+        "fwd_resident_40": Config(32, 176, num_warps=4, num_stages=1, maxnreg=255),
         "fwd_resident_24": Config(32, 224, num_warps=4, num_stages=1, maxnreg=255),
         "fwd_resident_32": Config(32, 224, num_warps=4, num_stages=1, maxnreg=255),
         "fwd_32": Config(128, 64, num_warps=8, num_stages=2, maxnreg=255),
@@ -114,6 +115,8 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "dq_40": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
         "dq_56": Config(64, 32, num_warps=4, num_stages=2, maxnreg=255),
         "dkv_24": Config(32, 64, num_warps=4, num_stages=2, maxnreg=255),
+        "dkv_56": Config(32, 64, num_warps=4, num_stages=2, maxnreg=255),
+        "dkv_56_dropout": Config(16, 64, num_warps=4, num_stages=2),
         "dkv_24_dropout": Config(16, 64, num_warps=4, num_stages=2),
         "dq_72": Config(64, 32, num_warps=8, num_stages=2),
         "dq_80": Config(64, 32, num_warps=8, num_stages=2),
@@ -124,57 +127,70 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "fwd_small_72_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "fwd_small_104_dropout": Config(32, 32, num_warps=4, num_stages=2),
         "fwd_small_96": Config(64, 32, num_warps=8, num_stages=2),
+        "float32": Config(32, 16, num_warps=4, num_stages=1, maxnreg=255),
     },
     90: _WGMMA
     | {
         "fwd_fewer_keys_64": Config(64, 224, num_warps=4, num_stages=3),
         "fwd_resident_64": Config(64, 256, num_warps=4, num_stages=2),
-        "fwd_64": Config(64, 64, num_warps=4, num_stages=3),
+        # With two stages Triton issues a tile's load after the products of the tile before and then
+        # waits for it, with nothing to hide it but other programs. So three, where they fit.
+        "fwd": Config(64, 64, num_warps=4, num_stages=3),
+        "fwd_long": Config(128, 64, num_warps=8, num_stages=3, maxnreg=128),
+        "dq_long": Config(128, 32, num_warps=8, num_stages=3, maxnreg=128),
+        "dkv": Config(32, 64, num_warps=4, num_stages=3),
         "dq_64": Config(64, 64, num_warps=4, num_stages=2, maxnreg=128),
-        # H200, 12 heads, us for dQ, dK and dV with this line / with "dkv": 256 x 197 tokens
-        # 534 / 567, 87 x 577 997 / 1016, 36 x 1370 1347 / 1238. Since then the loops are shorter by
-        # a sixth and maxnreg admits a fourth CTA per SM.
-        "dkv_fewer_queries_64": Config(32, 64, num_warps=4, num_stages=3, maxnreg=128),
-        # Timed at 80 alone, where 4 warps take half the time of 8: as many warps per SM, or more,
-        # in CTAs that do not wait for each other. So in dK and dV.
+        "dkv_even_64": Config(32, 64, num_warps=4, num_stages=3, maxnreg=128),
+        "dq_long_64": Config(128, 64, num_warps=8, num_stages=3, maxnreg=128),
+        # Timed at 80 alone, where 4 warps for 64 rows take half the time of 8: as many warps an SM,
+        # or more, in CTAs that do not wait for each other. So in dK and dV.
         "fwd_to_128": Config(64, 64, num_warps=4, num_stages=2),
         "fwd_104": Config(64, 64, num_warps=4, num_stages=2),
-        "fwd_120": Config(64, 64, num_warps=4, num_stages=2),
-        "fwd_120_dropout": Config(128, 32, num_warps=8, num_stages=2),
-        "dkv_88": Config(16, 64, num_warps=4, num_stages=1),
-        "dkv_96": Config(32, 64, num_warps=4, num_stages=1),
-        "dkv_112": Config(32, 64, num_warps=4, num_stages=1),
-        "dkv_128": Config(16, 64, num_warps=4, num_stages=1),
-        "dkv_88_dropout": Config(16, 64, num_warps=8, num_stages=1),
-        "dkv_96_dropout": Config(16, 64, num_warps=8, num_stages=1),
-        "dkv_112_dropout": Config(16, 64, num_warps=8, num_stages=1),
+        "fwd_120": Config(64, 32, num_warps=4, num_stages=3),
+        "fwd_128": Config(64, 32, num_warps=4, num_stages=3),
+        "fwd_long_56": Config(128, 32, num_warps=8, num_stages=3, maxnreg=128),
+        "fwd_long_to_128": Config(128, 32, num_warps=8, num_stages=3, maxnreg=128),
+        "fwd_long_72": Config(128, 64, num_warps=8, num_stages=3, maxnreg=128),
+        "fwd_long_80": Config(128, 64, num_warps=8, num_stages=3, maxnreg=128),
+        "dq_to_128": Config(64, 32, num_warps=4, num_stages=3),
+        "dq_to_112": Config(64, 32, num_warps=4, num_stages=3),
+        "dq_to_112_dropout": Config(64, 32, num_warps=4, num_stages=1),
+        "dq_88": Config(64, 32, num_warps=4, num_stages=3),
+        "dq_96": Config(64, 32, num_warps=4, num_stages=3),
+        "dq_long_to_128": None,
+        "dq_long_72": Config(128, 32, num_warps=8, num_stages=3, maxnreg=128),
+        "dq_long_80": Config(128, 32, num_warps=8, num_stages=3, maxnreg=128),
+        "dq_long_96": Config(128, 32, num_warps=8, num_stages=3, maxnreg=128),
+        "dkv_to_128": Config(32, 64, num_warps=4, num_stages=3),
+        "dkv_128": Config(16, 64, num_warps=4, num_stages=3),
         "dkv_128_dropout": Config(16, 64, num_warps=8, num_stages=1),
+        "dkv_even_80": Config(32, 64, num_warps=4, num_stages=3, maxnreg=168),
+        "dkv_even_128": Config(32, 64, num_warps=4, num_stages=3),
+        "dkv_104": Config(32, 64, num_warps=4, num_stages=3),
+        "dkv_120": Config(32, 64, num_warps=4, num_stages=3),
+        "dkv_104_dropout": Config(16, 64, num_warps=8, num_stages=1),
+        "fwd_120_dropout": Config(128, 32, num_warps=8, num_stages=2),
         "dq_88_dropout": Config(64, 32, num_warps=8, num_stages=1),
-        "dq_80": Config(64, 32, num_warps=4, num_stages=3),
-        "dkv_80": Config(32, 64, num_warps=4, num_stages=1),
         "fwd_fewer_keys_72": Config(64, 32, num_warps=4, num_stages=1, maxnreg=96),
-        "dkv_72": Config(32, 64, num_warps=4, num_stages=2),
         "fwd_72_dropout": Config(128, 32, num_warps=8, num_stages=2),
-        "dkv_72_dropout": Config(16, 64, num_warps=8, num_stages=1),
-        "fwd_64_dropout": Config(128, 64, num_warps=8, num_stages=2),
-        "dq_64_dropout": Config(64, 64, num_warps=4, num_stages=2),
+        "fwd_64_dropout": Config(64, 32, num_warps=4, num_stages=3),
+        "dq_64_dropout": Config(64, 64, num_warps=4, num_stages=3),
         "fwd_80_dropout": Config(128, 64, num_warps=8, num_stages=2),
-        "dq_80_dropout": Config(64, 32, num_warps=4, num_stages=1),
-        "dkv_80_dropout": Config(16, 64, num_warps=8, num_stages=1),
         # With two stages ptxas has each wgmma of these two wait for the one before.
         "dkv_dropout": Config(32, 64, num_warps=4, num_stages=1),
+        "fwd_88_dropout": Config(64, 32, num_warps=4, num_stages=3),
         "fwd_96_dropout": Config(128, 32, num_warps=8, num_stages=1),
         "fwd_104_dropout": Config(128, 16, num_warps=8, num_stages=2),
         "fwd_small_104_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "fwd_small_120_dropout": Config(64, 64, num_warps=8, num_stages=2),
         "fwd_small_128_dropout": Config(64, 64, num_warps=8, num_stages=2),
-        "dq_120": Config(64, 32, num_warps=8, num_stages=1),
+        "dq_120": Config(64, 32, num_warps=4, num_stages=3),
         "dq_120_dropout": Config(64, 16, num_warps=8, num_stages=1),
         "dkv_120_dropout": Config(16, 32, num_warps=4, num_stages=1),
         "fwd_small_112_dropout": Config(64, 32, num_warps=4, num_stages=2),
         "fwd_128_dropout": Config(128, 32, num_warps=8, num_stages=2),
         "dq_128": Config(64, 32, num_warps=4, num_stages=1),
-        "fwd_56_dropout": Config(128, 32, num_warps=8, num_stages=2),
+        "fwd_56_dropout": Config(64, 32, num_warps=4, num_stages=3),
         "fwd_resident_40": Config(64, 128, num_warps=4, num_stages=1),
         "fwd_resident_56": Config(64, 128, num_warps=8, num_stages=1),
         "fwd_resident_120": Config(64, 112, num_warps=4, num_stages=1),
@@ -261,9 +277,12 @@ MMA_ROWS: dict[int, int] = {DEFAULT: 16, 90: 64, 100: 64}
 # 833 / 719.
 SIDE_BY_SIDE = 384
 
-# "dkv_fewer_queries" serves up to this many queries, where a table has it: with more, its smaller
-# steps cost more than they gain (its line has the times).
-FEWER_QUERIES = 640
+# From this many tokens on, programs own 128 queries instead of 64, where a table has lines for that
+# and they fill the GPU twice over: each key is then read from L2 half as often. With 64, forward on
+# an H200 reads 5.0 TB/s of keys and values at 577 tokens and 5.5 TB/s at 1370 (bytes computed,
+# times measured), about what its L2 delivers. The lines for 128 are not timed but simulated
+# (`benchmarks/simulate.py`).
+LONG = 320
 
 
 def find(
@@ -271,7 +290,7 @@ def find(
 ) -> Config | None:
     """The configuration of one attention kernel at head dim D; None if it does not serve there."""
     table = look_up(ATTENTION, arch)
-    optional = any(word in kernel for word in ("resident", "keys", "beside", "queries"))
+    optional = any(word in kernel for word in ("resident", "keys", "beside", "long", "even"))
     if dtype == torch.float32 and arch != 0:
         return None if optional else table["float32"]
     widths = (f"_{D}", *("_to_112",) * (80 < D <= 112), *("_to_128",) * (D > 64), "")
