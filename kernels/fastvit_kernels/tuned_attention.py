@@ -127,6 +127,8 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "fwd_small_72_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "fwd_small_104_dropout": Config(32, 32, num_warps=4, num_stages=2),
         "fwd_small_96": Config(64, 32, num_warps=8, num_stages=2),
+        "fwd_small_120": Config(64, 32, num_warps=8, num_stages=1),
+        "fwd_small_120_dropout": Config(64, 32, num_warps=8, num_stages=2),
         "float32": Config(32, 16, num_warps=4, num_stages=1, maxnreg=255),
     },
     90: _WGMMA
@@ -251,7 +253,8 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "dkv_56": Config(32, 64, num_warps=8, num_stages=2),
         "dkv_56_dropout": Config(32, 64, num_warps=8, num_stages=1),
         "dkv_80": Config(32, 64, num_warps=8, num_stages=1),
-        "dkv_88": Config(16, 32, num_warps=8, num_stages=2),
+        "dkv_88": Config(16, 32, num_warps=8, num_stages=1),
+        "dkv_88_dropout": Config(16, 32, num_warps=8, num_stages=2),
         "dkv_96": Config(16, 32, num_warps=4, num_stages=1),
         "float32": Config(16, 16, num_warps=4, num_stages=1, maxnreg=255),
     },
