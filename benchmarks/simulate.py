@@ -9,12 +9,13 @@ like the first of a full tile. `--calibrate` compares with the times in results/
 
 An estimate is no measurement: it ranks configurations, and says what a kernel waits for. Of the
 code that an H200 ran with triton 3.6 (d6448cf) it says, forward / backward in us, measured times in
-brackets: 256x197x12x64 151 (181) / 541 (529), 87x577x12x64 315 (310) / 984 (1001), 36x1370x12x64
-612 (607) / 2041 (1918).
+brackets: 256x197x12x64 153 (181) / 517 (529), 87x577x12x64 314 (310) / 969 (1001), 36x1370x12x64
+624 (607) / 2057 (1918).
 """
 
 import argparse
 import copy
+import math
 import re
 import tempfile
 from collections import Counter, defaultdict
@@ -33,7 +34,7 @@ LAUNCH = 500  # cycles from the end of one program to the start of the next in i
 # Bytes per cycle of a whole SM. L2's is the one number fitted to the times in the docstring.
 SHARED, L2, HBM = 128, 25, 4.2e12 / SMS / CLOCK
 L2_LATENCY, HBM_LATENCY, WGMMA_LATENCY = 280, 600, 30  # cycles
-# Cycles that one instruction of a warp occupies its pipe, of 32, 16 and 4 lanes; others: "alu", 2.
+# The pipe of an instruction, and the cycles that one warp's occupies it; all others: "alu", 2.
 PIPES = {
     **dict.fromkeys(("FADD", "FMUL", "FFMA"), ("fma", 1)),
     "IMAD": ("fma", 2),
@@ -124,7 +125,7 @@ def path(code: Sequence[Instruction], steps: int, stages: int, resident: bool) -
             c = copy.copy(c)
             c.bytes = 0
         taken.append(c)
-        if c.op == "EXIT" and not c.predicated:
+        if c.op == "EXIT" and (not c.predicated or (passes >= steps and not resident)):
             break
         if i == end:
             passes += 1
@@ -155,6 +156,7 @@ class Quadrant:
 
     def __init__(self, taken: Sequence[Instruction], hbm_share: float) -> None:
         self.taken, self.hbm_share = taken, hbm_share
+        self.cycles = 0.0
         self.free: defaultdict[str, float] = defaultdict(
             float
         )  # when a pipe or queue is free again
@@ -205,6 +207,7 @@ class Quadrant:
                     ends.append(cycle)
                     if started < programs:
                         start(cycle + LAUNCH)
+        self.cycles = ends[-1]
         if programs <= resident:
             return ends[-1] / programs
         # Without the first of each place, which find the SM empty.
@@ -220,7 +223,7 @@ class Quadrant:
         if c.op == "DEPBAR" or c.name.startswith("WARPGROUP.DEPBAR"):
             groups, kind = (warp.loads, "loads") if c.op == "DEPBAR" else (warp.products, "wgmma")
             allowed = int(c.operands.split(",")[1], 16)
-            times[kind] = max(groups[: len(groups) - allowed], default=0.0)
+            times[kind] = max(groups[: max(0, len(groups) - allowed)], default=0.0)
         if c.pipe:
             times[c.pipe] = self.free[c.pipe] - (16 if c.pipe in ("tensor", "fma", "alu") else 64)
             if c.pipe in ("fma", "alu"):
@@ -234,10 +237,10 @@ class Quadrant:
         self.busy["issue"] += 1
         done = self.use(c.pipe, cycle, c.cost) if c.pipe else cycle
         done += RESULT.get(c.pipe, 0)
-        quarter = c.bytes / 4
         stall = max(1, c.stall)
         if c.op == "HGMMA":
-            fed = self.use("shared", cycle, quarter / (SHARED / 4))
+            # Its bytes are those of a warpgroup, of which one warp is here.
+            fed = self.use("shared", cycle, c.bytes / SHARED)
             done = max(self.use("tensor", cycle + 4, c.cost), fed)
             self.free["tensor"] = done
             done += WGMMA_LATENCY
@@ -248,7 +251,7 @@ class Quadrant:
             far = self.use("HBM", cycle, c.bytes * self.hbm_share / (HBM / 4))
             done = max(done, far + HBM_LATENCY * (self.hbm_share > 0))
             if c.op == "LDGSTS":
-                self.use("shared", cycle, quarter / (SHARED / 4))
+                self.use("shared", cycle, c.bytes / (SHARED / 4))
                 warp.load, done = max(warp.load, done), cycle + 20
         elif c.op == "LDGDEPBAR":
             warp.loads.append(max(warp.load, cycle))
@@ -257,7 +260,7 @@ class Quadrant:
             self.use("HBM", cycle, c.bytes / (HBM / 4))
             done = cycle + 30
         elif c.op in ("LDS", "LDSM", "STS", "STSM") and c.pipe:
-            done = self.use("shared", cycle, quarter / (SHARED / 4)) + 26
+            done = self.use("shared", cycle, c.bytes / (SHARED / 4)) + 26
         elif c.pipe == "lsu":
             done += 24
         elif c.op == "MEMBAR":
@@ -284,6 +287,8 @@ def estimate(case: aot.Case, N: int) -> Estimate:
     """
     if dict(case.constants).get("PART") == "both":
         raise NotImplementedError("dQ, dK and dV share the launch")
+    if dict(case.constants).get("SPLITS", 1) > 1:
+        raise NotImplementedError("programs share the queries of one head")
     cost = aot.compile_case(case, 90)
     constants = dict(case.constants)
     resident = "KEYS" in constants
@@ -295,12 +300,12 @@ def estimate(case: aot.Case, N: int) -> Estimate:
     # 1.3: q, and in backward do and o, are read once beside k and v.
     quadrant = Quadrant(taken, min(1.0, 1.3 / owned))
     per_sm = max(1.0, case.programs / SMS)
-    programs = min(3 * cost.ctas_per_sm, max(1, int(per_sm)))
-    cycles = quadrant.run(cost.ctas_per_sm, max(1, case.num_warps // 4), programs)
-    total = cycles * programs
+    ctas = cost.ctas_per_sm
+    programs = 3 * ctas if per_sm > ctas else math.ceil(per_sm)
+    cycles = quadrant.run(ctas, max(1, case.num_warps // 4), programs)
     busy, waited = (
         {
-            name: counts[name] / total
+            name: counts[name] / quadrant.cycles
             for name in sorted(counts, key=counts.__getitem__, reverse=True)
         }
         for counts in (quadrant.busy, quadrant.waited)
@@ -336,6 +341,8 @@ def main() -> None:
         "--calibrate", action="store_true", help="beside measured times, if of earlier code"
     )
     args = parser.parse_args()
+    if not (args.shapes or args.calibrate):
+        parser.error("shapes: expected some like 87x577x12x64, or --calibrate")
     for text in args.shapes:
         if re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text) is None:
             parser.error(f"shapes: expected four numbers like 87x577x12x64, got {text}")

@@ -66,7 +66,7 @@ BOUNDS = {
 ALTERNATIVES = {"tma_wide": (Config(128, 128, 64, num_stages=3, CTAS=2, tma=True),)}
 NO_KERNEL = Config(0, 0)  # stands for None in a table: separate launches are faster
 OPTIONAL = re.compile(
-    r"MLP_NARROW|ATTENTION (fwd_resident|fwd_fewer|bwd_|dq_beside|\w+_(long|even)_)"
+    r"MLP_NARROW|ATTENTION (fwd_resident|fwd_fewer|bwd_|dq_beside|\w+_(long|even))"
 )
 REGISTERS = (96, 128, 168)  # of a thread, with which five, four and three CTAs of 4 warps fit an SM
 TILE = 128 * 256  # largest accumulator, in elements, that fits the registers of one program

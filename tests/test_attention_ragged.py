@@ -43,7 +43,7 @@ def test_packed(lengths: list[int], dtype: torch.dtype, device: torch.device) ->
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_tiles_of_128_queries(packed: bool, device: torch.device, on_gpu: bool) -> None:
-    """Three heads fill the one SM. On sm_90 the longest image takes three tiles, the others one."""
+    """Three heads fill the one SM. On sm_90 an image takes up to three tiles."""
     arch = tuned.arch(torch.cuda.current_device()) if on_gpu else 90
     lengths = [330, 20, 0]
     with tuned.target(arch, sms=1):

@@ -33,6 +33,23 @@ def test_one_instruction_issues_per_cycle() -> None:
     assert Quadrant(taken, 0.0).run(4, warps=1, programs=40) < 600
 
 
+def test_more_programs_take_longer() -> None:
+    times = {
+        n: Quadrant([Instruction("FADD", "R0, R1", False, stall=4)] * 400, 0.0) for n in (4, 12)
+    }
+    for n, quadrant in times.items():
+        quadrant.run(4, warps=1, programs=n)
+    assert 1.5 * times[4].cycles < times[12].cycles < 3.5 * times[4].cycles
+    assert times[12].busy["issue"] <= times[12].cycles
+
+
+def test_four_quadrants_share_the_shared_memory() -> None:
+    """A load issues at once, but its result waits for those before."""
+    quadrant = Quadrant([Instruction("LDS.128", "R0, [R1]", False)] * 400, 0.0)
+    quadrant.run(1, warps=1, programs=1)
+    assert quadrant.free["shared"] == pytest.approx(400 * 512 / (SHARED / 4), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("operands", "rows"), [("R24, gdesc[UR4], R24", 64), ("R24, R8, gdesc[UR4]", 0)]
 )
@@ -62,10 +79,20 @@ def test_a_loop_is_taken_as_often_as_its_shape_says() -> None:
     assert taken[-1].op == "STG" and len(taken) == 1 + 5 * 3 + 1
 
 
+def test_only_the_first_variant_is_taken() -> None:
+    variant = [
+        Instruction("HGMMA.64x64x16", "R24, gdesc[UR4], R24", False),
+        Instruction("BRA", "`(.L_x_0)", True, target=0),
+        Instruction("STG.E.128", "[R2], R0", False),
+        Instruction("EXIT", "", True),
+    ]
+    assert len(path(2 * variant, steps=3, stages=1, resident=False)) == 3 * 2 + 1
+
+
 def test_attention_of_one_shape() -> None:
     command = [sys.executable, str(SCRIPT), "40x330x12x64"]
     run = subprocess.run(command, env=env_compiled(), capture_output=True, text=True, check=True)
     times = [float(t) for t in re.findall(r"^ *(\d+) us", run.stdout, re.MULTILINE)]
-    # Three times its FLOPs at 800 TFLOP/s, and a tenth of them.
+    # Forward's FLOPs at 800 TFLOP/s, and thirty times that.
     floor = 4 * 40 * 330**2 * 12 * 64 / 800e12 * 1e6
     assert len(times) == 3 and all(floor < t < 30 * floor for t in times)

@@ -1,7 +1,7 @@
 """Which attention kernels run on sequences of N tokens, with which tiles and how many programs.
 
 Where all sequences have N tokens, the last tile is one power of two or the sum of two, at least 16
-(`round_up`), so N = 197 costs 208 x 208 scores in forward. The share of wasted scores is 39 % at
+(`round_up`), so N = 197 costs 208 x 208 scores in forward. At head dim 64 it wastes 39 % of them at
 N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 7 % at 785, 2 % at 1029 and 3 % at 1370 on sm_90 (4 %
 and 1 % at 785 and 1370 where a tile of 32 rows costs half one of 64: `mma_rows`).
 """
@@ -86,12 +86,14 @@ def plan_fwd(
             constants |= {"SPLITS": splits, "MASK_FROM": _mask_from(constants["KEYS"])}
             return Launch(_attention_fwd_resident_kernel, splits, constants, resident)
     config = tuned_attention.config("fwd", D, dtype, arch, dropout)
+    long = None if dropout else _long("fwd_long", heads, N, D, dtype, arch, sms)
     if heads * cdiv(N, config.BLOCK_M) < sms:
         config = tuned_attention.config("fwd_small", D, dtype, arch, dropout)
-    elif not dropout:
-        config = _long("fwd_long", heads, N, D, dtype, arch, sms) or config
-    rows, spare = mma_rows(arch), D <= 64
-    sizes = _sizes("M", config, "N", N, ragged, 2, rows, always=dropout, spare=spare)
+    elif long is not None:
+        config = long
+    whole, spare = config is long and D > 64, D <= 64
+    args = config, "N", N, ragged, 2, mma_rows(arch)
+    sizes = _sizes("M", *args, always=dropout, whole=whole, spare=spare)
     return Launch(_attention_fwd_kernel, _programs(N, sizes, "M", ragged), sizes, config)
 
 
@@ -120,12 +122,14 @@ def plan_bwd(
     beside = beside and tuned_attention.find("dq_beside", D, dtype, arch) is not None
     names = ("dq_beside", "dkv_beside") if beside else ("dq", "dkv")
     dq, dkv = (tuned_attention.config(name, D, dtype, arch, dropout) for name in names)
+    long = None
     if not (dropout or beside):
-        dq = _long("dq_long", heads, N, D, dtype, arch, sms) or dq
+        long = _long("dq_long", heads, N, D, dtype, arch, sms)
+        dq = long or dq
         dkv = (None if ragged else tuned_attention.find("dkv_even", D, dtype, arch)) or dkv
     rows = mma_rows(arch)
     pieces = 2 if D <= 64 else 1  # wider tiles leave no registers for a tail in two pieces
-    dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, rows, "STEP_")
+    dq_sizes = _sizes("M", dq, "N", N, ragged, pieces, rows, "STEP_", whole=dq is long)
     dkv_sizes = _sizes("N", dkv, "M", N, ragged, pieces, rows, "STEP_", always=beside)
     programs = [_programs(N, dq_sizes, "M", ragged), _programs(N, dkv_sizes, "N", ragged)]
     if beside:
@@ -177,6 +181,7 @@ def _sizes(
     rows: int,
     step: str = "",
     always: bool = False,
+    whole: bool = False,
     spare: bool = False,
 ) -> dict[str, int]:
     """Tile sizes of a kernel whose programs each own a block of one side (M queries or N keys) and
@@ -186,8 +191,8 @@ def _sizes(
     Without it ptxas serializes the wgmmas of some kernels.
 
     Where registers are limited, for one more CTA per SM, tails must do with those of the main loop,
-    at every N: the owned one has 16 rows or a whole tile (in eight warps 16 rows spill: a whole
-    tile), the other is walked in steps of 16. spare: there are registers for any tail.
+    at every N: the owned one has 16 rows or a whole tile, the other is walked in steps of 16.
+    whole: the owned one is a whole tile, since 16 rows spill too. spare: registers suffice for any.
     """
     blocks = {"M": config.BLOCK_M, "N": config.BLOCK_N}
     limited = config.maxnreg is not None and config.maxnreg < 255 and not spare
@@ -196,7 +201,7 @@ def _sizes(
         block = blocks[side]
         if side == walked and limited:
             tail = 16
-        elif ragged or (limited and config.num_warps == 8):
+        elif ragged or (whole and side == owned):
             tail = block if ragged or N % block else 0
         elif side == owned:
             tail = round_up(N % block, pieces, block, block if limited else min(rows, block))

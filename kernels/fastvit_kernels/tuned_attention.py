@@ -12,8 +12,8 @@ from fastvit_kernels.tuned import DEFAULT, Config, arch, look_up, num_sms
 
 # "fwd_resident", "fwd_fewer_keys" and "bwd_*_keys" hold all keys of a row, at most BLOCK_N of them;
 # the others loop over blocks of keys (fwd, dq) or of queries (dkv). "fwd_small": so few programs
-# that none takes registers from another; "*_long": LONG tokens or more; "dkv_even": no padding or
-# packing, whose run-time lengths take registers.
+# that none takes registers from another; "*_long": LONG tokens or more; "dkv_even": sequences of
+# one length, without dropout; lengths known only at run time take registers.
 # Suffixes: "_to_128" serves head dims over 64, "_to_112" those of 88 to 112 (several blocks of
 # columns each), "_72" that one alone; "_dropout" rows with dropout, whose random numbers take
 # registers. None: no kernel.
@@ -178,9 +178,9 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "fwd_64_dropout": Config(64, 32, num_warps=4, num_stages=3),
         "dq_64_dropout": Config(64, 64, num_warps=4, num_stages=3),
         "fwd_80_dropout": Config(128, 64, num_warps=8, num_stages=2),
+        "fwd_88_dropout": Config(64, 32, num_warps=4, num_stages=3),
         # With two stages ptxas has each wgmma of these two wait for the one before.
         "dkv_dropout": Config(32, 64, num_warps=4, num_stages=1),
-        "fwd_88_dropout": Config(64, 32, num_warps=4, num_stages=3),
         "fwd_96_dropout": Config(128, 32, num_warps=8, num_stages=1),
         "fwd_104_dropout": Config(128, 16, num_warps=8, num_stages=2),
         "fwd_small_104_dropout": Config(64, 32, num_warps=8, num_stages=2),
@@ -280,11 +280,11 @@ MMA_ROWS: dict[int, int] = {DEFAULT: 16, 90: 64, 100: 64}
 # 833 / 719.
 SIDE_BY_SIDE = 384
 
-# From this many tokens on, programs own 128 queries instead of 64, where a table has lines for that
-# and they fill the GPU twice over: each key is then read from L2 half as often. With 64, forward on
-# an H200 reads 5.0 TB/s of keys and values at 577 tokens and 5.5 TB/s at 1370 (bytes computed,
-# times measured), about what its L2 delivers. The lines for 128 are not timed but simulated
-# (`benchmarks/simulate.py`).
+# From this many tokens on, programs without dropout own 128 queries instead of 64, where a table
+# has lines for that and every SM gets two: each key is then read from L2 half as often. With 64,
+# forward on an H200 reads 5.0 TB/s of keys and values at 577 tokens and 5.5 TB/s at 1370 (bytes
+# computed, times measured), about what its L2 delivers. This limit, those lines and the three
+# stages of sm_90 are chosen by `benchmarks/simulate.py`, not timed.
 LONG = 320
 
 
