@@ -7,10 +7,10 @@ pipes, wgmma, shared memory, L2 and HBM are queues. Branches are not computed: a
 loop over tiles as often as its shape says, every other loop once, and all programs are taken to be
 like the first of a full tile. `--calibrate` compares with the times in results/nvidia-h200.json.
 
-An estimate is no measurement: it ranks configurations, and says what a kernel waits for. Of the
-code that an H200 ran with triton 3.6 (d6448cf) it says, forward / backward in us, measured times in
-brackets: 256x197x12x64 153 (181) / 517 (529), 87x577x12x64 314 (310) / 969 (1001), 36x1370x12x64
-624 (607) / 2057 (1918).
+An estimate is no measurement: it ranks configurations, and says what a kernel waits for. Copied
+into a checkout of d6448cf, whose attention the H200 ran, and with its triton, 3.6, this file gives
+with --calibrate, forward / backward in us, each with the measured time in brackets: 256x197x12x64
+153 (181) / 517 (529), 87x577x12x64 314 (310) / 969 (1001), 36x1370x12x64 624 (607) / 2057 (1918).
 """
 
 import argparse
@@ -28,11 +28,12 @@ from fastvit_kernels import aot, attention, report
 
 from benchmarks.gpu import read_json
 
-CLOCK = 1.755e9  # Hz, of an SM under load
+# What follows is taken from the programming guide, or assumed, but for L2's rate, the one number
+# fitted to the times in the docstring.
+CLOCK = 1.755e9  # Hz
 SMS = 132
 LAUNCH = 500  # cycles from the end of one program to the start of the next in its place
-# Bytes per cycle of a whole SM. L2's is the one number fitted to the times in the docstring.
-SHARED, L2, HBM = 128, 25, 4.2e12 / SMS / CLOCK
+SHARED, L2, HBM = 128, 25, 4.2e12 / SMS / CLOCK  # bytes per cycle of a whole SM
 L2_LATENCY, HBM_LATENCY, WGMMA_LATENCY = 280, 600, 30  # cycles
 # The pipe of an instruction, and the cycles that one warp's occupies it; all others: "alu", 2.
 PIPES = {
@@ -48,6 +49,8 @@ PIPES = {
 }
 FREE = set("HGMMA BAR DEPBAR LDGDEPBAR WARPGROUP MEMBAR BRA EXIT NOP FENCE".split())
 RESULT = {"mufu": 18, "tensor": 24, "alu": 4, "fma": 4, "uniform": 12}  # cycles after the pipe
+# Cycles of work that a pipe takes on ahead of its time.
+QUEUED = {"mufu": 64, "tensor": 16, "alu": 0, "fma": 0, "uniform": 64, "lsu": 64}
 _LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?(\S+)\s*(.*?);?\s*/\* 0x\w+ \*/")
 _CONTROL = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/")
 
@@ -157,9 +160,8 @@ class Quadrant:
     def __init__(self, taken: Sequence[Instruction], hbm_share: float) -> None:
         self.taken, self.hbm_share = taken, hbm_share
         self.cycles = 0.0
-        self.free: defaultdict[str, float] = defaultdict(
-            float
-        )  # when a pipe or queue is free again
+        # When each pipe or queue is free again, how long it was not, and what for no warp issued.
+        self.free: defaultdict[str, float] = defaultdict(float)
         self.busy: defaultdict[str, float] = defaultdict(float)
         self.waited: defaultdict[str, float] = defaultdict(float)
 
@@ -225,9 +227,7 @@ class Quadrant:
             allowed = int(c.operands.split(",")[1], 16)
             times[kind] = max(groups[: max(0, len(groups) - allowed)], default=0.0)
         if c.pipe:
-            times[c.pipe] = self.free[c.pipe] - (16 if c.pipe in ("tensor", "fma", "alu") else 64)
-            if c.pipe in ("fma", "alu"):
-                times[c.pipe] += 16
+            times[c.pipe] = self.free[c.pipe] - QUEUED[c.pipe]
         why = max(times, key=lambda name: times[name])
         return max(times[why], now), why
 
@@ -285,12 +285,12 @@ def estimate(case: aot.Case, N: int) -> Estimate:
     """The time of one launch of attention over sequences of N tokens. NotImplementedError where the
     programs of one launch do different things, as in backward of few heads.
     """
-    if dict(case.constants).get("PART") == "both":
+    constants = dict(case.constants)
+    if constants.get("PART") == "both":
         raise NotImplementedError("dQ, dK and dV share the launch")
-    if dict(case.constants).get("SPLITS", 1) > 1:
+    if constants.get("SPLITS", 1) > 1:
         raise NotImplementedError("programs share the queries of one head")
     cost = aot.compile_case(case, 90)
-    constants = dict(case.constants)
     resident = "KEYS" in constants
     part = constants.get("PART")
     steps = {"dq": "STEP_N", "dkv": "STEP_M", None: "BLOCK_M" if resident else "BLOCK_N"}
@@ -302,16 +302,13 @@ def estimate(case: aot.Case, N: int) -> Estimate:
     per_sm = max(1.0, case.programs / SMS)
     ctas = cost.ctas_per_sm
     programs = 3 * ctas if per_sm > ctas else math.ceil(per_sm)
-    cycles = quadrant.run(ctas, max(1, case.num_warps // 4), programs)
+    each = quadrant.run(ctas, max(1, case.num_warps // 4), programs)
     busy, waited = (
-        {
-            name: counts[name] / quadrant.cycles
-            for name in sorted(counts, key=counts.__getitem__, reverse=True)
-        }
+        {name: cycles / quadrant.cycles for name, cycles in Counter(counts).most_common()}
         for counts in (quadrant.busy, quadrant.waited)
     )
     name = f"{case.name.removeprefix('attention_')} {report.describe(case)}"
-    return Estimate(name, cycles * per_sm / CLOCK * 1e6, busy, waited)
+    return Estimate(name, each * per_sm / CLOCK * 1e6, busy, waited)
 
 
 def launches(B: int, N: int, H: int, D: int) -> list[aot.Case]:
@@ -338,7 +335,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shapes", nargs="*", help="batch x tokens x heads x head dim: 87x577x12x64")
     parser.add_argument(
-        "--calibrate", action="store_true", help="beside measured times, if of earlier code"
+        "--calibrate",
+        action="store_true",
+        help="compare with times of an H200, perhaps of other code",
     )
     args = parser.parse_args()
     if not (args.shapes or args.calibrate):
@@ -357,14 +356,16 @@ def main() -> None:
                 continue
             print(f"{e.us:7.0f} us  {e.name}")
             for title, shares in (("busy", e.busy), ("waits", e.waited)):
-                print(
-                    f"    {title}: "
-                    + ", ".join(f"{n} {s:.0%}" for n, s in shares.items() if s > 0.02)
-                )
+                most = ", ".join(f"{name} {s:.0%}" for name, s in shares.items() if s > 0.02)
+                print(f"    {title}: {most}")
     if args.calibrate:
         print("batch x tokens x heads x head dim: forward, backward; estimated / measured in us")
         for (B, N, H, D), (forward, both) in measured().items():
-            first, *rest = (estimate(case, N).us for case in launches(B, N, H, D))
+            try:
+                first, *rest = (estimate(case, N).us for case in launches(B, N, H, D))
+            except NotImplementedError as error:
+                print(f"{B}x{N}x{H}x{D}: {error}")
+                continue
             pairs = (first, forward), (sum(rest), both - forward)
             print(f"{B}x{N}x{H}x{D}: " + ", ".join(f"{e:.0f} / {m:.0f}" for e, m in pairs))
 

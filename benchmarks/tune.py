@@ -131,7 +131,7 @@ def neighbours(line: Line, config: Config) -> list[Config]:
     if line.table == "ATTENTION":
         limits = [None, *REGISTERS]
         found += [replace(config, maxnreg=n) for n in limits if n != config.maxnreg]
-        # Twice or half the rows that a program owns, in as many more or fewer warps.
+        # Twice or half the rows that a program owns, in twice or half the warps.
         owned = "BLOCK_N" if line.name.startswith("dkv") else "BLOCK_M"
         rows, warps = getattr(config, owned), config.num_warps
         pairs = (rows * 2, warps * 2), (rows // 2, warps // 2)

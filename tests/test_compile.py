@@ -102,23 +102,32 @@ def test_attention_at_every_head_dim(arch: int, tmp_path: Path) -> None:
     check_rows(rows)
 
 
-def test_rows_of_an_odd_multiple_of_8_are_loaded_by_16_bytes() -> None:
-    """16 divides neither the head dim nor the distance of two tokens; Triton sees 16 alone."""
+def test_what_16_does_not_divide_is_loaded_in_vectors() -> None:
+    """Head dim 72 and the distance of two tokens by 16 bytes, patches of 14 by pairs of pixels and
+    four weights: of powers of two, Triton itself sees 16 alone."""
     code = """if True:
         import torch
-        from fastvit_kernels import aot, attention
+        from fastvit_kernels import aot, attention, patch_embed
         with aot.record(90) as cases:
             q, k, v = torch.empty(64, 257, 3, 9, 72, dtype=torch.bfloat16, device="meta").unbind(2)
             o, lse = attention._fwd(q, k, v, 0.1)
             attention._bwd(o, q, k, v, o, lse, 0.1)
+            images, weight = (
+                torch.empty(s, dtype=torch.bfloat16, device="meta")
+                for s in ((64, 3, 224, 224), (1024, 3, 14, 14))
+            )
+            patch_embed._fwd(images, weight, None, None, None, torch.bfloat16)
         for case in cases:
-            print(aot.build(case, 90).asm["ptx"])
+            print("KERNEL", aot.build(case, 90).asm["ptx"])
     """
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, env=env_compiled(), capture_output=True, text=True, check=True)
-    loads = re.findall(r"(?:ld|st)\.global\S*|cp\.async\.c[ag]\S*", run.stdout)
-    assert any("v4" in load for load in loads) and any("async" in load for load in loads)
-    assert not [load for load in loads if "16" in load]
+    *attention, patches = run.stdout.split("KERNEL")[1:]
+    for ptx in attention:
+        for name in (r"ld\.global\S*", r"st\.global\S*"):
+            assert any("v4" in access for access in re.findall(name, ptx))
+    assert "cp.async.cg" in attention[0] and "cp.async.ca" in patches  # .cg: 16 bytes; .ca: fewer
+    assert not re.findall(r"(?:ld|st)\.global\S*16\b", run.stdout)
 
 
 def test_a_descriptor_made_of_a_parameter_is_found() -> None:

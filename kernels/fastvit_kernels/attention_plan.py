@@ -1,9 +1,11 @@
 """Which attention kernels run on sequences of N tokens, with which tiles and how many programs.
 
 Where all sequences have N tokens, the last tile is one power of two or the sum of two, at least 16
-(`round_up`), so N = 197 costs 208 x 208 scores in forward. At head dim 64 it wastes 39 % of them at
-N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 7 % at 785, 2 % at 1029 and 3 % at 1370 on sm_90 (4 %
-and 1 % at 785 and 1370 where a tile of 32 rows costs half one of 64: `mma_rows`).
+(`round_up`), so N = 197 costs 208 x 208 scores in forward. The share of scores that forward wastes
+at head dim 64 is 39 % at N = 50, 10 % at 197, 11 % at 257, 5 % at 577, 7 % at 785, 2 % at 1029 and
+3 % at 1370 on sm_90 (4 % and 1 % at 785 and 1370 where a tile of 32 rows costs half one of 64:
+`mma_rows`). dQ, whose tiles of 128 queries there are whole, wastes 12 %, 14 %, 12 % and 3 % at 577,
+785, 1029 and 1370.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ powers of two, largest first, each a block of its own: 208 keys are 128 + 64 + 1
 import triton
 import triton.language as tl
 
-from fastvit_kernels.common import dot, multiple_of_8
+from fastvit_kernels.common import dot, multiple_of
 
 
 @triton.constexpr_function
@@ -69,7 +69,7 @@ def rows_of(ptr, offset, stride_n, stride_d, ALIGN: tl.constexpr):
 
     ALIGN divides every stride but that of the columns, which permits 16-byte loads.
     """
-    return (ptr + multiple_of_8(offset, ALIGN == 8), stride_n, stride_d)
+    return (ptr + multiple_of(offset, ALIGN), stride_n, stride_d)
 
 
 @triton.constexpr_function

@@ -24,13 +24,20 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def multiple_of_8(n, BY_8: tl.constexpr):
-    """n; with BY_8, as a value that the compiler knows to be a multiple of 8. Triton detects only
-    multiples of 16 itself, and else loads and stores rows element by element.
+def multiple_of(n, DIVISOR: tl.constexpr):
+    """n, as a value that the compiler knows to be a multiple of DIVISOR. Triton detects only
+    multiples of 16 itself, and else loads and stores rows element by element. `tl.multiple_of` does
+    not do for the parameter of a function, where its hint is lost.
     """
-    if BY_8:
-        n = n // 8 * 8
+    if DIVISOR > 1:
+        n = n // DIVISOR * DIVISOR
     return n
+
+
+@triton.jit
+def multiple_of_8(n, BY_8: tl.constexpr):
+    """n; with BY_8, known to be a multiple of 8."""
+    return multiple_of(n, 8 if BY_8 else 1)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels import gemm_dw, library, parameter_grads, tuned
-from fastvit_kernels.common import dot, multiple_of_8, tile_order
+from fastvit_kernels.common import dot, multiple_of, multiple_of_8, tile_order
 from fastvit_kernels.gemm_dw import add_sums, store_slab
 from fastvit_kernels.launch import cdiv, launch, only_multiples_of_8
 from fastvit_kernels.operands import TL_DTYPE, precision
@@ -82,14 +82,14 @@ def _patch_embed_fwd_kernel(
     P_W: tl.constexpr,
     VEC: tl.constexpr,
     BY_8: tl.constexpr,
-    K_STEP: tl.constexpr,
+    K_DIVISOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    N, K = multiple_of_8(N, BY_8), K // K_STEP * K_STEP
+    N, K = multiple_of_8(N, BY_8), multiple_of(K, K_DIVISOR)
     M = B * (P + m)
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -158,14 +158,14 @@ def _patch_embed_dw_kernel(
     P_W: tl.constexpr,
     VEC: tl.constexpr,
     BY_8: tl.constexpr,
-    K_STEP: tl.constexpr,
+    K_DIVISOR: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    N, K = multiple_of_8(N, BY_8), K // K_STEP * K_STEP
+    N, K = multiple_of_8(N, BY_8), multiple_of(K, K_DIVISOR)
     pid_n, pid_k, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -254,7 +254,7 @@ def _patch_embed_dimages_kernel(
     P_W: tl.constexpr,
     VEC: tl.constexpr,
     BY_8: tl.constexpr,
-    K_STEP: tl.constexpr,
+    K_DIVISOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -262,7 +262,7 @@ def _patch_embed_dimages_kernel(
     GROUP_M: tl.constexpr,
 ):
     """dimages = dout W, as (B m, K), BLOCK_N of its columns a program; the reduction is over N."""
-    N, K = multiple_of_8(N, BY_8), K // K_STEP * K_STEP
+    N, K = multiple_of_8(N, BY_8), multiple_of(K, K_DIVISOR)
     M = B * m
     pid_m, pid_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -307,10 +307,10 @@ def vector_width(images: Tensor, p_w: int) -> int:
 def _geometry(images: Tensor, weight: Tensor) -> dict[str, int]:
     p_h, p_w = weight.shape[2:]
     vec = vector_width(images, p_w)
-    # What divides K, where 16 does not: without it masks of columns allow no load of two elements.
-    step = math.gcd(weight[0].numel(), 16) % 16 or 1
+    # Where 16 does not divide K, as with patches of 14, its mask would leave no vector loads.
+    divisor = math.gcd(weight[0].numel(), 16) % 16 or 1
     by_8 = only_multiples_of_8(len(weight))
-    return {"P_H": p_h, "P_W": p_w, "VEC": vec, "BY_8": by_8, "K_STEP": step}
+    return {"P_H": p_h, "P_W": p_w, "VEC": vec, "BY_8": by_8, "K_DIVISOR": divisor}
 
 
 def _access(images: Tensor, geometry: dict[str, int]) -> str:

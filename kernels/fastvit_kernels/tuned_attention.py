@@ -136,7 +136,7 @@ ATTENTION: dict[int, dict[str, Config | None]] = {
         "fwd_fewer_keys_64": Config(64, 224, num_warps=4, num_stages=3),
         "fwd_resident_64": Config(64, 256, num_warps=4, num_stages=2),
         # With two stages Triton issues a tile's load after the products of the tile before and then
-        # waits for it, with nothing to hide it but other programs. So three, where they fit.
+        # waits for it, with nothing to hide it but other programs. So three, where no CTA is lost.
         "fwd": Config(64, 64, num_warps=4, num_stages=3),
         "fwd_long": Config(128, 64, num_warps=8, num_stages=3, maxnreg=128),
         "dq_long": Config(128, 32, num_warps=8, num_stages=3, maxnreg=128),
